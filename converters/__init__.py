@@ -1,1 +1,34 @@
-"""Converters: one file a checkpoint family, each turning it into a GGUF file."""
+"""Converters: one file a checkpoint family, each turning it into a Source that `write` makes a GGUF file of.
+
+A family is a module with `recognises(path) -> bool` and `read(path) -> Source`. To add one: write the file, name it
+in FAMILIES.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tcinfer.errors import FileError, TcinferError
+
+if TYPE_CHECKING:
+    from tcinfer.converters.source import Source
+
+FAMILIES = ("huggingface", "tcgpt")
+
+
+def read(path: Path) -> Source:
+    """The checkpoint at `path`, whichever family it is of. Raises FileError, its message beginning with the path."""
+    from importlib import import_module
+
+    if not path.exists():
+        raise FileError(f"{path}: no such file or folder")
+    for name in FAMILIES:
+        family = import_module(f"tcinfer.converters.{name}")
+        if family.recognises(path):
+            try:
+                return family.read(path)
+            except TcinferError as e:
+                text = str(e)
+                raise FileError(text if text.startswith(str(path)) else f"{path}: {text}") from None
+    raise FileError(f"{path}: neither a checkpoint of the published trainer (ckpt.pt) nor a folder with config.json")

@@ -1,0 +1,28 @@
+"""The reference backend: every operator as its plain equation, in NumPy."""
+
+from tcinfer.kernels.reference import attention, matrix_memory, pointwise, quants, rotary
+
+
+class Reference:
+    """The operators by name. A faster backend derives from this class and replaces the ones it has."""
+
+    name = "numpy"
+
+    def __init__(self, threads: int | None = None) -> None:
+        self.threads = threads  # NumPy's own library decides; kept so that every backend is made alike
+
+    def begin(self) -> None:
+        """Called before a pass through the model, in the thread that runs it."""
+
+    linear = staticmethod(quants.linear)
+    rms_norm = staticmethod(pointwise.rms_norm)
+    layer_norm = staticmethod(pointwise.layer_norm)
+    sigmoid = staticmethod(pointwise.sigmoid)
+    swiglu = staticmethod(pointwise.swiglu)
+    gelu = staticmethod(pointwise.gelu)
+    elu_plus_one = staticmethod(pointwise.elu_plus_one)
+    unit = staticmethod(pointwise.unit)
+    softmax = staticmethod(attention.softmax)
+    attention = staticmethod(attention.attention)
+    rotate = staticmethod(rotary.rotate)
+    scan = staticmethod(matrix_memory.scan)

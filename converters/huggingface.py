@@ -1,0 +1,218 @@
+"""A Hugging Face style folder of the Llama family: `config.json` and `*.safetensors`, a Tensor Cache beside if any.
+
+Without a memory of its own the model becomes a plain `llama` or `qwen2` file, which other runtimes read too; with
+`tensor_cache` in config.json (the trainer's model_args by name) it becomes `tcllama`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tcinfer.config import ModelConfig, check_count
+from tcinfer.converters import source
+from tcinfer.converters.source import F32, Load, Names, Source, typed
+from tcinfer.errors import FileError
+
+CONFIG = "config.json"
+LARGEST_CONFIG = 2**20  # bytes
+MODEL_TYPES = ("llama", "mistral", "qwen2")  # config.json's model_type
+FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+ROPE_ARGS = {"rope_type", "type", "rope_theta", "factor"}
+LLAMA3_ARGS = {"low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+
+
+def recognises(path: Path) -> bool:
+    return path.is_dir()
+
+
+def read(path: Path) -> Source:
+    """Raises FileError for a folder that is no such model, or holds what this version does not know."""
+    hf = _read_json(path / CONFIG)
+    have = _read_tensors(path)
+    memory = hf.get("tensor_cache")
+    if memory is not None and not isinstance(memory, dict):
+        raise FileError("tensor_cache in config.json must be an object")
+    config, divisors = _config(hf, memory)
+    names = Names(have)
+    if divisors is not None:
+        names.out["rope_freqs.weight"] = lambda: divisors
+    names.move("model.embed_tokens", "token_embd")
+    names.move("model.norm", "output_norm")
+    names.head("lm_head.weight", names.out["token_embd.weight"])
+    if not hf.get("tie_word_embeddings", False) and "lm_head.weight" not in have:
+        raise FileError(
+            "tensor 'lm_head.weight' is missing, and config.json does not tie it to the embedding"
+        )
+    for i in range(config.n_layers):
+        _layer(names, config, i)
+    names.drop(tuple(f"model.layers.{i}.self_attn.rotary_emb." for i in range(config.n_layers)))
+    names.finish()
+    notes = [f"tensors without a use at inference: {', '.join(names.idle)}"] if names.idle else []
+    if memory and (ignored := sorted(set(memory) & source.TRAINING_ARGS)):
+        notes.append(f"arguments for training only: {', '.join(ignored)}")
+    return Source(config, names.out, path, notes)
+
+
+def _layer(names: Names, config: ModelConfig, i: int) -> None:
+    h, blk = f"model.layers.{i}.", f"blk.{i}."
+    for theirs, ours in (
+        ("input_layernorm", "attn_norm"),
+        ("post_attention_layernorm", "ffn_norm"),
+        ("self_attn.q_proj", "attn_q"),
+        ("self_attn.k_proj", "attn_k"),
+        ("self_attn.v_proj", "attn_v"),
+        ("self_attn.o_proj", "attn_output"),
+        ("mlp.up_proj", "ffn_up"),
+        ("mlp.gate_proj", "ffn_gate"),
+        ("mlp.down_proj", "ffn_down"),
+    ):
+        names.move(h + theirs, blk + ours)
+    if config.arch == "llama":  # its GGUF form rotates neighbouring channels, the folder's halves
+        for name, heads in (("attn_q", config.n_heads), ("attn_k", config.n_kv_heads)):
+            for end in (".weight", ".bias"):
+                if blk + name + end in names.out:
+                    names.out[blk + name + end] = partial(_interleave, names.out[blk + name + end], heads)
+    source.take_memory(names, config, i, h + "self_attn.")
+
+
+def _interleave(load: Load, heads: int) -> F32:
+    """Rows of each head from (0 .. D/2-1, D/2 .. D-1) to (0, D/2, 1, D/2+1, ..).  [heads · D, ...]."""
+    x = load()
+    return x.reshape(heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+
+
+def _config(hf: dict[str, Any], memory: Mapping[str, Any] | None) -> tuple[ModelConfig, F32 | None]:
+    """The configuration, and the angles' divisors of a Llama 3 model."""
+
+    def count(name: str, default: int | None = None) -> int:
+        value = hf.get(name)
+        value = default if value is None else value
+        if value is None:
+            raise FileError(f"{name} is missing from config.json")
+        check_count(name, value, 1)
+        return value
+
+    kind = hf.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise FileError(
+            f"model_type {kind!r} is not supported; this version converts {', '.join(MODEL_TYPES)}"
+        )
+    for name, harmless in (("hidden_act", "silu"), ("pretraining_tp", 1), ("partial_rotary_factor", 1.0)):
+        if hf.get(name, harmless) != harmless:
+            raise FileError(f"{name} {hf[name]!r} in config.json is not supported, only {harmless!r}")
+    n_heads, d_model = count("num_attention_heads"), count("hidden_size")
+    head_dim = count("head_dim", d_model // n_heads)
+    rope, divisors = _rope(hf, head_dim, count("max_position_embeddings", 2048))
+    window = hf.get("sliding_window") if hf.get("use_sliding_window", kind == "mistral") else None
+    own = {"memory": "window" if window else "full", "window": window or 0}
+    arch = "qwen2" if kind == "qwen2" else "llama"
+    if memory is not None:
+        known = {*source.MEMORY_ARGS, *source.TENSOR_ARGS, *source.TRAINING_ARGS}
+        source.refuse_unknown(memory, known, "tensor_cache")
+        arch, own = "tcllama", source.memory_fields(memory)
+    config = ModelConfig(
+        arch=arch,
+        vocab_size=count("vocab_size"),
+        n_layers=count("num_hidden_layers"),
+        d_model=d_model,
+        n_heads=n_heads,
+        n_kv_heads=count("num_key_value_heads", n_heads),
+        head_dim=head_dim,
+        d_ff=count("intermediate_size"),
+        context_length=count("max_position_embeddings", 2048),
+        norm_eps=typed(hf, "rms_norm_eps", 1e-6),
+        **rope,
+        **own,
+    )
+    return config, divisors
+
+
+def _rope(hf: dict[str, Any], head_dim: int, context: int) -> tuple[dict[str, Any], F32 | None]:
+    """rope_base, rope_scaling, rope_factor; and for Llama 3 the divisor of each angle, float32 [head_dim / 2]."""
+    told = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(told, dict):
+        raise FileError("rope_scaling in config.json must be an object")
+    base = typed(told, "rope_theta", typed(hf, "rope_theta", 10000.0))
+    kind = told.get("rope_type", told.get("type", "default"))
+    source.refuse_unknown(told, ROPE_ARGS | LLAMA3_ARGS, "rope_scaling")
+    if kind == "default":
+        return {"rope_base": base}, None
+    factor = typed(told, "factor", 1.0)
+    if kind == "linear":
+        return {"rope_base": base, "rope_scaling": "linear", "rope_factor": factor}, None
+    if kind != "llama3":
+        raise FileError(f"rope_scaling {kind!r} is not supported; this version has linear and llama3")
+    low, high = typed(told, "low_freq_factor", 1.0), typed(told, "high_freq_factor", 4.0)
+    trained = typed(told, "original_max_position_embeddings", context)
+    if not (factor > 0 and high > low > 0 and trained > 0):
+        raise FileError("the factors of rope_scaling in config.json contradict each other")
+    wavelength = 2 * math.pi * base ** (np.arange(0, head_dim, 2) / head_dim)
+    # 1 keeps an angle, `factor` slows it; between the two wavelengths the angle itself is interpolated
+    keep = np.clip((trained / wavelength - low) / (high - low), 0, 1)
+    return {"rope_base": base}, (1 / (keep + (1 - keep) / factor)).astype(np.float32)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileError(f"no {path.name} in this folder")
+    if path.stat().st_size > LARGEST_CONFIG:
+        raise FileError(f"{path.name} is too large to be a model's configuration")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as e:
+        raise FileError(f"{path.name} is not valid JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise FileError(f"{path.name} must hold an object")
+    return value
+
+
+def _read_tensors(folder: Path) -> dict[str, Load]:
+    """Every tensor of every *.safetensors file by name, read when called; float32."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileError("no *.safetensors in this folder")
+    have: dict[str, Load] = {}
+    for file in files:
+        for name, load in _open(file).items():
+            if name in have:
+                raise FileError(f"tensor {name!r} is in two files")
+            have[name] = load
+    return have
+
+
+def _open(file: Path) -> dict[str, Load]:
+    """The tensors of one file. The library checks the whole header (lengths, overlaps, trailing bytes); NumPy has no
+    bfloat16, so the bytes are viewed here."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy"):
+            data = np.memmap(file, np.uint8, "r")
+    except (SafetensorError, OSError, ValueError) as e:
+        raise FileError(f"{file.name}: {e}") from None
+    start = 8 + int(data[:8].view("<u8")[0])
+    header = json.loads(data[8:start].tobytes())
+    have: dict[str, Load] = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in FLOATS:
+            raise FileError(f"tensor {name!r} is {entry['dtype']}, not one of {', '.join(FLOATS)}")
+        begin, end = entry["data_offsets"]
+        have[name] = partial(_load, data[start + begin : start + end], entry["dtype"], entry["shape"])
+    return have
+
+
+def _load(data: NDArray[np.uint8], dtype: str, shape: list[int]) -> F32:
+    values = np.frombuffer(data.tobytes(), FLOATS[dtype])
+    if dtype == "BF16":  # the upper half of a float32
+        values = (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32, copy=False).reshape(shape)

@@ -1,0 +1,194 @@
+"""What every checkpoint family turns into before it is written: a configuration and named tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tcinfer.config import ModelConfig
+from tcinfer.errors import FileError
+from tcinfer.memory import infini, tensor
+
+F32 = NDArray[np.float32]
+Load = Callable[[], F32]  # a tensor's values, read when called
+
+
+@dataclass
+class Source:
+    """A checkpoint, read far enough to be written."""
+
+    config: ModelConfig
+    tensors: dict[str, Load]  # by GGUF name, NumPy order
+    folder: Path  # where a tokenizer may lie
+    notes: list[str] = field(default_factory=list)  # what the file holds that inference does not use
+
+
+# model_args of the memory (mechanisms.md 1.2, memory-that-works.md 4) -> field of tensor.Options
+TENSOR_ARGS = {
+    "tc_update_rule": "rule",
+    "tc_layers": "layers",
+    "tc_write_on_evict": "write_on_evict",
+    "tc_write_on_insert": "write_on_insert",
+    "tc_write_then_read": "write_then_read",
+    "tc_num_slots": "slots",
+    "tc_read_topk": "read_topk",
+    "tc_router_temp": "router_temperature",
+    "tc_write_route": "write_route",
+    "tc_two_timescales": "two_timescales",
+    "tc_per_token_gate": "token_gate",
+    "tc_normalize_k": "normalize_k",
+    "tc_normalize_q": "normalize_q",
+    "tc_normalize_read": "normalize_read",
+    "tc_normalize_read_eps": "normalize_read_eps",
+    "tc_value_scale": "value_scale",
+    "tc_rope": "rope",
+    "tc_token_rate": "token_rate",
+    "tc_token_decay": "token_decay",
+}
+# The rest of the memory's model_args, with the trainer's defaults.
+MEMORY_ARGS = {
+    "use_kv_cache": True,
+    "kv_window": 512,
+    "kv_num_sinks": 0,
+    "tc_enabled": False,
+    "infini_enabled": False,
+    "infini_update_rule": infini.Options.rule,
+    "key_conv": 0,
+}
+TRAINING_ARGS = {
+    "dropout",
+    "tc_chunk_size",
+    "tc_decay_init",
+    "tc_lr_init",
+    "tc_gate_init",
+    "tc_decay_slow_init",
+    "tc_lr_slow_init",
+    "tc_alpha_init",
+    "tc_use_in_full_forward",
+    "tc_freeze_decay_lr",
+    "infini_segment_size",
+}
+
+
+def memory_fields(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The memory of a model by the trainer's model_args, as arguments of ModelConfig. Raises FileError."""
+    defaults = {f.name: f.default for f in fields(tensor.Options)}
+    wanted = MEMORY_ARGS | {arg: defaults[name] for arg, name in TENSOR_ARGS.items()}
+    a = {name: typed(args, name, default) for name, default in wanted.items()}
+    window = a["kv_window"] if a["use_kv_cache"] else 0
+    sinks = a["kv_num_sinks"] if window else 0
+    if window and not 0 <= sinks < window:
+        raise FileError(f"kv_num_sinks {sinks} leaves no room in kv_window {window}")
+    shared = {"window": window - sinks, "sinks": sinks, "key_conv": a["key_conv"]}
+    if a["infini_enabled"]:  # wins over tc_enabled
+        return {"memory": "infini", "options": infini.Options(rule=a["infini_update_rule"]), **shared}
+    if a["tc_enabled"]:
+        options = tensor.Options(**{name: a[arg] for arg, name in TENSOR_ARGS.items()})
+        return {"memory": "tensor", "options": options, **shared}
+    return {"memory": "sinks" if sinks else "window" if window else "full", **shared}
+
+
+class Names:
+    """The tensors of a checkpoint, each taken once: what is left at the end had no use."""
+
+    def __init__(self, have: Mapping[str, Load]) -> None:
+        self._left = dict(have)
+        self.out: dict[str, Load] = {}  # by GGUF name
+        self.idle: list[str] = []  # known, but switched off by an option
+
+    def maybe(self, name: str) -> Load | None:
+        return self._left.pop(name, None)
+
+    def take(self, name: str) -> Load:
+        """Raises FileError if it is not there."""
+        load = self.maybe(name)
+        if load is None:
+            raise FileError(f"tensor {name!r} is missing")
+        return load
+
+    def move(self, theirs: str, ours: str) -> None:
+        """A weight, and its bias where there is one."""
+        self.out[ours + ".weight"] = self.take(theirs + ".weight")
+        bias = self.maybe(theirs + ".bias")
+        if bias is not None:
+            self.out[ours + ".bias"] = bias
+
+    def head(self, name: str, embedding: Load) -> None:
+        """The head, unless it is the embedding itself."""
+        head = self.maybe(name)
+        if head is not None and not np.array_equal(head(), embedding()):
+            self.out["output.weight"] = head
+
+    def drop(self, prefixes: tuple[str, ...]) -> None:
+        """Leave out what begins so, and remember it."""
+        for name in [n for n in self._left if n.startswith(prefixes)]:
+            del self._left[name]
+            self.idle.append(name)
+
+    def finish(self) -> None:
+        """Raises FileError for a tensor that nothing took."""
+        for name in self._left:
+            raise FileError(f"tensor {name!r} is not used by a model with these options")
+
+
+def take_memory(names: Names, config: ModelConfig, layer: int, prefix: str) -> None:
+    """The memory's tensors of one layer, from the trainer's names below `prefix` (mechanisms.md 1.1)."""
+    out, blk = names.out, f"blk.{layer}."
+    if config.key_conv:
+        out[blk + "attn_key_conv"] = names.take(prefix + "key_conv.weight")
+    if config.memory == "infini":
+        out[blk + "infini_beta"] = names.take(prefix + "infini.beta")
+    if config.memory != "tensor":
+        return
+    if not tensor.enabled(config, layer):
+        names.drop((prefix + "tc.", prefix + "tc_"))
+        return
+    o: tensor.Options = config.options
+    for ours, theirs in (("tc_decay", "tc.logit_decay_"), ("tc_rate", "tc.logit_lr_")):
+        loads = [names.take(prefix + theirs + speed) for speed in ("fast", "slow")[: o.timescales]]
+        out[blk + ours] = partial(_stack, loads)
+    names.move(prefix + "tc_proj", blk + "tc_output")
+    if o.token_gate:
+        out[blk + "tc_gate.weight"] = partial(_flat, names.take(prefix + "tc_gate_proj.weight"))
+        out[blk + "tc_gate.bias"] = names.take(prefix + "tc_gate_proj.bias")
+    else:
+        out[blk + "tc_gate.bias"] = partial(_flat, names.take(prefix + "tc_gate"))
+    for wanted, ours, theirs in (
+        (o.two_timescales, "tc_alpha", "tc.logit_alpha"),
+        (o.slots > 1, "tc_slot_keys", "tc.slot_keys"),
+        (o.token_rate, "tc_rate_proj", "tc.rate_proj.weight"),
+        (o.token_decay, "tc_decay_proj", "tc.decay_proj.weight"),
+    ):
+        if wanted:
+            out[blk + ours] = names.take(prefix + theirs)
+
+
+def _stack(loads: list[Load]) -> F32:
+    return np.stack([load() for load in loads])
+
+
+def _flat(load: Load) -> F32:
+    return load().reshape(-1)
+
+
+def typed(args: Mapping[str, Any], name: str, default: Any) -> Any:
+    """args[name], or the default; FileError if it is not of the default's type (whole numbers serve for floats)."""
+    value = args.get(name, default)
+    if type(default) is float and type(value) is int:
+        return float(value)
+    if type(value) is not type(default):
+        raise FileError(f"argument {name} must be a {type(default).__name__}, not {value!r}")
+    return value
+
+
+def refuse_unknown(args: Iterable[str], known: Iterable[str], where: str) -> None:
+    """FileError for an argument that this version does not know: it might change what the model computes."""
+    for name in args:
+        if name not in known:
+            raise FileError(f"argument {name!r} in {where} is not known to this version of tcinfer")

@@ -1,0 +1,119 @@
+"""The published trainer's `ckpt.pt` (mechanisms.md 1.1): a GPT block with Tensor Cache, Infini, window or full cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tcinfer.config import ModelConfig, check_count
+from tcinfer.converters import source
+from tcinfer.converters.pickles import StoredTensor, load_torch
+from tcinfer.converters.source import F32, Load, Names, Source, typed
+from tcinfer.errors import FileError
+
+COMPILED = "_orig_mod."  # torch.compile puts it before every name
+# The block's model_args, with the trainer's defaults.
+BLOCK_ARGS = {
+    "vocab_size": 50304,
+    "block_size": 1024,
+    "n_layer": 12,
+    "n_head": 12,
+    "n_embd": 768,
+    "bias": False,
+    "use_rope": True,
+    "rope_base": 10000.0,
+    "rope_scaling_factor": 1.0,
+}
+
+
+def recognises(path: Path) -> bool:
+    return path.is_file() and path.suffix in (".pt", ".pth")
+
+
+def read(path: Path) -> Source:
+    """Raises FileError for anything that is not such a checkpoint, or holds what this version does not know."""
+    contents = load_torch(path)
+    if not isinstance(contents, Mapping) or not {"model", "model_args"} <= set(contents):
+        raise FileError(
+            "no 'model' and 'model_args' inside: this is not a checkpoint of the published trainer"
+        )
+    args, weights = contents["model_args"], contents["model"]
+    if not isinstance(args, Mapping) or not isinstance(weights, Mapping):
+        raise FileError("'model' and 'model_args' must be dictionaries")
+    source.refuse_unknown(
+        args,
+        {*BLOCK_ARGS, *source.MEMORY_ARGS, *source.TENSOR_ARGS, *source.TRAINING_ARGS},
+        "model_args",
+    )
+    config = _config(args)
+    have: dict[str, Load] = {}
+    for name, value in weights.items():
+        if not isinstance(name, str) or not isinstance(value, StoredTensor):
+            raise FileError(f"entry {name!r} of 'model' is not a tensor")
+        have[name.removeprefix(COMPILED)] = value.numpy
+    names = _rename(config, have)
+    notes = []
+    if ignored := sorted(set(args) & source.TRAINING_ARGS):
+        notes.append(f"arguments for training only: {', '.join(ignored)}")
+    if names.idle:
+        notes.append(f"tensors of layers without a memory: {', '.join(names.idle)}")
+    return Source(config, names.out, path.parent, notes)
+
+
+def _config(args: Mapping[str, Any]) -> ModelConfig:
+    a = {name: typed(args, name, default) for name, default in BLOCK_ARGS.items()}
+    check_count("n_head", a["n_head"], 1)
+    check_count("n_embd", a["n_embd"], 1)
+    if a["n_embd"] % a["n_head"]:
+        raise FileError(f"n_embd {a['n_embd']} is not a multiple of n_head {a['n_head']}")
+    scaled = a["rope_scaling_factor"] > 1
+    return ModelConfig(
+        arch="tcgpt",
+        vocab_size=a["vocab_size"],
+        n_layers=a["n_layer"],
+        d_model=a["n_embd"],
+        n_heads=a["n_head"],
+        n_kv_heads=a["n_head"],
+        head_dim=a["n_embd"] // a["n_head"],
+        d_ff=4 * a["n_embd"],
+        context_length=a["block_size"],
+        rope_dim=-1 if a["use_rope"] else 0,
+        rope_base=a["rope_base"],
+        rope_scaling="ntk" if scaled else "none",
+        rope_factor=a["rope_scaling_factor"] if scaled else 1.0,
+        **source.memory_fields(args),
+    )
+
+
+def _rename(config: ModelConfig, have: dict[str, Load]) -> Names:
+    names = Names(have)
+    names.move("transformer.wte", "token_embd")
+    names.move("transformer.ln_f", "output_norm")
+    if config.learned_positions:
+        names.move("transformer.wpe", "position_embd")
+    names.head("lm_head.weight", names.out["token_embd.weight"])
+    for i in range(config.n_layers):
+        h, blk = f"transformer.h.{i}.", f"blk.{i}."
+        for theirs, ours in (
+            ("ln1", "attn_norm"),
+            ("ln2", "ffn_norm"),
+            ("attn.c_proj", "attn_output"),
+            ("mlp.fc", "ffn_up"),
+            ("mlp.proj", "ffn_down"),
+        ):
+            names.move(h + theirs, blk + ours)
+        names.move(h + "attn.c_attn", blk + "attn_qkv")  # queries, keys and values in one
+        for end in (".weight", ".bias"):
+            fused = names.out.pop(blk + "attn_qkv" + end, None)
+            for part, name in enumerate(("attn_q", "attn_k", "attn_v")):
+                if fused is not None:
+                    names.out[blk + name + end] = partial(_third, fused, part, config.d_model)
+        source.take_memory(names, config, i, h + "attn.")
+    names.finish()
+    return names
+
+
+def _third(fused: Load, part: int, width: int) -> F32:
+    return fused()[part * width : (part + 1) * width]

@@ -1,0 +1,51 @@
+"""Normalisation and activations: the equations, one row or one element at a time."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+F32 = NDArray[np.float32]
+
+
+def rms_norm(x: F32, weight: F32, eps: float) -> F32:
+    """y = x / sqrt(mean(x²) + eps) · w.  x [T, C], weight [C]."""
+    return x * (1.0 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps))) * weight
+
+
+def layer_norm(x: F32, weight: F32, bias: F32 | None, eps: float) -> F32:
+    """y = (x - mean(x)) / sqrt(var(x) + eps) · w + b.  x [T, C], weight and bias [C]."""
+    centred = x - np.mean(x, axis=-1, keepdims=True)
+    y = centred * (1.0 / np.sqrt(np.mean(centred * centred, axis=-1, keepdims=True) + np.float32(eps))) * weight
+    return y if bias is None else y + bias
+
+
+def sigmoid(x: F32) -> F32:
+    """1 / (1 + e^-x), without overflow: e^-|x| is never above 1.  Any shape."""
+    e = np.exp(-np.abs(x))
+    return np.where(x >= 0, 1, e) / (1 + e)
+
+
+def swiglu(gate: F32, up: F32) -> F32:
+    """silu(gate) · up, silu(g) = g sigmoid(g).  Both [T, F]."""
+    return gate * sigmoid(gate) * up
+
+
+_erf = np.frompyfunc(math.erf, 1, 1)  # NumPy has no erf of its own
+
+
+def gelu(x: F32) -> F32:
+    """x/2 · (1 + erf(x/√2)), the exact form.  Any shape."""
+    return 0.5 * x * (1 + _erf(x * np.float32(math.sqrt(0.5))).astype(np.float32))
+
+
+def elu_plus_one(x: F32) -> F32:
+    """φ(x) = ELU(x) + 1: x + 1 above 0, e^x below.  Any shape."""
+    return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
+
+
+def unit(x: F32) -> F32:
+    """x / (‖x‖ + 1e-5) over the last axis: the eps is added, not a floor (mechanisms.md 1.2)."""
+    return x / (np.sqrt(np.sum(x * x, axis=-1, keepdims=True)) + np.float32(1e-5))

@@ -1,0 +1,57 @@
+"""Weights as stored: packed bytes, their kind, and the values they stand for."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType as Kind
+from gguf.quants import dequantize
+from numpy.typing import NDArray
+
+KINDS = (
+    Kind.F32,
+    Kind.F16,
+    Kind.BF16,
+    Kind.Q8_0,
+    Kind.Q4_0,
+    Kind.Q4_1,
+    Kind.Q5_0,
+    Kind.Q5_1,
+    Kind.Q4_K,
+    Kind.Q5_K,
+    Kind.Q6_K,
+)
+
+
+class Matrix:
+    """A weight matrix [rows, columns], row by row in the packing of its kind.
+
+    data: uint8 [rows, bytes per row], usually a view of the mapped file; never changed.
+    """
+
+    def __init__(self, data: NDArray[np.uint8], kind: Kind, shape: tuple[int, int]) -> None:
+        assert data.dtype == np.uint8 and data.ndim == 2 and len(data) == shape[0]
+        self.data, self.kind, self.shape = data, kind, shape
+
+    @cached_property
+    def values(self) -> NDArray[np.float32]:
+        """float32 [rows, columns]: the whole matrix, unpacked once and kept."""
+        return unpack(self.data, self.kind)
+
+    def rows(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """float32 [len(ids), columns]: the rows named, unpacked."""
+        return unpack(self.data[ids], self.kind)
+
+
+def unpack(data: NDArray[np.uint8], kind: Kind) -> NDArray[np.float32]:
+    """float32 [rows, columns] of packed rows uint8 [rows, bytes per row] (formats: the GGUF specification)."""
+    if kind == Kind.F32:
+        return np.ascontiguousarray(data).view(np.float32)
+    return dequantize(np.ascontiguousarray(data), kind).astype(np.float32, copy=False)
+
+
+def linear(x: NDArray[np.float32], w: Matrix, bias: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """y = x Wᵀ + b.  x float32 [T, columns]; w [rows, columns]; bias [rows] or None; returns [T, rows]."""
+    y = x @ w.values.T
+    return y if bias is None else y + bias

@@ -1,0 +1,43 @@
+"""Rotary positions: angles in float64 from integer positions, so there is no table that ends."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+F32 = NDArray[np.float32]
+
+
+def frequencies(
+    head_dim: int, base: float, scaling: str = "none", factor: float = 1.0, divisors: F32 | None = None
+) -> NDArray[np.float64]:
+    """Angle per position of each channel pair, float64 [head_dim / 2]: base^(-2i / head_dim).
+
+    scaling "linear" divides every angle by `factor`; "ntk" raises the base by factor^(D / (D - 2)) where the
+    factor is above 1. divisors [head_dim / 2] are a file's own (`rope_freqs.weight`, Llama 3).
+    """
+    if scaling == "ntk" and factor > 1:
+        base = base * factor ** (head_dim / (head_dim - 2))
+    angles = np.float64(base) ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling == "linear":
+        angles /= factor
+    return angles if divisors is None else angles / divisors.astype(np.float64)
+
+
+def angles(positions: NDArray[np.int64], freq: NDArray[np.float64]) -> tuple[F32, F32]:
+    """cos and sin of position · freq, computed in float64.  positions [T], freq [P]; both float32 [T, 1, P]."""
+    a = positions.astype(np.float64)[:, None, None] * freq
+    return np.cos(a).astype(np.float32), np.sin(a).astype(np.float32)
+
+
+def rotate(x: F32, cos: F32, sin: F32, pairs: str) -> F32:
+    """Turn each channel pair (a, b) by its angle: (a cos - b sin, a sin + b cos).
+
+    x [T, H, D]; cos, sin [T, 1, D / 2]; pairs "interleaved" or "half" (which channels make a pair).
+    """
+    half = x.shape[-1] // 2
+    a, b = (slice(0, None, 2), slice(1, None, 2)) if pairs == "interleaved" else (slice(half), slice(half, None))
+    y = np.empty_like(x)
+    y[..., a] = x[..., a] * cos - x[..., b] * sin
+    y[..., b] = x[..., a] * sin + x[..., b] * cos
+    return y

@@ -1,0 +1,224 @@
+"""The GGUF schema: which key and which tensor holds what. Shared by the converters and the loader.
+
+Schema version 1. A file is an ordinary GGUF (version 3) with the standard key for everything that has one, below
+`<arch>` = `general.architecture`, one of ours (`tcgpt`, the published GPT block; `tcllama`, the Llama block), so that
+other runtimes refuse it; plain `llama` and `qwen2` files are read too, and then have no `tcinfer.` keys.
+
+| key | holds |
+|---|---|
+| `tcinfer.schema_version` (u32) | 1; a newer one is refused |
+| `<arch>.vocab_size`, `.context_length`, `.embedding_length`, `.block_count`, `.feed_forward_length` | sizes |
+| `<arch>.attention.head_count`, `.head_count_kv`, `.key_length`, `.value_length` | heads |
+| `<arch>.attention.layer_norm_epsilon` or `.layer_norm_rms_epsilon` | eps of the block's norm |
+| `<arch>.attention.sliding_window` (u32) | tokens in the ring, sinks not counted; 0 is unbounded |
+| `<arch>.rope.dimension_count`, `.freq_base`, `.scaling.type`, `.scaling.factor` | rotation; 0 channels: learned positions |
+| `tcinfer.memory.mechanism` (string) | full, window, sinks, infini, tensor |
+| `tcinfer.memory.sinks` (u32), `.sink_positions` (string), `.key_conv` (u32) | first level |
+| `tcinfer.memory.<option>` | each option of the mechanism: the fields of `Options` in `memory/<mechanism>.py` |
+
+A `tcinfer.` key that this version does not know, or that the file's mechanism does not have, is refused by name.
+Tensors (NumPy order, [out, in]; matrices may be quantised, all else is float32 exactly as trained):
+
+| tensor | shape | what |
+|---|---|---|
+| `token_embd.weight`, `output.weight` | [V, C] | embedding; head, absent where tied |
+| `position_embd.weight`, `rope_freqs.weight` | [context, C], [D/2] | learned positions; divisors of the angles |
+| `output_norm.*`, `blk.i.attn_norm.*`, `blk.i.ffn_norm.*` | [C] | weight, and bias where there is one |
+| `blk.i.attn_{q,k,v,output}.*`, `blk.i.ffn_{up,gate,down}.*` | | projections: weight, and bias where there is one |
+| `blk.i.attn_key_conv` | [2, G, D] | taps of the key convolution |
+| `blk.i.tc_output.*` | [C, H D] | projection of the memory's read |
+| `blk.i.tc_gate.bias`, `.weight` | [1], [C] | gate logit; its weight where it depends on the token |
+| `blk.i.tc_decay`, `blk.i.tc_rate` | [timescales, G] | logits of decay and write rate, fast first |
+| `blk.i.tc_alpha` | [G] | logit of the slow read's share |
+| `blk.i.tc_slot_keys` | [G, S, D] | router |
+| `blk.i.tc_rate_proj`, `blk.i.tc_decay_proj` | [G, C] | per-token terms of the logits |
+| `blk.i.infini_beta` | [H] | logit of the memory's share |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+
+from tcinfer.config import ARCHITECTURES, ModelConfig
+from tcinfer.errors import FileError
+from tcinfer.memory import MODES
+
+SCHEMA_VERSION = 1
+SCHEMA_KEY = "tcinfer.schema_version"
+MEMORY = "tcinfer.memory."
+
+# Field of ModelConfig -> key below `<arch>.`
+STANDARD = {
+    "vocab_size": "vocab_size",
+    "context_length": "context_length",
+    "d_model": "embedding_length",
+    "n_layers": "block_count",
+    "d_ff": "feed_forward_length",
+    "n_heads": "attention.head_count",
+    "n_kv_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "window": "attention.sliding_window",
+    "rope_dim": "rope.dimension_count",
+    "rope_base": "rope.freq_base",
+    "rope_scaling": "rope.scaling.type",
+    "rope_factor": "rope.scaling.factor",
+}
+NORM_EPS = {"layer": "attention.layer_norm_epsilon", "rms": "attention.layer_norm_rms_epsilon"}
+VALUE_LENGTH = "attention.value_length"
+# Field of ModelConfig -> key below `tcinfer.memory.`
+FIRST_LEVEL = {"memory": "mechanism", "sinks": "sinks", "sink_positions": "sink_positions", "key_conv": "key_conv"}
+
+# Keys of plain files that change the computation in ways this version does not have: (key below <arch>, harmless value)
+UNSUPPORTED = {
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "attention.causal": True,
+    "attention.clamp_kqv": 0.0,
+    "attention.max_alibi_bias": 0.0,
+    "attention.scale": 0.0,
+    "attention.kv_lora_rank": 0,
+    "attn_logit_softcapping": 0.0,
+    "final_logit_softcapping": 0.0,
+    "logit_scale": 1.0,
+    "embedding_scale": 1.0,
+    "residual_scale": 1.0,
+    "use_parallel_residual": False,
+    "rope.scaling.attn_factor": 1.0,
+}
+
+
+def to_metadata(config: ModelConfig) -> dict[str, Any]:
+    """The keys that describe `config`, in order: key -> bool, int, float or str (32-bit in the file)."""
+    arch = config.arch
+    out: dict[str, Any] = {"general.architecture": arch}
+    if config.name:
+        out["general.name"] = config.name
+    ours = config.block.ours
+    for name, key in STANDARD.items():
+        if (name == "rope_scaling" or name == "rope_factor") and config.rope_scaling == "none":
+            continue
+        if name == "window" and not ours:
+            continue
+        out[f"{arch}.{key}"] = getattr(config, name)
+    out[f"{arch}.{VALUE_LENGTH}"] = config.head_dim
+    out[f"{arch}.{NORM_EPS[config.block.norm]}"] = config.norm_eps
+    if ours:
+        out[SCHEMA_KEY] = SCHEMA_VERSION
+        for name, key in FIRST_LEVEL.items():
+            out[MEMORY + key] = getattr(config, name)
+        if config.options is not None:
+            for f in fields(config.options):
+                out[MEMORY + f.name] = getattr(config.options, f.name)
+    return out
+
+
+def from_metadata(metadata: Mapping[str, Any], vocab_size: int, n_tensors: int) -> ModelConfig:
+    """The configuration that a file's keys describe; `vocab_size` is the embedding's rows.
+
+    Raises FileError (no path in it) for keys that are missing, of the wrong type, unknown or of a newer version, and
+    TcinferError for values that no model can have.
+    """
+    arch = architecture(metadata)
+    ours = ARCHITECTURES[arch].ours
+    if ours:
+        _check_schema(metadata)
+    values: dict[str, Any] = {"arch": arch, "name": _get(metadata, "general.name", str, "")}
+    for name, key in STANDARD.items():
+        default = _default(metadata, arch, name, vocab_size, ours)
+        kind = str if name == "rope_scaling" else float if name in ("rope_base", "rope_factor") else int
+        values[name] = _get(metadata, f"{arch}.{key}", kind, default)
+    values["norm_eps"] = _get(metadata, f"{arch}.{NORM_EPS[ARCHITECTURES[arch].norm]}", float, 1e-5)
+    if values["vocab_size"] != vocab_size:
+        raise FileError(f"{arch}.vocab_size is {values['vocab_size']}, but the embedding has {vocab_size} rows")
+    if values["n_layers"] > n_tensors:
+        raise FileError(f"{arch}.block_count is {values['n_layers']}, but the file has {n_tensors} tensors")
+    if _get(metadata, f"{arch}.{VALUE_LENGTH}", int, values["head_dim"]) != values["head_dim"]:
+        raise FileError(f"{arch}.{VALUE_LENGTH} differs from the key length, which this version does not run")
+    if ours:
+        values |= _read_memory(metadata, arch)
+    else:
+        values["memory"] = "window" if values["window"] else "full"
+        for key, harmless in UNSUPPORTED.items():
+            if metadata.get(f"{arch}.{key}", harmless) != harmless:
+                raise FileError(f"{arch}.{key} = {metadata[f'{arch}.{key}']} is not supported by this version")
+    return ModelConfig(**values)
+
+
+def architecture(metadata: Mapping[str, Any]) -> str:
+    """The file's architecture. Raises FileError if it has none, or one that this version does not run."""
+    arch = metadata.get("general.architecture")
+    if not isinstance(arch, str):
+        raise FileError("key 'general.architecture' is missing: this file is no model")
+    if arch not in ARCHITECTURES:
+        raise FileError(f"architecture {arch!r} is not supported; this version runs {', '.join(ARCHITECTURES)}")
+    return arch
+
+
+def _check_schema(metadata: Mapping[str, Any]) -> None:
+    version = _get(metadata, SCHEMA_KEY, int)
+    if version != SCHEMA_VERSION:
+        raise FileError(
+            f"{SCHEMA_KEY} is {version}, this version of tcinfer reads {SCHEMA_VERSION}: "
+            + ("update tcinfer" if version > SCHEMA_VERSION else "convert the checkpoint again")
+        )
+
+
+def _default(metadata: Mapping[str, Any], arch: str, name: str, vocab_size: int, ours: bool) -> Any:
+    """What a standard key means where it is absent; None where it must be there."""
+
+    def number(field: str) -> int:
+        return _get(metadata, f"{arch}.{STANDARD[field]}", int)
+
+    if name == "vocab_size":
+        return vocab_size
+    if name == "n_kv_heads":
+        return number("n_heads")
+    if name == "head_dim":
+        return number("d_model") // max(1, number("n_heads"))
+    if name == "rope_scaling":
+        return "none"
+    if name == "rope_factor":
+        return 1.0
+    if not ours:
+        plain = {"rope_dim": -1, "window": 0, "rope_base": 10000.0, "context_length": 0}
+        return plain.get(name)
+    return None
+
+
+def _read_memory(metadata: Mapping[str, Any], arch: str) -> dict[str, Any]:
+    """The `tcinfer.memory.` keys as arguments of ModelConfig."""
+    values = {
+        name: _get(metadata, MEMORY + key, int if name in ("sinks", "key_conv") else str)
+        for name, key in FIRST_LEVEL.items()
+    }
+    mode = values["memory"]
+    if mode not in MODES:
+        raise FileError(f"{MEMORY}mechanism {mode!r} is not known to this version, which has {', '.join(MODES)}")
+    known = {SCHEMA_KEY, *(MEMORY + key for key in FIRST_LEVEL.values())}
+    options = MODES[mode].mechanism.Options
+    if options is not None:
+        chosen = {f.name: _get(metadata, MEMORY + f.name, type(f.default)) for f in fields(options)}
+        known |= {MEMORY + name for name in chosen}
+        values["options"] = options(**chosen)
+    known |= {f"{arch}.{key}" for key in (*STANDARD.values(), *NORM_EPS.values(), VALUE_LENGTH)}
+    for key in metadata:
+        if key.startswith(("tcinfer.", f"{arch}.")) and key not in known:
+            raise FileError(f"key {key!r} is not known to this version of tcinfer (memory {mode}): update tcinfer")
+    return values
+
+
+def _get(metadata: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
+    """metadata[key] as `kind` (whole numbers serve for floats); FileError if it is missing or of another kind."""
+    value = metadata.get(key, default)
+    if value is None:
+        raise FileError(f"key {key!r} is missing")
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        shown = f"an array of {len(value)}" if isinstance(value, list | np.ndarray) else repr(value)
+        raise FileError(f"key {key!r} must be a {kind.__name__}, not {shown}")
+    return value

@@ -1,0 +1,124 @@
+"""From a file to a model that runs: configuration, memory-mapped weights, tokenizer, operators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType as Kind
+from numpy.typing import NDArray
+
+from tcinfer import format as schema
+from tcinfer import kernels, reader, tokenizer
+from tcinfer.config import ModelConfig, check_count, with_memory
+from tcinfer.errors import FileError, TcinferError
+from tcinfer.kernels.reference.quants import KINDS, Matrix, unpack
+from tcinfer.model import Model, tensors
+
+BUNDLED = "shakespeare.gguf"  # in models/
+EMBEDDING = "token_embd.weight"
+
+
+class Stored(Protocol):
+    """A tensor as a file holds it: reader.TensorInfo, or what a converter is about to write."""
+
+    @property
+    def kind(self) -> Kind: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def data(self) -> NDArray[np.uint8]: ...  # [rows, bytes per row]
+
+
+def bundled() -> Path:
+    """The model that comes with the package."""
+    path = Path(str(resources.files("tcinfer.models"))) / BUNDLED
+    if not path.is_file():
+        raise TcinferError(f"the bundled model {BUNDLED} is missing from this installation: name a model file")
+    return path
+
+
+def load(
+    path: str | PathLike[str] | None = None,
+    backend: str = "auto",
+    memory: str | None = None,
+    window: int | None = None,
+    sinks: int | None = None,
+    threads: int | None = None,
+) -> Model:
+    """Open a GGUF model; without a path, the bundled one. The weights stay in the mapped file.
+
+    backend: "numpy" (the reference), "numba", "cuda", or "auto"; memory, window, sinks: in place of the file's own
+    (full, window, sinks, infini or tensor; tokens; tokens beside the window); threads: of the numba backend.
+    Raises TcinferError for a file that cannot be run exactly, or options that do not go together.
+    """
+    if threads is not None:
+        check_count("threads", threads, 1, 4096)
+    ops = operators(backend, threads)
+    file = reader.read(bundled() if path is None else path)
+    try:
+        config = read_config(file)
+        asked = with_memory(config, memory, window, sinks)
+        weights = bind(asked, file.tensors, without=dropped(config, asked))
+        words = tokenizer.from_metadata(file.metadata, config.vocab_size)
+    except TcinferError as e:
+        raise FileError(f"{file.path}: {e}") from e
+    return Model(asked, weights, words, ops)
+
+
+def operators(backend: str, threads: int | None) -> kernels.Reference:
+    """The operators of a backend by name. Raises TcinferError where it cannot run."""
+    try:
+        return kernels.backend(backend, threads)
+    except kernels.Unavailable as e:
+        raise TcinferError(str(e)) from None
+
+
+def read_config(file: reader.GGUFFile) -> ModelConfig:
+    """What a file says of its model. Raises TcinferError."""
+    embedding = file.tensors.get(EMBEDDING)
+    schema.architecture(file.metadata)
+    if embedding is None or len(embedding.shape) != 2:
+        raise FileError(f"no matrix {EMBEDDING!r}: this file holds no weights to run (a vocabulary?)")
+    return schema.from_metadata(file.metadata, embedding.shape[0], len(file.tensors))
+
+
+def dropped(file: ModelConfig, asked: ModelConfig) -> set[str]:
+    """Tensors of the file's own memory that the memory asked for does not use."""
+    return set(tensors(file)) - set(tensors(asked))
+
+
+def bind(config: ModelConfig, stored: Mapping[str, Stored], without: Iterable[str] = ()) -> dict[str, Any]:
+    """The weights by name, as Model takes them: a Matrix for each projection, float32 for the rest.
+
+    Raises FileError for a tensor that is missing, of a wrong shape, of a kind that this version cannot unpack, or
+    that no part of the model uses.
+    """
+    specs = tensors(config)
+    for name in stored:
+        if name not in specs and name not in without:
+            raise FileError(f"tensor {name!r} has no place in a {config.arch} model of this version")
+    weights: dict[str, Any] = {}
+    for name, spec in specs.items():
+        tensor = stored.get(name)
+        if tensor is None:
+            if spec.required:
+                raise FileError(f"tensor {name!r} is missing")
+            continue
+        if tuple(tensor.shape) != spec.shape:
+            raise FileError(f"tensor {name!r} has shape {list(tensor.shape)}, the model needs {list(spec.shape)}")
+        if tensor.kind not in KINDS:
+            known = ", ".join(kind.name for kind in KINDS)
+            raise FileError(f"tensor {name!r} is {tensor.kind.name}; this version unpacks {known}")
+        if spec.matrix:
+            weights[name] = Matrix(tensor.data, tensor.kind, (spec.shape[0], spec.shape[1]))
+        else:
+            values = unpack(tensor.data, tensor.kind).reshape(spec.shape)
+            if not np.isfinite(values).all():
+                raise FileError(f"tensor {name!r} holds NaN or Inf")
+            weights[name] = values
+    return weights

@@ -1,0 +1,118 @@
+"""The transformer: ids and a sequence's state in, logits out. It holds no sequence state, so sessions share it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tcinfer import memory
+from tcinfer.config import ModelConfig
+from tcinfer.kernels.reference import Reference
+from tcinfer.kernels.reference.quants import Matrix
+from tcinfer.kernels.reference.rotary import frequencies
+from tcinfer.memory.chunk import Chunk
+from tcinfer.memory.state import Spec, State
+from tcinfer.session import Session
+from tcinfer.tokenizer import Tokenizer
+
+F32 = NDArray[np.float32]
+
+
+def tensors(config: ModelConfig) -> dict[str, Spec]:
+    """Every weight that a model of this configuration has, by its GGUF name."""
+    C, F, D = config.d_model, config.d_ff, config.head_dim
+    block = config.block
+
+    def norm(name: str) -> dict[str, Spec]:
+        bias = {f"{name}.bias": Spec((C,), required=False)} if block.norm == "layer" else {}
+        return {f"{name}.weight": Spec((C,)), **bias}
+
+    def projection(name: str, out: int, into: int) -> dict[str, Spec]:
+        return {
+            f"{name}.weight": Spec((out, into), matrix=True),
+            f"{name}.bias": Spec((out,), required=False),
+        }
+
+    specs = {"token_embd.weight": Spec((config.vocab_size, C), matrix=True)}
+    if config.learned_positions:
+        specs["position_embd.weight"] = Spec((config.context_length, C))
+    else:
+        specs["rope_freqs.weight"] = Spec((D // 2,), required=False)
+    for i in range(config.n_layers):
+        layer = norm("attn_norm") | norm("ffn_norm")
+        layer |= projection("attn_q", config.n_heads * D, C) | projection("attn_output", C, config.n_heads * D)
+        layer |= projection("attn_k", config.n_kv_heads * D, C) | projection("attn_v", config.n_kv_heads * D, C)
+        layer |= projection("ffn_up", F, C) | projection("ffn_down", C, F)
+        if block.mlp == "swiglu":
+            layer |= projection("ffn_gate", F, C)
+        layer |= memory.tensors(config, i)
+        specs |= {f"blk.{i}.{name}": spec for name, spec in layer.items()}
+    # a head of its own; without one it is the embedding
+    return specs | norm("output_norm") | {"output.weight": Spec((config.vocab_size, C), required=False, matrix=True)}
+
+
+class Model:
+    """A model ready to run: `config`, `tokenizer`, and weights that any number of sessions share."""
+
+    def __init__(
+        self, config: ModelConfig, weights: Mapping[str, Any], tokenizer: Tokenizer, ops: Reference
+    ) -> None:
+        """weights: by the names of `tensors`, a Matrix for each projection and a float32 array for the rest."""
+        self.config, self.tokenizer, self.ops = config, tokenizer, ops
+        self._embedding: Matrix = weights["token_embd.weight"]
+        self._head: Matrix = weights.get("output.weight", self._embedding)
+        self._positions: F32 | None = weights.get("position_embd.weight")
+        self._final = {k: v for k, v in weights.items() if k.startswith("output_norm.")}
+        self._layers: list[dict[str, Any]] = [{} for _ in range(config.n_layers)]
+        for name, value in weights.items():
+            if name.startswith("blk."):
+                _, i, rest = name.split(".", 2)
+                self._layers[int(i)][rest] = value
+        self._freq: NDArray[np.float64] | None = None
+        if not config.learned_positions:
+            self._freq = frequencies(
+                config.head_dim,
+                config.rope_base,
+                config.rope_scaling,
+                config.rope_factor,
+                weights.get("rope_freqs.weight"),
+            )
+        self._attend = memory.mechanism(config).attend
+
+    def session(self) -> Session:
+        """A new sequence at position 0. Raises TcinferError if its state does not fit this machine."""
+        return Session(self)
+
+    def forward(self, state: State, ids: NDArray[np.int64], logits: str = "last") -> F32:
+        """Take ids [T] in, moving `state` on by T tokens; logits of the "last" token [1, V], of "all" [T, V], or
+        "none" [0, V]."""
+        config, ops = self.config, self.ops
+        first, T = state.position, len(ids)
+        ops.begin()
+        chunk = Chunk(ops, config, self._freq, first, T)
+        x = self._embedding.rows(ids)  # [T, C]
+        if self._positions is not None:
+            x = x + self._positions[first : first + T]
+        for w, layer_state in zip(self._layers, state.layers, strict=True):
+            h = self._norm(x, w, "attn_norm")
+            q = chunk.linear(h, w, "attn_q").reshape(T, config.n_heads, config.head_dim)
+            k = chunk.linear(h, w, "attn_k").reshape(T, config.n_kv_heads, config.head_dim)
+            v = chunk.linear(h, w, "attn_v").reshape(T, config.n_kv_heads, config.head_dim)
+            x = x + self._attend(chunk, w, layer_state, q, k, v, h)
+            h = self._norm(x, w, "ffn_norm")
+            up = chunk.linear(h, w, "ffn_up")  # [T, F]
+            h = ops.gelu(up) if config.block.mlp == "gelu" else ops.swiglu(chunk.linear(h, w, "ffn_gate"), up)
+            x = x + chunk.linear(h, w, "ffn_down")
+        state.position = first + T
+        x = x[{"last": slice(T - 1, T), "all": slice(T), "none": slice(0)}[logits]]
+        if not len(x):
+            return np.empty((0, config.vocab_size), np.float32)
+        return ops.linear(self._norm(x, self._final, "output_norm"), self._head)
+
+    def _norm(self, x: F32, w: Mapping[str, Any], name: str) -> F32:
+        if self.config.block.norm == "rms":
+            return self.ops.rms_norm(x, w[name + ".weight"], self.config.norm_eps)
+        return self.ops.layer_norm(x, w[name + ".weight"], w.get(name + ".bias"), self.config.norm_eps)

@@ -1,0 +1,250 @@
+"""One sequence: its constant-size state, fed with ids, asked for text, copied and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from tcinfer import memory
+from tcinfer.config import check_count
+from tcinfer.errors import TcinferError
+from tcinfer.memory.state import State
+from tcinfer.sampler import Sampling, sample
+
+if TYPE_CHECKING:
+    from tcinfer.model import Model
+
+CHUNK = 256  # tokens of a prompt computed at once
+GROWTH = 256  # tokens: the block by which an unbounded cache grows, at least
+DEFAULT_TOKENS = 256  # that `generate` writes
+
+Progress = Callable[[int], None]  # called with the number of tokens just taken in
+
+
+class Piece(NamedTuple):
+    """What one token adds to a text. `text` holds complete characters only, so it may be empty."""
+
+    text: str
+    id: int
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A session's whole state at one moment; opaque. Its bytes are the state's, and nothing else."""
+
+    model: Model
+    state: State
+    logits: NDArray[np.float32] | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.state.nbytes
+
+
+class Session:
+    """The state of one sequence, made by `model.session()`. Not for several threads at once; sessions are cheap."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._state = State(memory.layout(model.config, GROWTH))
+        self._logits: NDArray[np.float32] | None = None  # [V] after the last token, what generate goes on from
+        self._torn = False  # a pass was interrupted half way: some layers have moved on, some have not
+
+    @property
+    def position(self) -> int:
+        """Tokens taken in so far."""
+        return self._state.position
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state; never changes (but for `full` memory, which grows by design)."""
+        return self._state.nbytes
+
+    @property
+    def outside_window(self) -> int:
+        """Tokens taken in that the exact window (and the sinks) no longer hold."""
+        config = self.model.config
+        return max(0, self.position - config.window - config.sinks) if config.bounded else 0
+
+    def feed(self, ids: ArrayLike, all_logits: bool = False, progress: Progress | None = None) -> NDArray[np.float32]:
+        """Take ids in; logits float32 [V] after the last, or [len(ids), V] after each.
+
+        ids: one id or a sequence of any length. Raises TcinferError, the state untouched, on an id out of range, on
+        nothing, on anything that is not whole numbers, and past the end of learned positions.
+        """
+        checked = self._check(ids)
+        self._make_room(len(checked))
+        V = self.model.config.vocab_size
+        out = np.empty((len(checked), V), np.float32) if all_logits else None
+        self._torn = True
+        for a in range(0, len(checked), CHUNK):
+            part = checked[a : a + CHUNK]
+            last = a + CHUNK >= len(checked)
+            logits = self.model.forward(self._state, part, "all" if all_logits else "last" if last else "none")
+            if out is not None:
+                out[a : a + len(part)] = logits
+            if progress is not None:
+                progress(len(part))
+        self._torn = False
+        self._logits = logits[-1]
+        return logits[-1].copy() if out is None else out
+
+    def generate(
+        self,
+        prompt: str | ArrayLike | None = None,
+        max_tokens: int = DEFAULT_TOKENS,
+        temperature: float = Sampling.temperature,
+        top_k: int = Sampling.top_k,
+        top_p: float = Sampling.top_p,
+        min_p: float = Sampling.min_p,
+        seed: int = Sampling.seed,
+        stop: str | Sequence[str] = (),
+        progress: Progress | None = None,
+    ) -> Iterator[Piece]:
+        """Go on from here: feed `prompt` (text, ids, or nothing), then yield a Piece for each new token.
+
+        Text gets the BOS token in front where the file says so and the session is empty. Ends after max_tokens (-1:
+        never), at an end-of-text token, or before the first of the `stop` strings, which is not part of the text.
+        A token that is yielded has been fed: the session holds all that was shown. Raises TcinferError on bad
+        arguments at once, before the first piece is asked for.
+        """
+        how = Sampling(temperature, top_k, top_p, min_p, seed)
+        check_count("max_tokens", max_tokens, -1)
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        if not all(isinstance(s, str) and s for s in stops):
+            raise TcinferError("stop strings must be texts of at least one character")
+        ids = self._prompt_ids(prompt)
+        if len(ids):
+            self._check(ids)
+        elif self._logits is None:
+            raise TcinferError("there is nothing to go on from: give a prompt")
+        return self._generate(ids, max_tokens, how, stops, progress)
+
+    def _prompt_ids(self, prompt: str | ArrayLike | None) -> ArrayLike:
+        tokenizer = self.model.tokenizer
+        bos = self.position == 0 and tokenizer.add_bos
+        if isinstance(prompt, str):
+            return tokenizer.encode(prompt, bos=bos)
+        if prompt is not None:
+            return prompt
+        return [tokenizer.bos_id] if bos and tokenizer.bos_id is not None else []
+
+    def _generate(
+        self, ids: ArrayLike, max_tokens: int, how: Sampling, stops: list[str], progress: Progress | None
+    ) -> Iterator[Piece]:
+        rng, text = how.rng(), _Text(stops, self.model.tokenizer)
+        if np.size(ids):
+            self.feed(ids, progress=progress)
+        n = 0
+        while n != max_tokens:
+            self._check_whole()
+            assert self._logits is not None
+            chosen = sample(self._logits, how, rng)
+            n += 1
+            if chosen in self.model.tokenizer.eos_ids:
+                if rest := text.flush():
+                    yield Piece(rest, chosen)
+                return
+            self.feed(chosen)
+            piece = text.push(chosen)
+            if n == max_tokens and not text.stopped:
+                piece += text.flush()
+            yield Piece(piece, chosen)
+            if text.stopped:
+                return
+
+    def snapshot(self) -> Snapshot:
+        """A copy of the whole state, to be put back by `restore` any number of times."""
+        self._check_whole()
+        return Snapshot(self.model, self._state.copy(), self._logits)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot of any session of the same model. Raises TcinferError for another model's."""
+        if snapshot.model is not self.model:
+            raise TcinferError("this snapshot was taken from another model")
+        self._state, self._logits, self._torn = snapshot.state.copy(), snapshot.logits, False
+
+    def fork(self) -> Session:
+        """Another session with the same past; from here on the two never influence each other."""
+        other = Session(self.model)
+        other.restore(self.snapshot())
+        return other
+
+    def reset(self) -> None:
+        """Forget everything: position 0, as new."""
+        self._state, self._logits, self._torn = State(memory.layout(self.model.config, GROWTH)), None, False
+
+    def _check_whole(self) -> None:
+        if self._torn:
+            raise TcinferError(
+                "this session was interrupted in the middle of a token and its layers disagree; "
+                "restore a snapshot, or reset it"
+            )
+
+    def _check(self, ids: ArrayLike) -> NDArray[np.int64]:
+        """ids as int64 [n], n >= 1, each in the vocabulary and all within what the model can take."""
+        self._check_whole()
+        config = self.model.config
+        try:
+            array = np.atleast_1d(np.asarray(ids))
+        except (ValueError, TypeError, OverflowError) as e:
+            raise TcinferError(f"ids must be a flat list of whole numbers: {e}") from None
+        if array.ndim != 1 or not array.size:
+            raise TcinferError("ids must be a flat list of at least one id")
+        if array.dtype.kind not in "iu":
+            raise TcinferError(f"ids must be whole numbers below {2**63}, not {array.dtype}")
+        bad = (array < 0) | (array >= config.vocab_size)
+        if bad.any():
+            at = int(np.argmax(bad))
+            raise TcinferError(f"id {array[at]} at index {at} is outside the vocabulary of {config.vocab_size}")
+        if config.learned_positions and self.position + array.size > config.context_length:
+            raise TcinferError(
+                f"this model has learned positions and ends at token {config.context_length}: "
+                f"{self.position} are taken, {array.size} more do not fit"
+            )
+        return array.astype(np.int64)
+
+    def _make_room(self, count: int) -> None:
+        """Full memory alone: grow the cache, by doubling, so that `count` more tokens fit."""
+        config = self.model.config
+        if config.bounded:
+            return
+        need = self.position + count
+        have = self._state.layers[0]["k"].shape[0] - config.sinks
+        if need > have:
+            capacity = -(-max(need, 2 * have) // GROWTH) * GROWTH
+            self._state = self._state.grown(memory.layout(config, capacity))
+
+
+class _Text:
+    """Ids in, text out: complete characters, and nothing that may yet turn out to be part of a stop string."""
+
+    def __init__(self, stops: list[str], tokenizer: object) -> None:
+        self._stops, self._decoder, self._held = stops, None, ""
+        self._tokenizer = tokenizer
+        self.stopped = False
+
+    def push(self, chosen: int) -> str:
+        if self._decoder is None:
+            self._decoder = self._tokenizer.stream()
+        return self._release(self._decoder.push(chosen))
+
+    def flush(self) -> str:
+        """What was held back, now that the text is over."""
+        rest = self._release(self._decoder.flush()) if self._decoder is not None else ""
+        rest, self._held = rest + self._held, ""
+        return rest
+
+    def _release(self, new: str) -> str:
+        text = self._held + new
+        ends = [at for at in map(text.find, self._stops) if at >= 0]
+        if ends:
+            self.stopped, self._held = True, ""
+            return text[: min(ends)]
+        keep = max((n for s in self._stops for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]

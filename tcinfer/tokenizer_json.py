@@ -1,0 +1,148 @@
+"""Hugging Face's `tokenizers`: whole tokenizer.json files, and what byte-level BPE is in one."""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from typing import Any, TypeVar
+
+from tcinfer.errors import FileError, TcinferError, TokenizerError
+from tcinfer.reader import short
+from tcinfer.tokenizer import HUGGINGFACE_JSON, StreamDecoder, Tokenizer, value
+
+_T = TypeVar("_T")
+
+
+def _byte_level(use_regex: bool) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+def _sequence(*steps: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", "pretokenizers": list(steps)}
+
+
+def _words(number: str) -> dict[str, Any]:
+    pattern = (
+        rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{number}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+# tokenizer.ggml.pre: how a text is cut before byte-level BPE, as a tokenizer.json writes it.
+PRE_TOKENIZERS = {
+    "gpt-2": _byte_level(True),
+    "smollm": _sequence({"type": "Digits", "individual_digits": True}, _byte_level(True)),
+    "qwen2": _sequence(_words(r"\p{N}"), _byte_level(False)),
+    "llama-bpe": _sequence(_words(r"\p{N}{1,3}"), _byte_level(False)),
+}
+IGNORES_MERGES = "llama-bpe"  # a word that is a token is that token, whatever the merges make of it
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """How byte-level BPE writes bytes: printable Latin-1 as itself, the rest in characters from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(rest)}
+
+
+ALPHABET = _byte_alphabet()
+
+
+def alphabet_bytes(piece: str) -> bytes:
+    """The bytes of a byte-level piece; a piece that is not written in the alphabet stands for itself."""
+    try:
+        return bytes([ALPHABET[character] for character in piece])
+    except KeyError:
+        return piece.encode()
+
+
+def load(text: str) -> Any:
+    """A tokenizer.json as the library has it, without truncation and padding. Raises FileError."""
+    import tokenizers
+
+    library = run(lambda: tokenizers.Tokenizer.from_str(text), FileError, "the file's tokenizer is broken")
+    library.no_truncation()
+    library.no_padding()
+    return library
+
+
+def run(call: Callable[[], _T], kind: type[TcinferError], what: str) -> _T:
+    """A library's answer, its own errors as ours."""
+    try:
+        return call()
+    except Exception as error:
+        raise kind(f"{what}: {' '.join(str(error).split())[:200]}") from None
+
+
+class HuggingFace(Tokenizer):
+    """`tokenizer.huggingface.json`: a whole tokenizer.json, run as it is, except for truncation and padding.
+
+    Ids beyond plain text (a template's [CLS] and the like) are not added: `bos` and the conversation do that.
+    """
+
+    def __init__(self, metadata: Mapping[str, Any], rows: int | None) -> None:
+        text = value(metadata, HUGGINGFACE_JSON, str, "")
+        self._library, self._blind = load(text), load(text)
+        self._blind.encode_special_tokens = True  # a setting of the object: hence two of them
+        self._names = {token: name for name, token in self._library.get_vocab().items()}
+        super().__init__(metadata, max(self._names, default=-1) + 1, rows)
+        added = self._library.get_added_tokens_decoder()
+        self._controls = {token for token, facts in added.items() if facts.special}
+        self._unknown = self._library.token_to_id(getattr(self._library.model, "unk_token", None) or "")
+        from tokenizers.decoders import ByteLevel
+
+        self._own_bytes = isinstance(self._library.decoder, ByteLevel)
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        library = self._library if special else self._blind
+        what = "the text cannot be encoded"
+        ids = run(lambda: library.encode(text, add_special_tokens=False).ids, TokenizerError, what)
+        if not special and (found := self._controls.intersection(ids) - {self._unknown}):
+            raise TokenizerError(f"the text holds the control token {short(self._names[min(found)])}")
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return super().decode(ids) if self._own_bytes else self._text([self._checked(token) for token in ids])
+
+    def stream(self) -> StreamDecoder:
+        return super().stream() if self._own_bytes else _WindowDecoder(self, self._text, self._anchor)
+
+    def _bytes(self, token: int) -> bytes:
+        if not self._own_bytes:
+            raise TokenizerError("the bytes of this tokenizer's tokens depend on the tokens around them")
+        return b"" if token in self._controls else alphabet_bytes(self._names.get(token, ""))
+
+    def _text(self, ids: list[int]) -> str:
+        return run(lambda: self._library.decode(ids), TokenizerError, "the ids cannot be decoded")
+
+    @cached_property
+    def _anchor(self) -> list[int]:
+        """A token that is a word: after it, a decoder keeps the space it drops where a text begins."""
+        return next(([token] for token in sorted(self._names) if self._text([token]).isalpha()), [])
+
+
+class _WindowDecoder(StreamDecoder):
+    """For decoders that look at neighbours: what a short window of ids gains in text with each new id."""
+
+    _MOST = 16  # ids without a complete character: more than any character has bytes
+
+    def __init__(self, tokenizer: HuggingFace, text: Callable[[list[int]], str], anchor: list[int]) -> None:
+        self._tokenizer, self._text = tokenizer, text
+        self._context, self._pending = anchor, list[int]()
+
+    def push(self, token: int) -> str:
+        self._pending.append(self._tokenizer._checked(token))
+        gained = self._gained()
+        if gained.endswith("\ufffd") and len(self._pending) < self._MOST:
+            return ""
+        if gained:
+            self._context, self._pending = self._pending, []
+        elif len(self._pending) >= self._MOST:  # nothing but tokens without text
+            self._pending = []
+        return gained
+
+    def flush(self) -> str:
+        gained, self._pending = self._gained(), []
+        return gained
+
+    def _gained(self) -> str:
+        return self._text(self._context + self._pending)[len(self._text(self._context)) :]
