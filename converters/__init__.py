@@ -13,6 +13,7 @@ from tcinfer.errors import FileError, TcinferError
 
 if TYPE_CHECKING:
     from tcinfer.converters.source import Source
+    from tcinfer.converters.write import Written
 
 FAMILIES = ("huggingface", "tcgpt")
 
@@ -32,3 +33,27 @@ def read(path: Path) -> Source:
                 text = str(e)
                 raise FileError(text if text.startswith(str(path)) else f"{path}: {text}") from None
     raise FileError(f"{path}: neither a checkpoint of the published trainer (ckpt.pt) nor a folder with config.json")
+
+
+def convert(
+    path: Path,
+    out: Path,
+    outtype: str = "f16",
+    tokenizer: Path | None = None,
+) -> tuple[Source, Written, Path | None]:
+    """Convert the checkpoint at `path` to the GGUF file `out`, with the tokenizer named or found beside it.
+
+    Returns what was read, what was written, and the tokenizer's file (None: there is none, and the file takes ids
+    alone). Raises FileError; `out` is then as it was.
+    """
+    from tcinfer.converters import vocabulary, write
+
+    source = read(path)
+    words = tokenizer if tokenizer is not None else vocabulary.find(source.folder)
+    try:
+        keys = {} if words is None else vocabulary.read(words, source.config.vocab_size)
+        return source, write.write(source, out, outtype, keys), words
+    except TcinferError as e:
+        text = str(e)
+        named = any(str(p) in text for p in (path, out, words) if p is not None)
+        raise FileError(text if named else f"{path}: {text}") from None

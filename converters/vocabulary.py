@@ -2,11 +2,14 @@
 
 import json
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tcinfer.reader import file_error, map_file, short
+from tcinfer.converters.sidecars import added_tokens, named_ids, read_bytes, read_object, sidecar
+
+from tcinfer.errors import FileError, TcinferError
+from tcinfer.reader import file_error, short
 from tcinfer.tokenizer import (
     ADD_BOS,
     ADD_SPACE_PREFIX,
@@ -14,9 +17,7 @@ from tcinfer.tokenizer import (
     BYTE,
     CHARSMAP,
     CONTROL,
-    EOM,
     EOS,
-    EOT,
     HUGGINGFACE_JSON,
     MERGES,
     MODEL,
@@ -33,10 +34,10 @@ from tcinfer.tokenizer import (
     USER_DEFINED,
     from_metadata,
 )
-from tcinfer.tokenizer_json import ALPHABET, IGNORES_MERGES, PRE_TOKENIZERS, load
+from tcinfer.tokenizer_json import ALPHABET, IGNORES_MERGES, PRE_TOKENIZERS, load, run
 from tcinfer.tokenizer_kinds import SPACE
 
-MOST_BYTES = 1 << 26  # the largest tokenizer.json in use has about 35 MB
+_GPT2_END = "<|endoftext|>"
 
 Metadata = dict[str, Any]
 
@@ -54,7 +55,7 @@ def find(folder: Path) -> Path | None:
 
 
 def read(path: Path, vocab_size: int) -> Metadata:
-    """The `tokenizer.*` metadata for a tokenizer file, or for the one in a folder, of a model with so many rows.
+    """The `tokenizer.*` metadata for a tokenizer file, or the one in a folder, of a model with so many rows.
 
     What comes back was tried: the runtime takes it. Raises FileError for whatever is wrong, more tokens than
     rows included.
@@ -73,35 +74,31 @@ def read(path: Path, vocab_size: int) -> Metadata:
         from_metadata(metadata, vocab_size)
     except Exception as error:  # a damaged file can raise anything
         text = " ".join(str(error).split())[:300]
-        if not isinstance(error, _Wrong | TcinferError):
+        if not isinstance(error, TcinferError):
             text = f"damaged ({type(error).__name__}: {text})"
         raise file_error(path, text.removeprefix(f"{path}: ")) from None
     return metadata
 
 
-class _Wrong(ValueError):
-    """What is wrong with the file, as a sentence."""
-
-
 def _sentencepiece(path: Path, vocab_size: int) -> Metadata:
     """A SentencePiece model; a charsmap is kept for BPE as well: its normalization is part of its ids."""
-    import sentencepiece
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
     schema: Any = sentencepiece_model_pb2  # generated code: mypy sees no names in it
-    data = _bytes(path)
     try:
-        proto = schema.ModelProto.FromString(data)
+        proto = schema.ModelProto.FromString(read_bytes(path))
     except DecodeError:
-        raise _Wrong("is no SentencePiece model; if it is another kind, give its tokenizer.json") from None
+        raise FileError("is no SentencePiece model; if it is another kind, give its tokenizer.json") from None
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    if not (proto.HasField("trainer_spec") and proto.HasField("normalizer_spec")):  # they follow the pieces
+        raise FileError("is cut short: a SentencePiece model ends with how it was trained and normalizes")
     models = {schema.TrainerSpec.BPE: "llama", schema.TrainerSpec.UNIGRAM: "t5"}
     if trainer.model_type not in models:
         name = schema.TrainerSpec.ModelType.Name(trainer.model_type)
-        raise _Wrong(f"is a SentencePiece {name} model; only BPE and UNIGRAM are supported")
+        raise FileError(f"is a SentencePiece {name} model; only BPE and UNIGRAM are supported")
     if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
-        raise _Wrong("treats spaces in a way (as suffix, or unescaped) that a GGUF file cannot say")
+        raise FileError("treats spaces in a way (as suffix, or unescaped) that a GGUF file cannot say")
     metadata: Metadata = {
         MODEL: models[trainer.model_type],
         TOKENS: [piece.piece for piece in proto.pieces],
@@ -112,32 +109,51 @@ def _sentencepiece(path: Path, vocab_size: int) -> Metadata:
     }
     if normalizer.precompiled_charsmap:
         metadata[CHARSMAP] = normalizer.precompiled_charsmap
-    library = sentencepiece.SentencePieceProcessor(model_proto=data)
-    ids = {BOS: library.bos_id(), EOS: library.eos_id(), UNKNOWN_ID: library.unk_id(), PADDING_ID: library.pad_id()}
-    metadata |= {key: token for key, token in ids.items() if token >= 0}
+    found = {
+        piece.piece: token for token, piece in enumerate(proto.pieces) if piece.type in (UNKNOWN, CONTROL)
+    }
+    names = {
+        BOS: trainer.bos_piece,
+        EOS: trainer.eos_piece,
+        UNKNOWN_ID: trainer.unk_piece,
+        PADDING_ID: trainer.pad_piece,
+    }
+    metadata |= {key: found[name] for key, name in names.items() if name in found}
     _add_tokens(metadata, path.parent, vocab_size)
     metadata[SCORES] += [0.0] * (len(metadata[TOKENS]) - len(metadata[SCORES]))
-    return metadata | _named_ids(path.parent, metadata[TOKENS])
+    return metadata | named_ids(path.parent, metadata[TOKENS])
 
 
 def _tokenizer_json(path: Path, vocab_size: int) -> Metadata:
     """A tokenizer.json: `gpt2` where that says all of it, else whole."""
-    text = _bytes(path).decode()
+    text = read_bytes(path).decode()
     library = load(text)
     ids = library.get_vocab()
     _room(max(ids.values(), default=-1) + 1, vocab_size)
-    plain, whole = (library.encode("a", add_special_tokens=added).ids for added in (False, True))
+    plain, whole = _with_template(library)
     adds_bos = len(whole) > len(plain) and whole[1 : 1 + len(plain)] == plain and whole[: len(plain)] != plain
     metadata = None
     if whole == plain or (adds_bos and len(whole) == len(plain) + 1):
         metadata = _gpt2_of_json(json.loads(library.to_str()), ids)
     metadata = metadata or {HUGGINGFACE_JSON: text}
-    metadata |= _named_ids(path.parent, ids) | {ADD_BOS: adds_bos}
+    metadata |= named_ids(path.parent, ids) | {ADD_BOS: adds_bos}
     return metadata | ({BOS: whole[0]} if adds_bos else {})
 
 
+def _with_template(library: Any) -> tuple[list[int], list[int]]:
+    """A text's ids without and with what the post-processor adds."""
+
+    def ids(added: bool) -> list[int]:
+        return run(lambda: library.encode("a", add_special_tokens=added).ids, FileError, "cannot be tried")
+
+    try:
+        return ids(False), ids(True)
+    except FileError:  # a vocabulary that lacks even this letter
+        return [], []
+
+
 def _gpt2_of_json(facts: dict[str, Any], ids: dict[str, int]) -> Metadata | None:
-    """`gpt2` metadata for a tokenizer.json as the library writes it, or None where it could give other ids."""
+    """`gpt2` metadata for a tokenizer.json as the library writes it, None where ids could differ."""
     model, added, decoder = facts["model"], facts["added_tokens"], facts["decoder"]
     if model["type"] != "BPE" or facts["normalizer"] or not decoder or decoder["type"] != "ByteLevel":
         return None
@@ -170,22 +186,23 @@ def _without_offsets(step: Any) -> Any:
 def _vocab_and_merges(path: Path, vocab_size: int) -> Metadata:
     """GPT-2's vocab.json and merges.txt, given by either of the two."""
     folder = path.parent
-    vocabulary = _object(folder / "vocab.json")
-    owner = _sidecar(folder, "tokenizer_config.json").get("tokenizer_class")
+    vocabulary = read_object(folder / "vocab.json")
+    owner = sidecar(folder, "tokenizer_config.json").get("tokenizer_class")
     if owner not in (None, "GPT2Tokenizer", "GPT2TokenizerFast"):
-        raise _Wrong(f"belongs to a {short(str(owner))}, which needs its tokenizer.json")
+        raise FileError(f"belongs to a {short(str(owner))}, which needs its tokenizer.json")
     if not all(type(token) is int and token >= 0 for token in vocabulary.values()):
-        raise _Wrong("vocab.json should map each token to its id")
+        raise FileError("vocab.json should map each token to its id")
     if len(set(vocabulary.values())) < len(vocabulary):
-        raise _Wrong("vocab.json gives two tokens the same id")
+        raise FileError("vocab.json gives two tokens the same id")
     _room(max(vocabulary.values(), default=-1) + 1, vocab_size)
-    lines = _bytes(folder / "merges.txt").decode().split("\n")
+    lines = read_bytes(folder / "merges.txt").decode().split("\n")
     merges = [line.removesuffix("\r") for line in lines[lines[0].startswith("#version") :] if line.strip()]
     end = vocabulary.get(_GPT2_END)
-    metadata = _by_id(vocabulary, {} if end is None else {end: CONTROL}) | {MODEL: "gpt2", PRE: "gpt-2", MERGES: merges}
+    kinds = {} if end is None else {end: CONTROL}
+    metadata = _by_id(vocabulary, kinds) | {MODEL: "gpt2", PRE: "gpt-2", MERGES: merges}
     metadata |= {} if end is None else {BOS: end, EOS: end}
     _add_tokens(metadata, folder, vocab_size)
-    return metadata | _named_ids(folder, metadata[TOKENS])
+    return metadata | named_ids(folder, metadata[TOKENS])
 
 
 def _nanogpt(path: Path, vocab_size: int) -> Metadata:
@@ -197,23 +214,82 @@ def _nanogpt(path: Path, vocab_size: int) -> Metadata:
     if isinstance(table, dict):
         table = [table.get(token) for token in range(len(table))]
     if not isinstance(table, list) or not all(isinstance(item, str) and len(item) == 1 for item in table):
-        raise _Wrong("should hold `itos`, a character for each id from 0 on")
+        raise FileError("should hold `itos`, a character for each id from 0 on")
     if "stoi" in meta and meta["stoi"] != {character: token for token, character in enumerate(table)}:
-        raise _Wrong("its `stoi` and `itos` do not agree")
+        raise FileError("its `stoi` and `itos` do not agree")
     return {MODEL: "char", TOKENS: table}
 
 
 def _llama2c(path: Path, vocab_size: int) -> Metadata:
     """llama2.c's tok*.bin: a longest length, then a score, a length and the bytes of each piece."""
-    data = _bytes(path)
+    data = read_bytes(path)
     pieces: list[str] = []
     scores: list[float] = []
     position = 4
-    while position < len(data) and len(pieces) <= vocab_size:
+    while position < len(data):
+        if len(data) - position < 8:
+            raise FileError(f"ends within token {len(pieces)}")
         score, length = struct.unpack_from("<fi", data, position)
         position += 8
         if not 0 <= length <= len(data) - position:
-            raise _Wrong(f"token {len(pieces)} should have {length} bytes, {len(data) - position} are left")
+            raise FileError(
+                f"token {len(pieces)} should have {length} bytes, {len(data) - position} are left"
+            )
         pieces.append(data[position : position + length].decode().replace(" ", SPACE))
         scores.append(score)
         position += length
+    _room(len(pieces), vocab_size)
+    if len(pieces) < 259:
+        raise FileError(f"has {len(pieces)} tokens; 259 come before the first that is text")
+    pieces[:3] = "<unk>", "<s>", "</s>"  # the file has line ends around two of them
+    return {
+        MODEL: "llama",
+        TOKENS: pieces,
+        SCORES: scores,
+        TYPES: [UNKNOWN, CONTROL, CONTROL] + [BYTE] * 256 + [NORMAL] * (len(pieces) - 259),
+        BOS: 1,
+        EOS: 2,
+        UNKNOWN_ID: 0,
+        ADD_BOS: True,
+        ADD_SPACE_PREFIX: True,
+    }
+
+
+_KINDS: dict[str, Callable[[Path, int], Metadata]] = {
+    "vocab.json": _vocab_and_merges,
+    "merges.txt": _vocab_and_merges,
+    ".model": _sentencepiece,
+    ".json": _tokenizer_json,
+    ".pkl": _nanogpt,
+    ".bin": _llama2c,
+}
+
+
+def _room(tokens: int, vocab_size: int) -> None:
+    if tokens > vocab_size:
+        raise FileError(f"the tokenizer has {tokens} tokens, but the model's vocabulary is {vocab_size}")
+
+
+def _by_id(ids: dict[str, int], kinds: dict[int, int]) -> Metadata:
+    """Tokens and types in the order of their ids; an id that nothing has is an unused token."""
+    names = {token: text for text, token in ids.items()}
+    count = max(names, default=-1) + 1
+    return {
+        TOKENS: [names.get(token, f"[PAD{token}]") for token in range(count)],
+        TYPES: [kinds.get(token, NORMAL if token in names else UNUSED) for token in range(count)],
+    }
+
+
+def _add_tokens(metadata: Metadata, folder: Path, vocab_size: int) -> None:
+    """Put in the tokens that Hugging Face's files beside a vocabulary add to it, or call special."""
+    added = added_tokens(folder)
+    tokens, types = metadata[TOKENS], metadata[TYPES]
+    _room(max([len(tokens) - 1, *added]) + 1, vocab_size)
+    for token, (text, kind) in sorted(added.items()):
+        for filler in range(len(tokens), token + 1):
+            tokens.append(f"[PAD{filler}]")
+            types.append(UNUSED)
+        if types[token] == UNUSED:
+            tokens[token] = text
+        if tokens[token] == text and types[token] in (NORMAL, UNUSED, USER_DEFINED):
+            types[token] = kind

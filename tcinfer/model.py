@@ -91,7 +91,6 @@ class Model:
         "none" [0, V]."""
         config, ops = self.config, self.ops
         first, T = state.position, len(ids)
-        ops.begin()
         chunk = Chunk(ops, config, self._freq, first, T)
         x = self._embedding.rows(ids)  # [T, C]
         if self._positions is not None:

@@ -17,6 +17,7 @@ from tcinfer.sampler import Sampling, sample
 
 if TYPE_CHECKING:
     from tcinfer.model import Model
+    from tcinfer.tokenizer import Tokenizer
 
 CHUNK = 256  # tokens of a prompt computed at once
 GROWTH = 256  # tokens: the block by which an unbounded cache grows, at least
@@ -223,15 +224,13 @@ class Session:
 class _Text:
     """Ids in, text out: complete characters, and nothing that may yet turn out to be part of a stop string."""
 
-    def __init__(self, stops: list[str], tokenizer: object) -> None:
-        self._stops, self._decoder, self._held = stops, None, ""
-        self._tokenizer = tokenizer
+    def __init__(self, stops: list[str], tokenizer: Tokenizer) -> None:
+        self._stops, self._held = stops, ""
+        self._decoder = tokenizer.stream() if tokenizer.vocab_size else None  # a file without one: ids, no text
         self.stopped = False
 
     def push(self, chosen: int) -> str:
-        if self._decoder is None:
-            self._decoder = self._tokenizer.stream()
-        return self._release(self._decoder.push(chosen))
+        return self._release(self._decoder.push(chosen)) if self._decoder is not None else ""
 
     def flush(self) -> str:
         """What was held back, now that the text is over."""

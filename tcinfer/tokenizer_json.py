@@ -5,8 +5,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from tcinfer.errors import FileError, TcinferError, TokenizerError
-from tcinfer.reader import short
-from tcinfer.tokenizer import HUGGINGFACE_JSON, StreamDecoder, Tokenizer, value
+from tcinfer.tokenizer import HUGGINGFACE_JSON, StreamDecoder, Tokenizer, short, value
 
 _T = TypeVar("_T")
 
@@ -69,8 +68,10 @@ def run(call: Callable[[], _T], kind: type[TcinferError], what: str) -> _T:
     """A library's answer, its own errors as ours."""
     try:
         return call()
-    except Exception as error:
-        raise kind(f"{what}: {' '.join(str(error).split())[:200]}") from None
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":  # Rust's: no Exception
+            raise kind(f"{what}: {' '.join(str(error).split())[:200]}") from None
+        raise
 
 
 class HuggingFace(Tokenizer):

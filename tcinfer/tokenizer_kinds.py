@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from tcinfer.errors import FileError, TokenizerError
-from tcinfer.reader import short
 from tcinfer.tokenizer import (
     ADD_SPACE_PREFIX,
     BYTE,
@@ -33,6 +32,7 @@ from tcinfer.tokenizer import (
     USER_DEFINED,
     Tokenizer,
     numbers,
+    short,
     strings,
     token_id,
     value,
@@ -52,14 +52,14 @@ class _Pieces(Tokenizer):
     def __init__(self, metadata: Mapping[str, Any], rows: int | None, add_bos: bool = False) -> None:
         self._tokens = strings(metadata, TOKENS)
         count = len(self._tokens)
+        if not count:
+            raise FileError(f"{TOKENS} is empty")
         super().__init__(metadata, count, rows, add_bos)
         self._types = numbers(metadata, TYPES, "iu", count) if TYPES in metadata else [NORMAL] * count
         if not set(self._types) <= set(range(NORMAL, BYTE + 1)):
             raise FileError(f"{TYPES}: a token type is {NORMAL} to {BYTE}")
-        for token in [self.bos_id, *self.eos_ids]:
-            if (
-                token is not None and token < count and self._types[token] == USER_DEFINED
-            ):  # text must not end a turn
+        for token, kind in enumerate(self._types):  # plain text must not end a turn
+            if kind == USER_DEFINED and (token == self.bos_id or token in self.eos_ids):
                 self._types[token] = CONTROL
         self._table = list(map(self._piece_bytes, range(count)))
         self._cut_out = self._of_type(CONTROL, *self._always)
@@ -159,7 +159,9 @@ class _SentencePiece(_Pieces):
         return bytes([int(match[1], 16)])
 
     def _bytes(self, token: int) -> bytes:
-        return " \u2047 ".encode() if token == self._unknown else super()._bytes(token)
+        if token == self._unknown < len(self._table):
+            return " \u2047 ".encode()  # as the library shows it
+        return super()._bytes(token)
 
     def decode(self, ids: Iterable[int]) -> str:
         text = super().decode(ids)
@@ -188,9 +190,8 @@ class _ByteLevel(_Pieces):
         self._library = load(json.dumps({"pre_tokenizer": PRE_TOKENIZERS[pre], "model": model}))
 
     def _encode_plain(self, text: str) -> list[int]:
-        if self._missing and (
-            lost := self._missing.intersection(text.encode())
-        ):  # the library would drop them
+        lost = self._missing.intersection(text.encode()) if self._missing else None
+        if lost:  # the library would drop them silently
             raise TokenizerError(f"the text holds the byte 0x{min(lost):02X}, which the vocabulary lacks")
         return self._library.encode(text, add_special_tokens=False).ids
 

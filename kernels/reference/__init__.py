@@ -9,10 +9,11 @@ class Reference:
     name = "numpy"
 
     def __init__(self, threads: int | None = None) -> None:
-        self.threads = threads  # NumPy's own library decides; kept so that every backend is made alike
+        """threads: of the matrix products, which are NumPy's own (process-wide); None leaves them as they are."""
+        if threads is not None:
+            from threadpoolctl import threadpool_limits
 
-    def begin(self) -> None:
-        """Called before a pass through the model, in the thread that runs it."""
+            threadpool_limits(threads, user_api="blas")
 
     linear = staticmethod(quants.linear)
     rms_norm = staticmethod(pointwise.rms_norm)

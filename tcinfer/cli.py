@@ -1,0 +1,231 @@
+"""The command line: glue only. stdout carries results, stderr everything else."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from io import TextIOWrapper
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tcinfer import __version__
+from tcinfer.errors import TcinferError
+
+if TYPE_CHECKING:
+    from tcinfer.model import Model
+    from tcinfer.session import Session
+
+INTERRUPTED = 130  # exit status after Ctrl-C
+VERIFIED_BELOW = 2**30  # bytes of output up to which a conversion is checked unless told otherwise
+
+
+def main() -> None:
+    """The `tcinfer` command: one line on stderr and status 1 for every error of the user's, never a traceback."""
+    try:
+        status = cli(standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as e:
+        e.show()
+        status = e.exit_code
+    except TcinferError as e:
+        click.echo(f"tcinfer: {e}", err=True)
+        status = 1
+    except (KeyboardInterrupt, click.Abort):
+        status = INTERRUPTED
+    except BrokenPipeError:  # the reader has had enough (`| head`): that is no error
+        status = 0
+    _close_stdout()
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _close_stdout() -> None:
+    """Leave nothing for the interpreter to complain of when stdout is a pipe that was closed."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, message="tcinfer %(version)s")
+def cli() -> None:
+    """Run Tensor Cache transformers, and plain Llama-family models, in memory that does not grow."""
+
+
+def model_options(command: Any) -> Any:
+    """The options that choose a model and how it runs."""
+    for option in reversed(
+        (
+            click.option("-m", "--model", metavar="MODEL.gguf", help="The model; without it, the bundled one."),
+            click.option("--memory", metavar="MODE", help="full, window, sinks, infini or tensor, in place of the file's own."),
+            click.option("--window", type=int, metavar="N", help="Tokens kept exactly."),
+            click.option("--sinks", type=int, metavar="N", help="First tokens kept for ever, beside the window."),
+            click.option(
+                "--backend", default="auto", show_default=True, metavar="NAME", help="auto, numpy, numba or cuda."
+            ),
+            click.option("--threads", type=int, metavar="N", help="Threads of the matrix products."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def _load(options: dict[str, Any]) -> Model:
+    from tcinfer.loader import load
+
+    return load(
+        options["model"],
+        backend=options["backend"],
+        memory=options["memory"],
+        window=options["window"],
+        sinks=options["sinks"],
+        threads=options["threads"],
+    )
+
+
+@cli.command()
+@model_options
+@click.option("-p", "--prompt", metavar="TEXT", help="What to go on from.")
+@click.option("-f", "--file", metavar="FILE", help="The prompt is this file's text.")
+@click.option("-n", "--max-tokens", type=int, default=256, show_default=True, metavar="N", help="-1: no end.")
+@click.option("--temp", type=float, default=0.8, show_default=True, metavar="T", help="0: always the likeliest.")
+@click.option("--top-k", type=int, default=40, show_default=True, metavar="K", help="0: off.")
+@click.option("--top-p", type=float, default=0.95, show_default=True, metavar="P", help="1: off.")
+@click.option("--min-p", type=float, default=0.05, show_default=True, metavar="P", help="0: off.")
+@click.option("--seed", type=int, default=-1, show_default=True, metavar="S", help="-1: another text each time.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
+def generate(**options: Any) -> None:
+    """Go on from a prompt (-p, -f, or standard input) and stream the text.
+
+    stdout carries the new text alone; the last line on stderr tells tokens, tokens per second, bytes of state, and
+    how many tokens lie outside the exact window.
+    """
+    from tcinfer.progress import bar
+
+    model = _load(options)
+    session = model.session()
+    ids = model.tokenizer.encode(_prompt(options["prompt"], options["file"]), bos=model.tokenizer.add_bos)
+    marks = [time.monotonic()]  # start, then the end of each part of the prompt
+    with bar("reading the prompt", len(ids)) as advance:
+
+        def progress(n: int) -> None:
+            marks.append(time.monotonic())
+            del marks[1:-1]
+            advance(n)
+
+        pieces = session.generate(
+            ids or None,
+            max_tokens=options["max_tokens"],
+            temperature=options["temp"],
+            top_k=options["top_k"],
+            top_p=options["top_p"],
+            min_p=options["min_p"],
+            seed=options["seed"],
+            stop=options["stop"],
+            progress=progress,
+        )
+        first = next(pieces, None)
+    _use_utf8()
+    count = 0
+    try:
+        for piece in () if first is None else chain((first,), pieces):
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
+            count += 1
+    finally:
+        if sys.stdout.isatty():
+            click.echo()
+        _figures(session, len(ids), marks[-1] - marks[0], count, time.monotonic() - marks[-1])
+
+
+def _prompt(text: str | None, file: str | None) -> str:
+    if text is not None and file is not None:
+        raise TcinferError("-p and -f exclude each other")
+    if text is not None:
+        return text
+    if file is not None:
+        try:
+            data = Path(file).read_bytes()
+        except OSError as e:
+            raise TcinferError(f"{file}: {e.strerror}") from None
+    elif sys.stdin.isatty():
+        raise TcinferError("no prompt: give -p TEXT or -f FILE, or pipe a text in")
+    else:
+        data = sys.stdin.buffer.read()
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        click.echo("tcinfer: the prompt is not valid UTF-8; what is not was replaced", err=True)
+        return data.decode(errors="replace")
+
+
+def _use_utf8() -> None:
+    """A model's text is UTF-8 whatever the locale says."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace", newline="")
+
+
+def _figures(session: Session, prompt: int, reading: float, new: int, writing: float) -> None:
+    config = session.model.config
+    outside = f"{session.outside_window:,} tokens outside the exact window of {config.window:,}"
+    if not config.bounded:
+        outside = "the cache grows with every token (--memory window or sinks does not)"
+    click.echo(
+        f"prompt {prompt:,} tokens, {rate(prompt, reading)}; new {new:,} tokens, {rate(new, writing)}; "
+        f"state {session.nbytes:,} bytes; {outside}",
+        err=True,
+    )
+
+
+def rate(tokens: int, seconds: float) -> str:
+    """Tokens per second, for people."""
+    return f"{tokens / seconds:,.1f} tokens/s" if seconds > 0 and tokens else "no time"
+
+
+@cli.command()
+@click.argument("checkpoint", metavar="CKPT")
+@click.option("-o", "--output", metavar="OUT.gguf", help="Without it, CKPT's name and type in this folder.")
+@click.option(
+    "--outtype",
+    default="f16",
+    show_default=True,
+    metavar="TYPE",
+    help="f32, f16, bf16, q8_0, q4_0, q4_1, q5_0 or q5_1. Gates, decays and rates always stay f32.",
+)
+@click.option("--tokenizer", metavar="FILE", help="Without it, the one that lies beside the checkpoint.")
+@click.option("--verify/--no-verify", default=None, help="Decode from both and compare; on below 1 GiB.")
+def convert(checkpoint: str, output: str | None, outtype: str, tokenizer: str | None, verify: bool | None) -> None:
+    """Convert a checkpoint (ckpt.pt, or a Hugging Face folder) to GGUF. Needs no PyTorch."""
+    from tcinfer import converters
+    from tcinfer.converters import write
+
+    if outtype not in write.OUTTYPES:
+        raise TcinferError(f"--outtype {outtype!r} is not one of {', '.join(write.OUTTYPES)}")
+    path = Path(checkpoint)
+    out = Path(output) if output else Path(f"{path.resolve().stem if path.is_file() else path.resolve().name}-{outtype}.gguf")
+    words = Path(tokenizer) if tokenizer else None
+    source, written, found = converters.convert(path, out, outtype, words)
+    for note in source.notes:
+        click.echo(f"not used: {note}", err=True)
+    if written.fallback:
+        click.echo(f"kept in F16, rows no multiple of the block: {', '.join(written.fallback)}", err=True)
+    if found is None:
+        click.echo("no tokenizer found: the file takes ids, not text (--tokenizer FILE)", err=True)
+    kinds = ", ".join(f"{n} {kind}" for kind, n in written.kinds.items())
+    click.echo(f"{out}: {written.nbytes:,} bytes; {source.config.memory} memory; tensors: {kinds}")
+    if verify or (verify is None and written.nbytes < VERIFIED_BELOW):
+        worst, largest, count = write.verify(source, out)
+        click.echo(f"verified on {count} tokens: logits differ by at most {worst:.3g} (largest logit {largest:.3g})")
+
+
+@cli.command()
+@click.argument("model", metavar="MODEL.gguf", required=False)
+def inspect(model: str | None) -> None:
+    """Show what a model file holds: shape, memory and its options, bytes of state, weights. Default: the bundled one."""
+    from tcinfer.inspect import report
+
+    click.echo(report(model))
