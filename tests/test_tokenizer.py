@@ -187,7 +187,7 @@ def test_import_is_light():
 def test_round_trip(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    assert streamed(tokenizer, ids).removeprefix(" ") == text.removeprefix(" ")
+    assert streamed(tokenizer, ids) in (text, " " + text)
 
 
 @settings(max_examples=60, deadline=None)
