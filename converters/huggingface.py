@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from tcinfer.config import ModelConfig, check_count
 from tcinfer.converters import source
 from tcinfer.converters.source import F32, Load, Names, Source, typed
+
+from tcinfer.config import ModelConfig, check_count
 from tcinfer.errors import FileError
 
 CONFIG = "config.json"
@@ -40,7 +40,7 @@ def read(path: Path) -> Source:
     memory = hf.get("tensor_cache")
     if memory is not None and not isinstance(memory, dict):
         raise FileError("tensor_cache in config.json must be an object")
-    config, divisors = _config(hf, memory)
+    config, divisors = _config(hf, memory, path.resolve().name)
     names = Names(have)
     if divisors is not None:
         names.out["rope_freqs.weight"] = lambda: divisors
@@ -48,9 +48,7 @@ def read(path: Path) -> Source:
     names.move("model.norm", "output_norm")
     names.head("lm_head.weight", names.out["token_embd.weight"])
     if not hf.get("tie_word_embeddings", False) and "lm_head.weight" not in have:
-        raise FileError(
-            "tensor 'lm_head.weight' is missing, and config.json does not tie it to the embedding"
-        )
+        raise FileError("tensor 'lm_head.weight' is missing, and config.json does not tie it to the embedding")
     for i in range(config.n_layers):
         _layer(names, config, i)
     names.drop(tuple(f"model.layers.{i}.self_attn.rotary_emb." for i in range(config.n_layers)))
@@ -89,7 +87,7 @@ def _interleave(load: Load, heads: int) -> F32:
     return x.reshape(heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 
-def _config(hf: dict[str, Any], memory: Mapping[str, Any] | None) -> tuple[ModelConfig, F32 | None]:
+def _config(hf: dict[str, Any], memory: Mapping[str, Any] | None, name: str) -> tuple[ModelConfig, F32 | None]:
     """The configuration, and the angles' divisors of a Llama 3 model."""
 
     def count(name: str, default: int | None = None) -> int:
@@ -102,9 +100,7 @@ def _config(hf: dict[str, Any], memory: Mapping[str, Any] | None) -> tuple[Model
 
     kind = hf.get("model_type")
     if kind not in MODEL_TYPES:
-        raise FileError(
-            f"model_type {kind!r} is not supported; this version converts {', '.join(MODEL_TYPES)}"
-        )
+        raise FileError(f"model_type {kind!r} is not supported; this version converts {', '.join(MODEL_TYPES)}")
     for name, harmless in (("hidden_act", "silu"), ("pretraining_tp", 1), ("partial_rotary_factor", 1.0)):
         if hf.get(name, harmless) != harmless:
             raise FileError(f"{name} {hf[name]!r} in config.json is not supported, only {harmless!r}")
@@ -112,7 +108,7 @@ def _config(hf: dict[str, Any], memory: Mapping[str, Any] | None) -> tuple[Model
     head_dim = count("head_dim", d_model // n_heads)
     rope, divisors = _rope(hf, head_dim, count("max_position_embeddings", 2048))
     window = hf.get("sliding_window") if hf.get("use_sliding_window", kind == "mistral") else None
-    own = {"memory": "window" if window else "full", "window": window or 0}
+    own: dict[str, Any] = {"memory": "window" if window else "full", "window": window or 0}
     arch = "qwen2" if kind == "qwen2" else "llama"
     if memory is not None:
         known = {*source.MEMORY_ARGS, *source.TENSOR_ARGS, *source.TRAINING_ARGS}
@@ -120,6 +116,7 @@ def _config(hf: dict[str, Any], memory: Mapping[str, Any] | None) -> tuple[Model
         arch, own = "tcllama", source.memory_fields(memory)
     config = ModelConfig(
         arch=arch,
+        name=name,
         vocab_size=count("vocab_size"),
         n_layers=count("num_hidden_layers"),
         d_model=d_model,

@@ -248,9 +248,7 @@ def _run(program: Any, archive: Callable[[str], np.ndarray] | None) -> Any:
         elif name in ("GLOBAL", "STACK_GLOBAL"):
             named = value.replace(" ", ".", 1) if value else ".".join(_take(stack, 2))
             if archive is None or (named not in BUILDERS and named not in DTYPES):
-                raise ValueError(
-                    f"names {short(named)}, which was not run; save tensors and plain values only"
-                )
+                raise ValueError(f"names {short(named)}, which was not run; save tensors and plain values only")
             stack.append(_Name(named))
         elif name == "REDUCE":
             builder, values = _take(stack, 2)

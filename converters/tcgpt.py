@@ -1,4 +1,4 @@
-"""The published trainer's `ckpt.pt` (mechanisms.md 1.1): a GPT block with Tensor Cache, Infini, window or full cache."""
+"""The published trainer's `ckpt.pt` (mechanisms.md 1.1): a GPT block with Tensor Cache, Infini, window or full."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tcinfer.config import ModelConfig, check_count
 from tcinfer.converters import source
 from tcinfer.converters.pickles import StoredTensor, load_torch
 from tcinfer.converters.source import F32, Load, Names, Source, typed
+
+from tcinfer.config import ModelConfig, check_count
 from tcinfer.errors import FileError
 
 COMPILED = "_orig_mod."  # torch.compile puts it before every name
@@ -36,9 +37,7 @@ def read(path: Path) -> Source:
     """Raises FileError for anything that is not such a checkpoint, or holds what this version does not know."""
     contents = load_torch(path)
     if not isinstance(contents, Mapping) or not {"model", "model_args"} <= set(contents):
-        raise FileError(
-            "no 'model' and 'model_args' inside: this is not a checkpoint of the published trainer"
-        )
+        raise FileError("no 'model' and 'model_args' inside: this is not a checkpoint of the published trainer")
     args, weights = contents["model_args"], contents["model"]
     if not isinstance(args, Mapping) or not isinstance(weights, Mapping):
         raise FileError("'model' and 'model_args' must be dictionaries")
@@ -47,7 +46,7 @@ def read(path: Path) -> Source:
         {*BLOCK_ARGS, *source.MEMORY_ARGS, *source.TENSOR_ARGS, *source.TRAINING_ARGS},
         "model_args",
     )
-    config = _config(args)
+    config = _config(args, path.resolve().parent.name)
     have: dict[str, Load] = {}
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, StoredTensor):
@@ -62,7 +61,7 @@ def read(path: Path) -> Source:
     return Source(config, names.out, path.parent, notes)
 
 
-def _config(args: Mapping[str, Any]) -> ModelConfig:
+def _config(args: Mapping[str, Any], name: str) -> ModelConfig:
     a = {name: typed(args, name, default) for name, default in BLOCK_ARGS.items()}
     check_count("n_head", a["n_head"], 1)
     check_count("n_embd", a["n_embd"], 1)
@@ -71,6 +70,7 @@ def _config(args: Mapping[str, Any]) -> ModelConfig:
     scaled = a["rope_scaling_factor"] > 1
     return ModelConfig(
         arch="tcgpt",
+        name=name,
         vocab_size=a["vocab_size"],
         n_layers=a["n_layer"],
         d_model=a["n_embd"],

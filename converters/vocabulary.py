@@ -109,9 +109,7 @@ def _sentencepiece(path: Path, vocab_size: int) -> Metadata:
     }
     if normalizer.precompiled_charsmap:
         metadata[CHARSMAP] = normalizer.precompiled_charsmap
-    found = {
-        piece.piece: token for token, piece in enumerate(proto.pieces) if piece.type in (UNKNOWN, CONTROL)
-    }
+    found = {piece.piece: token for token, piece in enumerate(proto.pieces) if piece.type in (UNKNOWN, CONTROL)}
     names = {
         BOS: trainer.bos_piece,
         EOS: trainer.eos_piece,
@@ -232,9 +230,7 @@ def _llama2c(path: Path, vocab_size: int) -> Metadata:
         score, length = struct.unpack_from("<fi", data, position)
         position += 8
         if not 0 <= length <= len(data) - position:
-            raise FileError(
-                f"token {len(pieces)} should have {length} bytes, {len(data) - position} are left"
-            )
+            raise FileError(f"token {len(pieces)} should have {length} bytes, {len(data) - position} are left")
         pieces.append(data[position : position + length].decode().replace(" ", SPACE))
         scores.append(score)
         position += length

@@ -15,10 +15,10 @@ from gguf.constants import GGMLQuantizationType as Kind
 from gguf.gguf_writer import GGUFWriter
 from gguf.quants import quantize
 from numpy.typing import NDArray
+from tcinfer.converters.source import F32, Source
 
 from tcinfer import format as schema
 from tcinfer.config import ModelConfig
-from tcinfer.converters.source import F32, Source
 from tcinfer.errors import FileError
 from tcinfer.loader import bind, load, operators
 from tcinfer.memory.state import Spec

@@ -1,9 +1,9 @@
 """tcinfer runs Tensor Cache transformers, and plain Llama-family models, in memory that does not grow.
 
-    import tcinfer
-    model = tcinfer.load("model.gguf")
-    for piece in model.session().generate("Once"):
-        print(piece.text, end="")
+import tcinfer
+model = tcinfer.load("model.gguf")
+for piece in model.session().generate("Once"):
+    print(piece.text, end="")
 """
 
 from __future__ import annotations

@@ -61,7 +61,9 @@ def model_options(command: Any) -> Any:
     for option in reversed(
         (
             click.option("-m", "--model", metavar="MODEL.gguf", help="The model; without it, the bundled one."),
-            click.option("--memory", metavar="MODE", help="full, window, sinks, infini or tensor, in place of the file's own."),
+            click.option(
+                "--memory", metavar="MODE", help="full, window, sinks, infini or tensor, in place of the file's own."
+            ),
             click.option("--window", type=int, metavar="N", help="Tokens kept exactly."),
             click.option("--sinks", type=int, metavar="N", help="First tokens kept for ever, beside the window."),
             click.option(
@@ -206,7 +208,11 @@ def convert(checkpoint: str, output: str | None, outtype: str, tokenizer: str | 
     if outtype not in write.OUTTYPES:
         raise TcinferError(f"--outtype {outtype!r} is not one of {', '.join(write.OUTTYPES)}")
     path = Path(checkpoint)
-    out = Path(output) if output else Path(f"{path.resolve().stem if path.is_file() else path.resolve().name}-{outtype}.gguf")
+    out = (
+        Path(output)
+        if output
+        else Path(f"{path.resolve().stem if path.is_file() else path.resolve().name}-{outtype}.gguf")
+    )
     words = Path(tokenizer) if tokenizer else None
     source, written, found = converters.convert(path, out, outtype, words)
     for note in source.notes:
@@ -225,7 +231,7 @@ def convert(checkpoint: str, output: str | None, outtype: str, tokenizer: str | 
 @cli.command()
 @click.argument("model", metavar="MODEL.gguf", required=False)
 def inspect(model: str | None) -> None:
-    """Show what a model file holds: shape, memory and its options, bytes of state, weights. Default: the bundled one."""
+    """Show what a model file holds (the bundled one's, without a name): shape, memory, state, weights."""
     from tcinfer.inspect import report
 
     click.echo(report(model))

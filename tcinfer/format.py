@@ -11,7 +11,7 @@ other runtimes refuse it; plain `llama` and `qwen2` files are read too, and then
 | `<arch>.attention.head_count`, `.head_count_kv`, `.key_length`, `.value_length` | heads |
 | `<arch>.attention.layer_norm_epsilon` or `.layer_norm_rms_epsilon` | eps of the block's norm |
 | `<arch>.attention.sliding_window` (u32) | tokens in the ring, sinks not counted; 0 is unbounded |
-| `<arch>.rope.dimension_count`, `.freq_base`, `.scaling.type`, `.scaling.factor` | rotation; 0 channels: learned positions |
+| `<arch>.rope.dimension_count`, `.freq_base`, `.scaling.type`, `.scaling.factor` | rotation; 0: learned positions |
 | `tcinfer.memory.mechanism` (string) | full, window, sinks, infini, tensor |
 | `tcinfer.memory.sinks` (u32), `.sink_positions` (string), `.key_conv` (u32) | first level |
 | `tcinfer.memory.<option>` | each option of the mechanism: the fields of `Options` in `memory/<mechanism>.py` |

@@ -51,9 +51,9 @@ def report(path: str | PathLike[str] | None = None) -> str:
     except TcinferError as e:
         raise FileError(f"{file.path}: {e}") from e
     lines = [f"{file.path}: GGUF version {file.version}, {file.path.stat().st_size:,} bytes"]
-    lines += [f"{name:<22}{getattr(config, name)}" for name in SHOWN]
+    lines += [f"{name:<22}{_shown(getattr(config, name))}" for name in SHOWN]
     if config.options is not None:
-        lines += [f"  {f.name:<20}{getattr(config.options, f.name)}" for f in fields(config.options)]
+        lines += [f"  {f.name:<20}{_shown(getattr(config.options, f.name))}" for f in fields(config.options)]
     kind = file.metadata.get(tokenizer.MODEL, "tokenizer.json" if words.vocab_size else "none")
     lines.append(f"{'tokenizer':<22}{kind}, {words.vocab_size:,} tokens")
     size = memory.layout(config).nbytes
@@ -78,12 +78,21 @@ def _bytes_per_token(config: ModelConfig) -> int:
 def _learned(layer: int, w: dict[str, np.ndarray]) -> list[str]:
     """A line on what the memory of a layer has learned, or none."""
     parts = []
-    for name, label in (("tc_gate.bias", "gate"), ("tc_decay", "decay"), ("tc_rate", "write rate"), ("tc_alpha", "alpha")):
+    for name, label in (
+        ("tc_gate.bias", "gate"),
+        ("tc_decay", "decay"),
+        ("tc_rate", "write rate"),
+        ("tc_alpha", "alpha"),
+    ):
         if name in w:
             parts.append(f"{label} {_span(sigmoid(w[name]))}")
     if "infini_beta" in w:
         parts.append(f"memory's share {_span(sigmoid(w['infini_beta']))}")
     return [f"  layer {layer:<14}{', '.join(parts)}"] if parts else []
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)  # a float32 of a file has no more digits than that
 
 
 def _span(x: np.ndarray) -> str:

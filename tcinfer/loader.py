@@ -74,7 +74,7 @@ def operators(backend: str, threads: int | None) -> kernels.Reference:
     """The operators of a backend by name. Raises TcinferError where it cannot run."""
     try:
         return kernels.backend(backend, threads)
-    except kernels.Unavailable as e:
+    except kernels.UnavailableError as e:
         raise TcinferError(str(e)) from None
 
 

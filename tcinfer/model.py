@@ -57,9 +57,7 @@ def tensors(config: ModelConfig) -> dict[str, Spec]:
 class Model:
     """A model ready to run: `config`, `tokenizer`, and weights that any number of sessions share."""
 
-    def __init__(
-        self, config: ModelConfig, weights: Mapping[str, Any], tokenizer: Tokenizer, ops: Reference
-    ) -> None:
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Any], tokenizer: Tokenizer, ops: Reference) -> None:
         """weights: by the names of `tensors`, a Matrix for each projection and a float32 array for the rest."""
         self.config, self.tokenizer, self.ops = config, tokenizer, ops
         self._embedding: Matrix = weights["token_embd.weight"]

@@ -262,9 +262,7 @@ def _tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, TensorInf
     return {name: tensors[name] for name in described}
 
 
-def _describe(
-    cursor: _Cursor, what: str, alignment: int
-) -> tuple[int, GGMLQuantizationType, tuple[int, ...], int]:
+def _describe(cursor: _Cursor, what: str, alignment: int) -> tuple[int, GGMLQuantizationType, tuple[int, ...], int]:
     """A tensor's offset in bytes, kind, dims in GGUF's order (innermost first), and bytes per row."""
     n_dims = cursor.number(U32, f"{what}: its dimensions")
     if not 1 <= n_dims <= MAX_DIMS:

@@ -39,13 +39,13 @@ def sample(logits: NDArray[np.float32], how: Sampling, rng: np.random.Generator)
         raise TcinferError("the model computed logits that are not finite: its weights are damaged or overflow")
     if how.temperature == 0:
         return int(np.argmax(logits))
-    ids = np.argsort(-logits, kind="stable")  # ties: the lower id first
+    ids: NDArray[np.intp] = np.argsort(-logits, kind="stable")  # ties: the lower id first
     if how.top_k:
         ids = ids[: how.top_k]
     ids = ids[: top_p(logits[ids], how.top_p)]
     ids = ids[: min_p(logits[ids], how.min_p)]
     p = probabilities(logits[ids], how.temperature)
-    at = np.searchsorted(np.cumsum(p), rng.random(), side="right")
+    at = int(np.searchsorted(np.cumsum(p), rng.random(), side="right"))
     return int(ids[min(at, len(ids) - 1)])
 
 

@@ -119,7 +119,7 @@ class Session:
         if not all(isinstance(s, str) and s for s in stops):
             raise TcinferError("stop strings must be texts of at least one character")
         ids = self._prompt_ids(prompt)
-        if len(ids):
+        if np.size(ids):
             self._check(ids)
         elif self._logits is None:
             raise TcinferError("there is nothing to go on from: give a prompt")

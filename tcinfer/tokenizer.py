@@ -49,9 +49,7 @@ class Tokenizer:
     valid and decode to nothing.
     """
 
-    def __init__(
-        self, metadata: Mapping[str, Any], tokens: int, rows: int | None, add_bos: bool = False
-    ) -> None:
+    def __init__(self, metadata: Mapping[str, Any], tokens: int, rows: int | None, add_bos: bool = False) -> None:
         """Raises FileError for more tokens than rows, an id out of range, or a BOS to add but none there."""
         if rows is not None and tokens > rows:
             raise FileError(f"the tokenizer has {tokens} tokens, but the model's vocabulary is {rows}")

@@ -37,9 +37,7 @@ def array(kind: int, count: int, values: bytes) -> bytes:
     return u32(kind) + u64(count) + values
 
 
-def tensor(
-    name: str | bytes, dims: tuple[int, ...], kind: int = F32, offset: int = 0, n_dims: int = -1
-) -> bytes:
+def tensor(name: str | bytes, dims: tuple[int, ...], kind: int = F32, offset: int = 0, n_dims: int = -1) -> bytes:
     n_dims = len(dims) if n_dims < 0 else n_dims
     return text(name) + u32(n_dims) + b"".join(map(u64, dims)) + u32(kind) + u64(offset)
 
@@ -189,8 +187,7 @@ def checkpoint(
     entries |= {"byteorder": order} | ({extra: program(b"}")} if extra else {})
     stored = {"0": struct.pack("<6f", *range(6))} if storages is None else storages
     return zipped(
-        {f"ckpt/{key}": raw for key, raw in entries.items()}
-        | {f"ckpt/data/{k}": v for k, v in stored.items()}
+        {f"ckpt/{key}": raw for key, raw in entries.items()} | {f"ckpt/data/{k}": v for k, v in stored.items()}
     )
 
 
@@ -205,17 +202,7 @@ def zipped(entries: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> 
 def small_checkpoint() -> bytes:
     """A valid one: {"model": {"w": [2, 3] floats 0..5, "tied": the same}, "n": 7}, with _metadata."""
     w = rebuilt(ints(2, 3), ints(3, 1))
-    model = (
-        ORDERED
-        + b"("
-        + string("w")
-        + w
-        + b"q\1"
-        + string("tied")
-        + b"h\1u"
-        + dict_of(_metadata=ORDERED)
-        + b"b"
-    )
+    model = ORDERED + b"(" + string("w") + w + b"q\1" + string("tied") + b"h\1u" + dict_of(_metadata=ORDERED) + b"b"
     return checkpoint(program(dict_of(model=model, n=integer(7))))
 
 
@@ -333,8 +320,7 @@ def hostile_checkpoints(marker: Path) -> Iterator[tuple[str, bytes]]:
         "a kind that is no storage": rebuilt(*one, of=storage("0", 6, REBUILD)),
         "a string for a kind": rebuilt(*one, of=storage("0", 6, string("torch.FloatStorage"))),
         "a short persistent id": tuple_of(string("storage"), FLOAT) + b"Q",
-        "a persistent id of a module": tuple_of(string("module"), FLOAT, string("0"), string("cpu"), b"K\6")
-        + b"Q",
+        "a persistent id of a module": tuple_of(string("module"), FLOAT, string("0"), string("cpu"), b"K\6") + b"Q",
         "BUILD of a tensor": rebuilt(*one) + dict_of(shape=ints(1000)) + b"b",
         "BUILD of a name": REBUILD + tuple_of(b"N", dict_of(__defaults__=b")")) + b"b",
         "BUILD of a class": name("collections", "OrderedDict") + dict_of(x=b"N") + b"b",

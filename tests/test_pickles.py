@@ -105,9 +105,7 @@ def test_a_plain_pickle_names_nothing_at_all(tmp_path: Path) -> None:
     assert "collections.OrderedDict" in refused(load_plain, written(tmp_path / "x.pkl", program(ORDERED)))
 
 
-@pytest.mark.parametrize(
-    "case", ["pickle: LONG_BINPUT 2^31", "zip bomb", "storage of 2^62", "an entry of 2^32-2"]
-)
+@pytest.mark.parametrize("case", ["pickle: LONG_BINPUT 2^31", "zip bomb", "storage of 2^62", "an entry of 2^32-2"])
 def test_hostile_checkpoint_takes_no_memory(tmp_path: Path, case: str) -> None:
     path = written(tmp_path / "x.pt", CHECKPOINTS[case])
     tracemalloc.start()
@@ -194,9 +192,7 @@ def test_views(tmp_path: Path, shape: tuple, strides: tuple, offset: int, expect
 
 def test_folders_parameters_and_sizes(tmp_path: Path) -> None:
     parameter = (
-        name("torch._utils", "_rebuild_parameter")
-        + tuple_of(rebuilt(ints(6), ints(1)), b"\x88", ORDERED)
-        + b"R"
+        name("torch._utils", "_rebuild_parameter") + tuple_of(rebuilt(ints(6), ints(1)), b"\x88", ORDERED) + b"R"
     )
     size = name("torch", "Size") + tuple_of(ints(2, 3)) + b"R"
     entries = {"data.pkl": program(dict_of(p=parameter, s=size)), "data/0": bytes(24)}
@@ -232,11 +228,7 @@ def test_a_nest_of_100_000_lists(tmp_path: Path) -> None:
 
 
 @settings(max_examples=500, deadline=1000)
-@given(
-    st.lists(
-        st.tuples(st.integers(0, len(small_checkpoint()) - 1), st.integers(1, 255)), min_size=1, max_size=4
-    )
-)
+@given(st.lists(st.tuples(st.integers(0, len(small_checkpoint()) - 1), st.integers(1, 255)), min_size=1, max_size=4))
 def test_flipped_bytes_load_or_fail_clearly(tmp_path_factory: pytest.TempPathFactory, flips: list) -> None:
     content = bytearray(small_checkpoint())
     for at, mask in flips:

@@ -144,9 +144,7 @@ def test_every_value_type_as_gguf_py_reads_it(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     writer.add_tensor("vector", rng.normal(size=5).astype(np.float32))
     writer.add_tensor("cube", rng.normal(size=(2, 3, 4)).astype(np.float16))
-    quantised = gguf.quants.quantize(
-        rng.normal(size=(3, 64)).astype(np.float32), gguf.GGMLQuantizationType.Q8_0
-    )
+    quantised = gguf.quants.quantize(rng.normal(size=(3, 64)).astype(np.float32), gguf.GGMLQuantizationType.Q8_0)
     writer.add_tensor("quantised", quantised, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -176,9 +174,7 @@ def test_empty_arrays_and_large_alignment(tmp_path: Path) -> None:
         pair("none", 9, (8).to_bytes(4, "little") + bytes(8)),
         pair("nothing", 9, (6).to_bytes(4, "little") + bytes(8)),
     )
-    file = read(
-        written(tmp_path / "x.gguf", build(pairs, (tensor("t", (2,)),), b"\0\0\x80?" * 2, alignment=65536))
-    )
+    file = read(written(tmp_path / "x.gguf", build(pairs, (tensor("t", (2,)),), b"\0\0\x80?" * 2, alignment=65536)))
     assert file.metadata["none"] == []
     assert np.asarray(file.metadata["nothing"]).shape == (0,)
     np.testing.assert_array_equal(file.tensors["t"].data.view(np.float32), [[1, 1]])
@@ -187,18 +183,14 @@ def test_empty_arrays_and_large_alignment(tmp_path: Path) -> None:
 def test_a_file_of_a_hundred_thousand_strings_is_quick(tmp_path: Path) -> None:
     count = 100_000
     strings = b"".join(text(f"token {i}") for i in range(count))
-    path = written(
-        tmp_path / "x.gguf", build((pair("k", 9, b"\x08\0\0\0" + count.to_bytes(8, "little") + strings),))
-    )
+    path = written(tmp_path / "x.gguf", build((pair("k", 9, b"\x08\0\0\0" + count.to_bytes(8, "little") + strings),)))
     start = time.process_time()
     assert len(read(path).metadata["k"]) == count  # type: ignore[arg-type]
     assert time.process_time() - start < 0.5
 
 
 @settings(max_examples=500, deadline=1000)
-@given(
-    st.lists(st.tuples(st.integers(0, len(small_gguf()) - 1), st.integers(1, 255)), min_size=1, max_size=4)
-)
+@given(st.lists(st.tuples(st.integers(0, len(small_gguf()) - 1), st.integers(1, 255)), min_size=1, max_size=4))
 def test_flipped_bytes_read_or_fail_clearly(tmp_path_factory: pytest.TempPathFactory, flips: list) -> None:
     content = bytearray(small_gguf())
     for at, mask in flips:

@@ -80,9 +80,7 @@ def char(**more):
 
 def hf_bytes():
     """A byte-fallback tokenizer.json in the manner of Llama 2: decoding looks at neighbours."""
-    vocabulary = {
-        name: token for token, name in enumerate(["<unk>", "<s>", *BYTES, "▁", "h", "i", "hi", "▁hi"])
-    }
+    vocabulary = {name: token for token, name in enumerate(["<unk>", "<s>", *BYTES, "▁", "h", "i", "hi", "▁hi"])}
     return json.dumps(
         {
             "added_tokens": [
@@ -344,9 +342,7 @@ def test_padded_rows_and_ids_out_of_range(tokenizer):
             tokenizer.decode([token])
         with pytest.raises(TokenizerError, match="outside the vocabulary"):
             tokenizer.stream().push(token)
-    assert (
-        from_metadata({MODEL: "llama", TOKENS: ["a"], SCORES: [0.0], TYPES: [1]}, 3).decode([1, 0, 2]) == "a"
-    )
+    assert from_metadata({MODEL: "llama", TOKENS: ["a"], SCORES: [0.0], TYPES: [1]}, 3).decode([1, 0, 2]) == "a"
     padded = from_metadata(spm(), 300)
     assert padded.decode([264, 299, np.int64(264)]) == "ab ab"
     with pytest.raises(TokenizerError):

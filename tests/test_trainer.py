@@ -114,9 +114,7 @@ def test_scan_equals_the_recurrence(rule, chunk):
     O, final = scan(q, k, v, decay.log(), rate, rule, chunk, start)  # noqa: E741
     assert (O - torch.stack(reads, 2)).abs().max() < 1e-10
     assert (final - A).abs().max() < 1e-10
-    O32, _ = scan(
-        q.float(), k.float(), v.float(), decay.log().float(), rate.float(), rule, chunk, start.float()
-    )
+    O32, _ = scan(q.float(), k.float(), v.float(), decay.log().float(), rate.float(), rule, chunk, start.float())
     assert O32.dtype == torch.float32
     assert (O32 - O).abs().max() < 1e-5 * O.abs().max()
 
@@ -151,9 +149,7 @@ def test_golden_logits(name):
 
 
 @pytest.mark.skipif(not GOLDEN.exists(), reason="golden checkpoints absent")
-@pytest.mark.parametrize(
-    "name", ["tc-per-token-gate", "tc-two-timescales", "tc-slots-k", "sinks", "infini-delta"]
-)
+@pytest.mark.parametrize("name", ["tc-per-token-gate", "tc-two-timescales", "tc-slots-k", "sinks", "infini-delta"])
 def test_other_options_are_refused(name):
     from network import load
 

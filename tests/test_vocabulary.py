@@ -124,9 +124,7 @@ def decoding_otherwise(library):
     library.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()])
 
 
-@pytest.mark.parametrize(
-    "change", [normalized, split_otherwise, stripping, ending, merged_control, decoding_otherwise]
-)
+@pytest.mark.parametrize("change", [normalized, split_otherwise, stripping, ending, merged_control, decoding_otherwise])
 def test_tokenizer_json_that_goes_whole(tmp_path, change):
     library = byte_level()
     assert "he" in library.get_vocab()

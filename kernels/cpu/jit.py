@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numba
+import numba.core.config
 from platformdirs import user_cache_path
 
 # Sums may be reordered (that is what makes them vector instructions), but NaN and Inf stay what they are.
@@ -44,11 +45,12 @@ def compiled(function: Callable | None = None, **options: Any) -> Any:
     if function is None:
         return lambda f: compiled(f, **options)
     folder = cache_folder()
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(folder) if folder else before  # read while the decorator runs, and only then
+    config: Any = numba.core.config
+    before = config.CACHE_DIR
+    config.CACHE_DIR = str(folder) if folder else before  # read while the decorator runs, and only then
     try:
         return numba.njit(nogil=True, fastmath=FASTMATH, error_model="numpy", cache=folder is not None, **options)(
             function
         )
     finally:
-        numba.config.CACHE_DIR = before
+        config.CACHE_DIR = before

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-
 from tcinfer.kernels.cpu.jit import compiled
 from tcinfer.kernels.reference import matrix_memory as reference
 
@@ -52,7 +51,7 @@ def _steps(
     out: F32,
 ) -> None:
     P, G, D, E = A.shape
-    T, R = q.shape[0], q.shape[2]
+    T = len(q)
     u = np.empty(E, np.float32)
     for t in range(T):
         for p in range(P):

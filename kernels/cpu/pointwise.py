@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-
 from tcinfer.kernels.cpu.jit import compiled
 
 F32 = NDArray[np.float32]

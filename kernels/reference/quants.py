@@ -31,7 +31,8 @@ class Matrix:
     """
 
     def __init__(self, data: NDArray[np.uint8], kind: Kind, shape: tuple[int, int]) -> None:
-        assert data.dtype == np.uint8 and data.ndim == 2 and len(data) == shape[0]
+        assert data.dtype == np.uint8
+        assert len(data) == shape[0]
         self.data, self.kind, self.shape = data, kind, shape
 
     @cached_property

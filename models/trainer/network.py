@@ -231,9 +231,7 @@ def load(path: Path | str) -> tuple[GPT, dict]:
     """The model of a published or own `ckpt.pt`, in evaluation mode, and the whole checkpoint."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     model = GPT(ModelArgs(**checkpoint["model_args"]))
-    model.load_state_dict(
-        {key.removeprefix("_orig_mod."): value for key, value in checkpoint["model"].items()}
-    )
+    model.load_state_dict({key.removeprefix("_orig_mod."): value for key, value in checkpoint["model"].items()})
     return model.eval(), checkpoint
 
 

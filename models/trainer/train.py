@@ -158,13 +158,9 @@ def new_model_args(config: dict, vocab_size: int) -> ModelArgs:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option(
-    "--data", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True, help="UTF-8 text."
-)
+@click.option("--data", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True, help="UTF-8 text.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Output folder.")
-@click.option(
-    "--resume", is_flag=True, help="Continue from last.pt in the output folder, with its model options."
-)
+@click.option("--resume", is_flag=True, help="Continue from last.pt in the output folder, with its model options.")
 @click.option("--steps", default=2000)
 @click.option("--batch", default=20, help="Sequences per step.")
 @click.option("--lr", default=1e-3, help="Peak learning rate.")
@@ -177,9 +173,7 @@ def new_model_args(config: dict, vocab_size: int) -> ModelArgs:
 @click.option("--width", default=128)
 @click.option("--block", default=256, help="Characters per training sequence.")
 @click.option("--window", default=128, help="Tokens of exact attention; 0: all.")
-@click.option(
-    "--rule", type=click.Choice([*RULES, "none"]), default="delta", help="How the memory is written."
-)
+@click.option("--rule", type=click.Choice([*RULES, "none"]), default="delta", help="How the memory is written.")
 @click.option("--chunk", default=64, help="Tokens per chunk of the scan (speed only).")
 @click.option("--eval-every", default=250, help="Steps between evaluations.")
 @click.option("--seed", default=1337)

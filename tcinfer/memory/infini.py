@@ -1,10 +1,10 @@
 """Infini-attention (mechanisms.md 2.1): every token is written to a normalised matrix, mixed inside the heads.
 
-    read   m_t = φ(q_t) M / (φ(q_t)·z + 1e-5)                           φ(x) = ELU(x) + 1, before this token's write
-    write  M += φ(k_t) ⊗ v_t                                            "linear"
-           M += φ(k_t) ⊗ (v_t - φ(k_t) M / (φ(k_t)·z + 1e-5))           "delta"
-           z += φ(k_t)
-    out    σ(β_h) m + (1 - σ(β_h)) local, per head, before the output projection
+read   m_t = φ(q_t) M / (φ(q_t)·z + 1e-5)                           φ(x) = ELU(x) + 1, before this token's write
+write  M += φ(k_t) ⊗ v_t                                            "linear"
+       M += φ(k_t) ⊗ (v_t - φ(k_t) M / (φ(k_t)·z + 1e-5))           "delta"
+       z += φ(k_t)
+out    σ(β_h) m + (1 - σ(β_h)) local, per head, before the output projection
 """
 
 from __future__ import annotations

@@ -45,15 +45,15 @@ def merge(heads: F32) -> F32:
 
 
 class Evicted(NamedTuple):
-    """The tokens that left the window, oldest first: one for each of the last `count` tokens of the chunk."""
+    """The tokens that left the window, oldest first: one for each of the last `total` tokens of the chunk."""
 
     first: int  # position of the oldest
-    count: int
+    total: int
     cached: NDArray[np.int64]  # slots of those that stood in the cache before the chunk
     chunk: slice  # those that entered and left within the chunk
 
     def take(self, cache: NDArray, new: NDArray) -> NDArray:
-        """Their rows, [count, ...], of any per-token array: its ring before the chunk, and the chunk's own rows."""
+        """Their rows, [total, ...], of any per-token array: its ring before the chunk, and the chunk's own rows."""
         return np.concatenate([cache[self.cached], new[self.chunk]])
 
 
@@ -65,8 +65,8 @@ class Pushed(NamedTuple):
     k: F32  # [T, G, D] rotated, convolved where the model does
     k_plain: F32  # [T, G, D] the same before rotation
     evicted: Evicted
-    k_out: F32  # [evicted.count, G, D] what left: keys as stored, rotated at their own positions
-    v_out: F32  # [evicted.count, G, D]
+    k_out: F32  # [evicted.total, G, D] what left: keys as stored, rotated at their own positions
+    v_out: F32  # [evicted.total, G, D]
 
 
 def evicted(config: ModelConfig, first: int, count: int) -> Evicted:

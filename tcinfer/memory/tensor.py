@@ -71,7 +71,7 @@ class Options:
 def tensors(config: ModelConfig, layer: int) -> dict[str, Spec]:
     o: Options = config.options
     G, D, C = config.n_kv_heads, config.head_dim, config.d_model
-    if o.slots > 1 and o.write_route == "q" and G != config.n_heads:
+    if o.slots > 1 and o.write_route == "q" and config.n_heads != G:
         raise TcinferError("write_route 'q' is not defined for grouped queries: several queries would choose one slot")
     if not enabled(config, layer):
         return {}
@@ -160,9 +160,11 @@ def _writes(
     """
     config, ops, T = chunk.config, chunk.ops, chunk.count
     o: Options = config.options
-    out = near.evicted.count  # the last `out` tokens of the chunk each evict one
+    out = near.evicted.total  # the last `out` tokens of the chunk each evict one
     written = np.full(T, o.write_on_insert)
-    terms = {name: x @ w["tc_" + name.replace("_term", "_proj")].T for name in _terms(o)}  # [T, G] of the tokens entering
+    terms = {
+        name: x @ w["tc_" + name.replace("_term", "_proj")].T for name in _terms(o)
+    }  # [T, G] of the tokens entering
     left = {name: near.evicted.take(state[name], term) for name, term in terms.items()}
     for name, term in terms.items():
         local.insert(config, chunk.first, state[name], term)
@@ -180,7 +182,11 @@ def _writes(
     decay = ops.sigmoid(w["tc_decay"][:, None] + terms.get("decay_term", np.float32(0)))  # [timescales, T or 1, G]
     rate = ops.sigmoid(w["tc_rate"][:, None] + terms.get("rate_term", np.float32(0)))
     on = written[:, None]
-    return keys, values, np.where(on, decay, np.float32(1)), np.where(on, rate, np.float32(0))
+    return keys, values, _where(on, decay, 1), _where(on, rate, 0)
+
+
+def _where(written: NDArray[np.bool_], value: F32, otherwise: float) -> F32:
+    return np.where(written, value, np.asarray(otherwise, np.float32))
 
 
 def _logits(chunk: Chunk, w: dict[str, Any], x: F32) -> F32:
@@ -198,8 +204,8 @@ def _route_write(chunk: Chunk, w: dict[str, Any], x: F32, decay: F32, rate: F32)
     hit = best == np.arange(S)[:, None, None]  # [S, T, G]
     planes = (-1, T, G)
     return (
-        np.where(hit, decay[:, None], np.float32(1)).reshape(planes),
-        np.where(hit, rate[:, None], np.float32(0)).reshape(planes),
+        _where(hit, decay[:, None], 1).reshape(planes),
+        _where(hit, rate[:, None], 0).reshape(planes),
     )
 
 
