@@ -186,7 +186,7 @@ def _writes(
 
 
 def _where(written: NDArray[np.bool_], value: F32, otherwise: float) -> F32:
-    return np.where(written, value, np.asarray(otherwise, np.float32))
+    return np.where(written, value, otherwise).astype(np.float32, copy=False)
 
 
 def _logits(chunk: Chunk, w: dict[str, Any], x: F32) -> F32:

