@@ -186,7 +186,9 @@ def _writes(
 
 
 def _where(written: NDArray[np.bool_], value: F32, otherwise: float) -> F32:
-    return np.where(written, value, otherwise).astype(np.float32, copy=False)
+    out: F32 = np.full(np.broadcast_shapes(written.shape, value.shape), otherwise, np.float32)
+    np.copyto(out, value, where=written)
+    return out
 
 
 def _logits(chunk: Chunk, w: dict[str, Any], x: F32) -> F32:

@@ -1,0 +1,195 @@
+"""Operators: the plain equations against their identities, and every compiled one against the plain equation."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tcinfer.kernels import UnavailableError
+from tcinfer.kernels import backend as load_backend
+from tcinfer.kernels.cpu import Compiled
+from tcinfer.kernels.reference import Reference
+from tcinfer.kernels.reference.matrix_memory import scan_recurrent
+from tcinfer.kernels.reference.quants import KINDS, Kind, Matrix
+
+REFERENCE, COMPILED = Reference(), Compiled()
+
+
+def close(got: np.ndarray, want: np.ndarray, tolerance: float = 2e-6) -> None:
+    assert got.shape == want.shape
+    assert np.abs(got - want).max(initial=0) <= tolerance * max(1.0, np.abs(want).max(initial=0))
+
+
+def memory_arguments(
+    seed: int, T: int, P: int = 1, G: int = 2, R: int = 2, D: int = 8, E: int = 8, steady: bool = True
+) -> dict[str, np.ndarray]:
+    """Random operands of the matrix memory, with unit keys as the mechanism writes them."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    k = normal(T, G, D)
+    decay, rate = rng.uniform(0.5, 1, (P, 1, G)), rng.uniform(0, 0.9, (P, 1, G))
+    if not steady:
+        decay, rate = rng.uniform(0.05, 1, (P, T, G)), rng.uniform(0, 1, (P, T, G))
+    return {
+        "A": normal(P, G, D, E),
+        "q": normal(T, G, R, D),
+        "k": k / np.linalg.norm(k, axis=-1, keepdims=True),
+        "v": normal(T, G, E),
+        "decay": np.broadcast_to(decay, (P, T, G)).astype(np.float32),
+        "rate": np.broadcast_to(rate, (P, T, G)).astype(np.float32),
+    }
+
+
+RULES = {"outer": {}, "delta": {"delta": True}, "wedge": {"wedge": True}}
+
+
+@pytest.mark.parametrize("ops", [REFERENCE, COMPILED], ids=lambda ops: ops.name)
+@pytest.mark.parametrize("rule", RULES)
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    T=st.integers(1, 90),
+    P=st.integers(1, 3),
+    steady=st.booleans(),
+    mixed=st.booleans(),
+    write_first=st.booleans(),
+)
+def test_the_chunk_form_is_the_recurrence(ops, rule, seed, T, P, steady, mixed, write_first) -> None:
+    a = memory_arguments(seed, T, P, steady=steady)
+    rng = np.random.default_rng(seed)
+    options = {
+        "retrieve": rng.uniform(0, 1, (T, 2)).astype(np.float32) if rule == "delta" else None,
+        "wedge": rule == "wedge",
+        "mix": rng.uniform(0, 1, (P, T, 2, 2)).astype(np.float32) if mixed else None,
+        "write_first": write_first,
+    }
+    b = {name: x.copy() for name, x in a.items()}
+    want = scan_recurrent(**a, **options)
+    got = ops.scan(**b, **options)
+    close(got, want, 1e-5)
+    close(b["A"], a["A"], 1e-5)
+
+
+@pytest.mark.parametrize("decay", [0.01, 0.5, 0.995, 0.9999, 1.0])
+@pytest.mark.parametrize("rate", [0.05, 1.0])
+def test_the_delta_chunk_form_holds_in_float32_over_512_writes(decay: float, rate: float) -> None:
+    a = memory_arguments(1, 512, D=64, E=64)
+    a["decay"][:], a["rate"][:] = decay, rate
+    exact = {name: x.astype(np.float64) for name, x in a.items()}
+    ones = np.ones((512, 2), np.float32)
+    k, v, A = exact["k"], exact["v"], exact["A"][0]
+    decay, rate = float(np.float32(decay)), float(np.float32(rate))  # as the model has them
+    for t in range(512):  # float64, the rule as it is written
+        A = decay * A + rate * k[t][:, :, None] * (v[t] - np.einsum("gd,gde->ge", k[t], A))[:, None, :]
+    REFERENCE.scan(**a, retrieve=ones)
+    close(a["A"][0], A, 3e-6)
+
+
+def test_reading_is_decayed_linear_attention_over_the_written_pairs() -> None:  # T2
+    a = memory_arguments(2, 40, R=1)
+    a["A"][:], a["decay"][:], a["rate"][:] = 0, 0.9, 0.3
+    out = REFERENCE.scan(**a)
+    for t in (1, 7, 39):
+        scores = np.einsum("gd,igd->ig", a["q"][t, :, 0], a["k"][:t])
+        weights = 0.3 * 0.9 ** (t - 1 - np.arange(t))
+        close(out[t, :, 0], np.einsum("ig,i,ige->ge", scores, weights, a["v"][:t]).astype(np.float32))
+
+
+def test_chunk_means_differ_from_the_scan_by_the_cross_terms_alone() -> None:  # T3
+    C = 16
+    k = v = np.eye(C)
+    exact = k.T @ v
+    mean = np.outer(k.mean(0), v.mean(0)) * C * C
+    cross = mean - exact
+    assert np.count_nonzero(cross) == C * C - C
+    assert np.array_equal(cross, 1 - np.eye(C))
+    a = memory_arguments(0, C, G=1, R=1, D=C, E=C)
+    a["A"][:], a["decay"][:], a["rate"][:] = 0, 0.995, 0.05
+    a["k"][:, 0], a["v"][:, 0] = k, v
+    REFERENCE.scan(**a)
+    # one key, one value: the scan keeps the pairs apart, each with its own decay; the mean fills every cell
+    close(a["A"][0, 0], np.diag(0.05 * 0.995 ** (C - 1 - np.arange(C))).astype(np.float32))
+
+
+def test_chunk_means_of_random_pairs_lose_the_sum_of_all_unequal_products() -> None:  # T3
+    rng = np.random.default_rng(3)
+    k, v = rng.normal(size=(16, 8)), rng.normal(size=(16, 8))
+    mean = np.outer(k.mean(0), v.mean(0)) * 16**2
+    cross = sum(np.outer(k[i], v[j]) for i in range(16) for j in range(16) if i != j)
+    np.testing.assert_allclose(mean - k.T @ v, cross, atol=1e-12)
+
+
+def test_repeating_a_pair_converges_where_the_rule_says() -> None:  # T4
+    key, value = np.eye(8, dtype=np.float32)[0], np.arange(8, dtype=np.float32)
+    for rule, limit in (("delta", 0.05 / (1 - 0.995 + 0.05)), ("outer", 0.05 / (1 - 0.995))):
+        a = memory_arguments(0, 4000, G=1, R=1)
+        a["A"][:], a["decay"][:], a["rate"][:], a["k"][:], a["v"][:] = 0, 0.995, 0.05, key, value
+        REFERENCE.scan(**a, retrieve=np.ones((4000, 1), np.float32) if rule == "delta" else None)
+        close(key @ a["A"][0, 0], (limit * value).astype(np.float32), 1e-4)
+
+
+def test_wedge_stays_antisymmetric() -> None:  # T5
+    a = memory_arguments(4, 100)
+    a["A"][:] = 0
+    REFERENCE.scan(**a, wedge=True)
+    close(a["A"], -a["A"].swapaxes(-1, -2))
+
+
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_compiled_attention_of_one_token(sinks: int) -> None:
+    rng = np.random.default_rng(5)
+    q, far = (rng.normal(size=(1, 6, 16)).astype(np.float32) for _ in range(2))
+    k, v = (rng.normal(size=(11, 2, 16)).astype(np.float32) for _ in range(2))
+    arguments = (q, k, v, None, sinks, far if sinks else None)
+    close(COMPILED.attention(*arguments), REFERENCE.attention(*arguments))
+
+
+def test_attention_in_blocks_is_attention_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tcinfer.kernels.reference import attention
+
+    rng = np.random.default_rng(6)
+    q = rng.normal(size=(40, 4, 8)).astype(np.float32)
+    k, v = (rng.normal(size=(40, 2, 8)).astype(np.float32) for _ in range(2))
+    causal = np.tri(40, dtype=bool)
+    want = attention.attention(q, k, v, causal, 2, q + 1)
+    monkeypatch.setattr(attention, "MOST_SCORES", 7 * 4 * 40)
+    close(attention.attention(q, k, v, causal, 2, q + 1), want)
+
+
+@pytest.mark.parametrize("ops", [REFERENCE, COMPILED], ids=lambda ops: ops.name)
+def test_gelu_is_the_exact_form(ops: Reference) -> None:
+    x = np.linspace(-6, 6, 101, dtype=np.float32)
+    want = np.array([0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in x.tolist()])
+    close(ops.gelu(x.reshape(1, -1))[0], want.astype(np.float32))
+
+
+def test_sigmoid_is_silent_and_right_at_the_ends() -> None:
+    with np.errstate(all="raise"):
+        close(REFERENCE.sigmoid(np.array([-80, -1, 0, 1, 80], np.float32)), 1 / (1 + np.exp([80.0, 1, 0, -1, -80])))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("ops", [REFERENCE, COMPILED], ids=lambda ops: ops.name)
+def test_linear_of_every_kind(ops: Reference, kind: Kind) -> None:
+    from gguf.constants import GGML_QUANT_SIZES
+
+    block, size = GGML_QUANT_SIZES[kind]
+    rng = np.random.default_rng(7)
+    data = rng.integers(0, 100, (6, 512 // block * size), dtype=np.uint8)  # small exponents in every float of a block
+    w = Matrix(data, kind, (6, 512))
+    x = rng.normal(size=(3, 512)).astype(np.float32)
+    close(ops.linear(x, w, None), (x.astype(np.float64) @ w.values.T.astype(np.float64)).astype(np.float32), 1e-4)
+    np.testing.assert_array_equal(w.rows(np.array([4, 1])), w.values[[4, 1]])
+
+
+def test_a_backend_that_cannot_run_says_so() -> None:
+    with pytest.raises(UnavailableError, match="cuda"):
+        load_backend("cuda")
+    with pytest.raises(UnavailableError, match="'fast' is not one of auto, numpy, numba, cuda"):
+        load_backend("fast")
