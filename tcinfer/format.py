@@ -99,9 +99,9 @@ def to_metadata(config: ModelConfig) -> dict[str, Any]:
         out["general.name"] = config.name
     ours = config.block.ours
     for name, key in STANDARD.items():
-        if (name == "rope_scaling" or name == "rope_factor") and config.rope_scaling == "none":
+        if name in ("rope_scaling", "rope_factor") and config.rope_scaling == "none":
             continue
-        if name == "window" and not ours:
+        if name == "window" and not (ours or config.window):  # a plain file says nothing where there is none
             continue
         out[f"{arch}.{key}"] = getattr(config, name)
     out[f"{arch}.{VALUE_LENGTH}"] = config.head_dim

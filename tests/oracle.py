@@ -74,7 +74,7 @@ def rotate(config: ModelConfig, w: Weights, x: np.ndarray, position: int) -> np.
     if config.rope_dim == 0:
         return x
     D, base, scale = config.head_dim, config.rope_base, 1.0
-    if config.rope_scaling == "ntk":
+    if config.rope_scaling == "ntk" and config.rope_factor > 1:
         base *= config.rope_factor ** (D / (D - 2))
     elif config.rope_scaling == "linear":
         scale = config.rope_factor
@@ -106,7 +106,7 @@ class Layer:
         if config.memory == "infini":
             self.memory = {"M": np.zeros((G, D, D)), "z": np.zeros((G, D))}
         elif config.memory == "tensor" and (o.layers < 0 or index >= config.n_layers - o.layers):
-            self.memory = {"A": np.zeros((2 if o.two_timescales else 1, G, o.slots, D, D)), "z": np.zeros((G, D))}
+            self.memory = {"A": np.zeros((1 + o.two_timescales, o.slots, G, D, D)), "z": np.zeros((G, D))}
 
     def step(self, x: np.ndarray) -> np.ndarray:
         """The block's output for the next token."""
@@ -202,7 +202,7 @@ class Layer:
         for head in range(self.config.n_heads):
             g, q = self.group(head), self.query(head)
             shares = self.shares(g, q)
-            reads = [sum(shares[s] * (q @ A[m, g, s]) for s in range(o.slots)) for m in range(len(A))]
+            reads = [sum(shares[s] * (q @ A[m, s, g]) for s in range(o.slots)) for m in range(len(A))]
             read = reads[0]
             if o.two_timescales:
                 read = read + sigmoid(self.w["tc_alpha"][g]) * reads[1]
@@ -255,12 +255,12 @@ class Layer:
                     decay = decay + self.w["tc_decay_proj"][g] @ self.x[i]
                 if o.token_rate:
                     rate = rate + self.w["tc_rate_proj"][g] @ self.x[i]
-                decay, rate, old = sigmoid(decay), sigmoid(rate), A[m, g, s]
+                decay, rate, old = sigmoid(decay), sigmoid(rate), A[m, s, g]
                 change = np.outer(k, v)
                 if o.rule == "delta":
                     change = np.outer(k, v - k @ old)
                 elif o.rule == "wedge":
                     change = change - change.T
-                A[m, g, s] = decay * old + rate * change
+                A[m, s, g] = decay * old + rate * change
                 if m == 0:
                     z[g] = decay * z[g] + rate * k

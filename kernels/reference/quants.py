@@ -54,5 +54,6 @@ def unpack(data: NDArray[np.uint8], kind: Kind) -> NDArray[np.float32]:
 
 def linear(x: NDArray[np.float32], w: Matrix, bias: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
     """y = x Wᵀ + b.  x float32 [T, columns]; w [rows, columns]; bias [rows] or None; returns [T, rows]."""
-    y = x @ w.values.T
+    # One row as a matrix-vector product: the library's matrix product would copy all of W first.
+    y = (w.values @ x[0])[None] if len(x) == 1 else x @ w.values.T
     return y if bias is None else y + bias
