@@ -6,6 +6,7 @@ in FAMILIES.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ def read(path: Path) -> Source:
     """The checkpoint at `path`, whichever family it is of. Raises FileError, its message beginning with the path."""
     from importlib import import_module
 
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, False for a name that no system takes
         raise FileError(f"{path}: no such file or folder")
     for name in FAMILIES:
         family = import_module(f"tcinfer.converters.{name}")
@@ -32,6 +33,10 @@ def read(path: Path) -> Source:
             except TcinferError as e:
                 text = str(e)
                 raise FileError(text if text.startswith(str(path)) else f"{path}: {text}") from None
+            except OSError as e:
+                raise FileError(f"{e.filename or path}: cannot be read: {e.strerror}") from None
+            except RecursionError:
+                raise FileError(f"{path}: nested too deeply to be a model") from None
     raise FileError(f"{path}: neither a checkpoint of the published trainer (ckpt.pt) nor a folder with config.json")
 
 
@@ -49,6 +54,8 @@ def convert(
     from tcinfer.converters import vocabulary, write
 
     source = read(path)
+    if os.path.exists(out) and os.path.samefile(path, out):
+        raise FileError(f"{out}: is the checkpoint itself; name another file with -o")
     words = tokenizer if tokenizer is not None else vocabulary.find(source.folder)
     try:
         keys = {} if words is None else vocabulary.read(words, source.config.vocab_size)

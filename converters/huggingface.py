@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from tcinfer.converters import source
 from tcinfer.converters.source import F32, Load, Names, Source, typed
 
-from tcinfer.config import ModelConfig, check_count
+from tcinfer.config import ModelConfig, check_count, check_number
 from tcinfer.errors import FileError
 
 CONFIG = "config.json"
 LARGEST_CONFIG = 2**20  # bytes
+LARGEST_HEAD = 2**16  # channels; far beyond any model, and it bounds the angles that are computed here
 MODEL_TYPES = ("llama", "mistral", "qwen2")  # config.json's model_type
 FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 ROPE_ARGS = {"rope_type", "type", "rope_theta", "factor"}
@@ -106,6 +107,8 @@ def _config(hf: dict[str, Any], memory: Mapping[str, Any] | None, name: str) -> 
             raise FileError(f"{name} {hf[name]!r} in config.json is not supported, only {harmless!r}")
     n_heads, d_model = count("num_attention_heads"), count("hidden_size")
     head_dim = count("head_dim", d_model // n_heads)
+    if head_dim > LARGEST_HEAD:
+        raise FileError(f"head_dim {head_dim} in config.json is more than this version's {LARGEST_HEAD}")
     rope, divisors = _rope(hf, head_dim, count("max_position_embeddings", 2048))
     window = hf.get("sliding_window") if hf.get("use_sliding_window", kind == "mistral") else None
     own: dict[str, Any] = {"memory": "window" if window else "full", "window": window or 0}
@@ -151,6 +154,8 @@ def _rope(hf: dict[str, Any], head_dim: int, context: int) -> tuple[dict[str, An
     trained = typed(told, "original_max_position_embeddings", context)
     if not (factor > 0 and high > low > 0 and trained > 0):
         raise FileError("the factors of rope_scaling in config.json contradict each other")
+    check_number("rope_theta", base, 0.0, above=True)
+    check_number("factor", factor, 0.0, above=True)
     wavelength = 2 * math.pi * base ** (np.arange(0, head_dim, 2) / head_dim)
     # 1 keeps an angle, `factor` slows it; between the two wavelengths the angle itself is interpolated
     keep = np.clip((trained / wavelength - low) / (high - low), 0, 1)

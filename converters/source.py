@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -183,7 +184,7 @@ def typed(args: Mapping[str, Any], name: str, default: Any) -> Any:
     if type(default) is float and type(value) is int:
         return float(value)
     if type(value) is not type(default):
-        raise FileError(f"argument {name} must be a {type(default).__name__}, not {value!r}")
+        raise FileError(f"argument {name} must be a {type(default).__name__}, not {reprlib.repr(value)}")
     return value
 
 
@@ -191,4 +192,4 @@ def refuse_unknown(args: Iterable[str], known: Iterable[str], where: str) -> Non
     """FileError for an argument that this version does not know: it might change what the model computes."""
     for name in args:
         if name not in known:
-            raise FileError(f"argument {name!r} in {where} is not known to this version of tcinfer")
+            raise FileError(f"argument {reprlib.repr(name)} in {where} is not known to this version of tcinfer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,7 @@ def read(path: Path) -> Source:
     have: dict[str, Load] = {}
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, StoredTensor):
-            raise FileError(f"entry {name!r} of 'model' is not a tensor")
+            raise FileError(f"entry {reprlib.repr(name)} of 'model' is not a tensor")
         have[name.removeprefix(COMPILED)] = value.numpy
     names = _rename(config, have)
     notes = []

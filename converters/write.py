@@ -46,6 +46,9 @@ FILE_TYPES = {
     Kind.Q5_0: LlamaFileType.MOSTLY_Q5_0,
     Kind.Q5_1: LlamaFileType.MOSTLY_Q5_1,
 }
+# The largest magnitude that each kind can hold; for the quantised ones, that its float16 scales surely can.
+LARGEST = {Kind.F32: float(np.finfo(np.float32).max), Kind.BF16: 3.3895e38}
+LARGEST_OF_HALF = 65504.0
 VERIFY_TOKENS = 256  # at most: as many as show the memory at work, two windows where they fit
 
 
@@ -72,10 +75,10 @@ def pack(name: str, values: F32, kind: Kind) -> Packed:
     """float32 [...] in the packing of `kind`. Raises FileError for NaN, Inf, or what does not fit the kind."""
     if not np.isfinite(values).all():
         raise FileError(f"tensor {name!r} holds NaN or Inf: this checkpoint is broken")
-    with np.errstate(over="ignore"):
-        packed = quantize(np.ascontiguousarray(values, np.float32), kind)
-    if kind == Kind.F16 and not np.isfinite(packed).all():
-        raise FileError(f"tensor {name!r} has values beyond the range of f16: use --outtype bf16 or f32")
+    if np.abs(values).max(initial=0) > LARGEST.get(kind, LARGEST_OF_HALF):
+        other = "f32" if kind == Kind.BF16 else "bf16 or f32"
+        raise FileError(f"tensor {name!r} has values beyond the range of {kind.name}: use --outtype {other}")
+    packed = quantize(np.ascontiguousarray(values, np.float32), kind)
     rows = values.shape[0] if values.ndim > 1 else 1
     return Packed(kind, values.shape, np.ascontiguousarray(packed).view(np.uint8).reshape(rows, -1))
 

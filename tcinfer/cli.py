@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from io import TextIOWrapper
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -20,33 +21,60 @@ if TYPE_CHECKING:
     from tcinfer.session import Session
 
 INTERRUPTED = 130  # exit status after Ctrl-C
+TERMINATED = 143  # after SIGTERM
+LONGEST_LINE = 5000  # characters of an error; the longest path has 4096
 VERIFIED_BELOW = 2**30  # bytes of output up to which a conversion is checked unless told otherwise
 
 
 def main() -> None:
     """The `tcinfer` command: one line on stderr and status 1 for every error of the user's, never a traceback."""
+    status = 1
     try:
-        status = cli(standalone_mode=False)
+        _use_utf8()
+        status = cli(standalone_mode=False) or 0
         sys.stdout.flush()
     except click.ClickException as e:
         e.show()
         status = e.exit_code
     except TcinferError as e:
-        click.echo(f"tcinfer: {e}", err=True)
-        status = 1
+        _complain(str(e))
     except (KeyboardInterrupt, click.Abort):
         status = INTERRUPTED
     except BrokenPipeError:  # the reader has had enough (`| head`): that is no error
         status = 0
+    except OSError as e:  # a full disk under stdout, a path that no system takes
+        _complain(f"{e.filename or 'the output cannot be written'}: {e.strerror}")
+    except MemoryError:
+        _complain("this machine has not enough memory for that")
     _close_stdout()
-    sys.exit(status if isinstance(status, int) else 0)
+    sys.exit(status)
+
+
+def _use_utf8() -> None:
+    """Text is UTF-8 whatever the locale says."""
+    if sys.stdout is None:  # the shell's >&-
+        raise TcinferError("standard output is closed")
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace", newline="")
+
+
+def _complain(text: str) -> None:
+    """An error on one line of stderr, whatever a name from a file holds."""
+    click.echo(f"tcinfer: {one_line(text)}", err=True)
+
+
+def one_line(text: str) -> str:
+    """`text` of a bearable length, without line ends and what else could move a terminal's cursor."""
+    text = text if len(text) <= LONGEST_LINE else text[:LONGEST_LINE] + "..."
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _close_stdout() -> None:
-    """Leave nothing for the interpreter to complain of when stdout is a pipe that was closed."""
+    """Leave nothing for the interpreter to complain of when stdout cannot take what is left."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -131,7 +159,6 @@ def generate(**options: Any) -> None:
             progress=progress,
         )
         first = next(pieces, None)
-    _use_utf8()
     count = 0
     try:
         for piece in () if first is None else chain((first,), pieces):
@@ -148,27 +175,24 @@ def _prompt(text: str | None, file: str | None) -> str:
     if text is not None and file is not None:
         raise TcinferError("-p and -f exclude each other")
     if text is not None:
-        return text
+        return _decoded(os.fsencode(text))
     if file is not None:
         try:
-            data = Path(file).read_bytes()
+            return _decoded(Path(file).read_bytes())
         except OSError as e:
             raise TcinferError(f"{file}: {e.strerror}") from None
-    elif sys.stdin.isatty():
+    if sys.stdin is None or sys.stdin.isatty():
         raise TcinferError("no prompt: give -p TEXT or -f FILE, or pipe a text in")
-    else:
-        data = sys.stdin.buffer.read()
+    return _decoded(sys.stdin.buffer.read())
+
+
+def _decoded(data: bytes) -> str:
+    """A prompt's bytes are UTF-8 whatever the locale says."""
     try:
         return data.decode()
     except UnicodeDecodeError:
         click.echo("tcinfer: the prompt is not valid UTF-8; what is not was replaced", err=True)
         return data.decode(errors="replace")
-
-
-def _use_utf8() -> None:
-    """A model's text is UTF-8 whatever the locale says."""
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8", errors="replace", newline="")
 
 
 def _figures(session: Session, prompt: int, reading: float, new: int, writing: float) -> None:
@@ -208,15 +232,13 @@ def convert(checkpoint: str, output: str | None, outtype: str, tokenizer: str | 
     if outtype not in write.OUTTYPES:
         raise TcinferError(f"--outtype {outtype!r} is not one of {', '.join(write.OUTTYPES)}")
     path = Path(checkpoint)
-    out = (
-        Path(output)
-        if output
-        else Path(f"{path.resolve().stem if path.is_file() else path.resolve().name}-{outtype}.gguf")
-    )
+    name = path.resolve().name if os.path.isdir(path) else path.stem
+    out = Path(output or f"{name}-{outtype}.gguf")
     words = Path(tokenizer) if tokenizer else None
+    signal.signal(signal.SIGTERM, _terminated)  # so that what is half-written is removed
     source, written, found = converters.convert(path, out, outtype, words)
     for note in source.notes:
-        click.echo(f"not used: {note}", err=True)
+        click.echo(f"not used: {one_line(note)}", err=True)
     if written.fallback:
         click.echo(f"kept in F16, rows no multiple of the block: {', '.join(written.fallback)}", err=True)
     if found is None:
@@ -226,6 +248,10 @@ def convert(checkpoint: str, output: str | None, outtype: str, tokenizer: str | 
     if verify or (verify is None and written.nbytes < VERIFIED_BELOW):
         worst, largest, count = write.verify(source, out)
         click.echo(f"verified on {count} tokens: logits differ by at most {worst:.3g} (largest logit {largest:.3g})")
+
+
+def _terminated(*_: Any) -> NoReturn:
+    sys.exit(TERMINATED)
 
 
 @cli.command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 from decimal import Decimal, localcontext
+from pathlib import Path
 
 import numpy as np
 import oracle
@@ -20,7 +21,7 @@ from tcinfer.kernels.reference.rotary import angles, frequencies
 from tcinfer import memory
 from tcinfer.config import DEFAULT_WINDOW, ModelConfig, with_memory
 from tcinfer.errors import FileError, TcinferError
-from tcinfer.loader import bind, dropped, read_config
+from tcinfer.loader import bind, dropped, load, read_config
 from tcinfer.memory import infini, tensor
 from tcinfer.model import Model, tensors
 from tcinfer.reader import read
@@ -156,8 +157,12 @@ def arrays(session: Session) -> Weights:
     return {f"{i}.{name}": a for i, layer in enumerate(session._state.layers) for name, a in layer.items()}
 
 
-def without(weights: Weights, end: str) -> Weights:
-    return {name: w for name, w in weights.items() if not name.endswith(end)}
+def without(weights: Weights, *parts: str) -> Weights:
+    return {name: w for name, w in weights.items() if not any(part in name for part in parts)}
+
+
+def plain(weights: Weights) -> Weights:
+    return without(weights, ".tc_", "infini")
 
 
 def changed(weights: Weights, end: str, value: float) -> Weights:
@@ -167,12 +172,15 @@ def changed(weights: Weights, end: str, value: float) -> Weights:
 # the oracle itself
 
 
+def opened(path: Path) -> tuple[ModelConfig, Weights]:
+    file = read(path)
+    return read_config(file), {name: unpack(t.data, t.kind).reshape(t.shape) for name, t in file.tensors.items()}
+
+
 @pytest.mark.parametrize("name", GOLDEN)
 def test_oracle_gives_the_golden_logits(name, convert_golden):
-    file = read(convert_golden(name))
-    weights = {key: unpack(t.data, t.kind).reshape(t.shape) for key, t in file.tensors.items()}
     with np.load(SHARED / "golden" / name / "golden.npz") as golden:
-        got = oracle.logits(read_config(file), weights, golden["tokens"])
+        got = oracle.logits(*opened(convert_golden(name)), golden["tokens"])
         assert difference(got, golden["logits"]) < 1e-6
 
 
@@ -268,10 +276,6 @@ def tensor_model(**options) -> tuple[ModelConfig, Weights]:
     return config, without(random_weights(config), "tc_output.bias")
 
 
-def plain(weights: Weights) -> Weights:
-    return {name: w for name, w in weights.items() if ".tc_" not in name and "infini" not in name}
-
-
 def test_without_gate_or_write_rate_or_eviction_the_first_level_is_left(backend):
     config, weights = tensor_model()
     want = run(replace(SMALL, **WINDOW), plain(weights), backend)
@@ -290,21 +294,30 @@ def test_memory_is_silent_until_something_was_read_that_left(write_then_read, fi
     assert difference(got[first], want[first]) > 1e-3
 
 
-def test_without_the_slow_share_two_timescales_are_the_fast_one(backend):
-    config, weights = tensor_model(two_timescales=True)
-    weights = changed(weights, "tc_alpha", -1e4)
-    fast = {name: w[:1] if name.endswith(("tc_decay", "tc_rate")) else w for name, w in weights.items()}
-    want = run(tensor_model()[0], without(fast, "tc_alpha"), backend)
-    assert difference(run(config, weights, backend), want) < 1e-6
+LIMITS = {  # options, changed weights, the options that they come to
+    "no slow share": ({"two_timescales": True}, {"tc_alpha": -1e4}, {}),
+    "a floor that no normaliser reaches": (
+        {"normalize_read": True, "normalize_read_eps": 1e3, "value_scale": 1e3},
+        {},
+        {},
+    ),
+    "slots read in equal shares, nothing forgotten": (
+        {"slots": 4, "read_topk": 4, "router_temperature": 1e6, "rule": "outer"},
+        {"tc_decay": 40},
+        {"rule": "outer", "value_scale": 0.25},
+    ),
+}
 
 
-def test_slots_read_in_equal_shares_are_one_matrix(backend):
-    """Without decay nothing is lost by spreading the pairs over slots, whichever slot each of them went to."""
-    config, weights = tensor_model(slots=4, read_topk=4, router_temperature=1e6, rule="outer")
-    weights = changed(weights, "tc_decay", 40)
-    single, _ = tensor_model(rule="outer", value_scale=0.25)
-    want = run(single, without(weights, "tc_slot_keys"), backend)
-    assert difference(run(config, weights, backend), want) < 2e-5
+@pytest.mark.parametrize("name", LIMITS)
+def test_limits_that_are_a_plainer_memory(name, backend):
+    options, values, plainer = LIMITS[name]
+    config, weights = tensor_model(**options)
+    for end, value in values.items():
+        weights = changed(weights, end, value)
+    single, needed = tensor_model(**plainer)
+    kept = {name: weights[name][: len(w)] for name, w in needed.items()}  # of two timescales, the fast
+    assert difference(run(config, weights, backend), run(single, kept, backend)) < 2e-5
 
 
 def test_a_wedge_matrix_is_antisymmetric(backend):
@@ -313,13 +326,6 @@ def test_a_wedge_matrix_is_antisymmetric(backend):
     session.feed(IDS)
     A = session._state.layers[0]["A"]
     assert difference(A, -A.swapaxes(-1, -2)) < 1e-6
-
-
-def test_a_normalised_read_of_small_queries_is_the_plain_read(backend):
-    config, weights = tensor_model(normalize_read=True)
-    weights = {name: w * np.float32(0.001 if "attn_q." in name else 1) for name, w in weights.items()}
-    want = run(tensor_model()[0], weights, backend)
-    assert difference(run(config, weights, backend), want) < 1e-6
 
 
 def test_a_cache_that_is_not_full_is_full_attention(backend):
@@ -358,7 +364,7 @@ def test_angles_stay_exact_at_ten_million():
 # another memory than the file's
 
 
-SOURCES = ["full", "full-llama-gqa", "sinks", "infini-delta", "infini-delta-gqa-key-conv", "tensor-everything"]
+SOURCES = ["full", "full-llama-gqa", "sinks", "infini-delta-gqa-key-conv", "tensor-everything"]
 OVERRIDES = [("full", {}), ("window", {"window": 5}), ("sinks", {"window": 5, "sinks": 2}), ("sinks", {})]
 
 
@@ -377,6 +383,14 @@ def test_any_model_runs_full_window_and_sinks(source, mode, sizes, backend):
     kept = {name: w for name, w in weights.items() if name not in dropped(file, asked)}
     assert kept.keys() == plain(weights).keys()
     assert agrees(asked, kept, backend)
+
+
+@pytest.mark.parametrize("name", ["infini-delta", "tc-per-token-gate"])
+def test_a_file_of_another_memory_is_its_window(name, convert_golden, backend):
+    config, weights = opened(convert_golden(name))
+    got = load(convert_golden(name), backend, memory="window", window=9).session().feed(IDS, all_logits=True)
+    want = oracle.logits(replace(config, memory="window", window=9, options=None), plain(weights), IDS)
+    assert difference(got, want) < TOLERANCE[backend]
 
 
 @pytest.mark.parametrize("name", ["tensor-delta", "infini-delta"])
@@ -409,8 +423,3 @@ def test_missing_weights_are_refused_by_name(name, convert_golden):
     config = replace(read_config(file), memory=config_of(name).memory, options=config_of(name).options)
     with pytest.raises(FileError, match=r"tensor 'blk\.0\.(tc|infini)_\w+(\.\w+)?' is missing"):
         bind(config, file.tensors)
-
-
-def test_query_routing_of_grouped_queries_is_refused():
-    with pytest.raises(TcinferError, match="not defined for grouped queries"):
-        tensors(replace(SMALL, **tc(GQA, slots=2, write_route="q")))
