@@ -23,7 +23,7 @@ from tcinfer.config import DEFAULT_WINDOW, ModelConfig, with_memory
 from tcinfer.errors import FileError, TcinferError
 from tcinfer.loader import bind, dropped, load, read_config
 from tcinfer.memory import infini, tensor
-from tcinfer.model import Model, tensors
+from tcinfer.model import Model
 from tcinfer.reader import read
 from tcinfer.session import Session
 
@@ -46,8 +46,7 @@ WINDOW = {"memory": "window", "window": W}
 SINKS = {"memory": "sinks", "window": W, "sinks": 3}
 IN_CACHE = {**SINKS, "sink_positions": "in-cache"}
 LEARNED, CONV = {"rope_dim": 0, "context_length": 500}, {"key_conv": 2}
-LINEAR = {"rope_scaling": "linear", "rope_factor": 4.0}
-NTK = {"rope_scaling": "ntk", "rope_factor": 4.0}
+LINEAR, NTK = ({"rope_scaling": scaling, "rope_factor": 4.0} for scaling in ("linear", "ntk"))
 
 CASES = {
     "full": {},
@@ -57,7 +56,6 @@ CASES = {
     "full-qwen2-one-kv-head": {"arch": "qwen2", "n_kv_heads": 1},
     "full-ntk-below-1": {"rope_scaling": "ntk", "rope_factor": 0.5},
     "window": WINDOW,
-    "window-1": {"memory": "window", "window": 1},
     "window-learned-key-conv": WINDOW | LEARNED | CONV,
     "window-llama-gqa-linear": {**WINDOW, "arch": "llama", **GQA, **LINEAR},
     "sinks": SINKS,
@@ -169,22 +167,16 @@ def changed(weights: Weights, end: str, value: float) -> Weights:
     return {name: np.full_like(w, value) if name.endswith(end) else w for name, w in weights.items()}
 
 
-# the oracle itself
-
-
 def opened(path: Path) -> tuple[ModelConfig, Weights]:
     file = read(path)
     return read_config(file), {name: unpack(t.data, t.kind).reshape(t.shape) for name, t in file.tensors.items()}
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_oracle_gives_the_golden_logits(name, convert_golden):
+def test_the_oracle_itself(name, convert_golden):
     with np.load(SHARED / "golden" / name / "golden.npz") as golden:
         got = oracle.logits(*opened(convert_golden(name)), golden["tokens"])
         assert difference(got, golden["logits"]) < 1e-6
-
-
-# every case
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -213,13 +205,12 @@ def test_any_chunks_give_the_same_answers(name, backend):
 
 @pytest.mark.parametrize("name", BOUNDED)
 def test_bytes_never_change(name, backend):
-    model = model_of(name, backend)
-    session = model.session()
-    sizes, buffer = [session.nbytes], session._state.buffer
+    session = model_of(name, backend).session()
+    buffer = session._state.buffer
     for count in (1, 499):
+        assert session.nbytes == buffer.nbytes == memory.layout(session.model.config).nbytes
         session.feed(np.resize(IDS, count))
-        sizes.append(session.nbytes)
-    assert sizes == [memory.layout(model.config).nbytes] * 3 == [buffer.nbytes] * 3
+    assert session.nbytes == buffer.nbytes
     assert all(np.shares_memory(array, buffer) for array in arrays(session).values())
 
 
@@ -231,15 +222,14 @@ def test_snapshot_restore_fork(name, backend):
     session.feed(IDS[:20])
     snapshot, fork = session.snapshot(), session.fork()
     want = feed(session, IDS[20:], [1, 1, 12])
-    fork.feed(IDS[:15])  # goes elsewhere
-    after = {key: array.copy() for key, array in arrays(session).items()}
-    for _ in range(2):
-        other.restore(snapshot)
-        assert np.array_equal(feed(other, IDS[20:], [1, 1, 12]), want)
+    elsewhere = fork.feed(IDS[:15], all_logits=True)
+    other.restore(snapshot)
+    assert np.array_equal(other.feed(IDS[:15], all_logits=True), elsewhere)
+    other.restore(snapshot)
+    assert np.array_equal(feed(other, IDS[20:], [1, 1, 12]), want)
     for key, array in arrays(other).items():
-        assert np.array_equal(array, after[key]), key
+        assert np.array_equal(array, arrays(session)[key]), key
         assert not np.shares_memory(array, arrays(session)[key]), key
-    assert fork.position == 35
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -261,7 +251,7 @@ LONG = ["sinks-in-cache", "infini-delta", "tensor-delta", "tensor-unbounded-inse
 @pytest.mark.parametrize("name", LONG)
 def test_prompts_longer_than_one_pass(name, backend):
     """300 tokens: past the session's own chunks of 256, and an unbounded cache's first block; 40 times round a ring."""
-    want, _ = expected(name, 300)
+    want = expected(name, 300)[0]
     for lengths in ([], [1] * 150):
         got = feed(model_of(name, backend).session(), np.resize(IDS, 300), lengths)
         assert difference(got, want) < TOLERANCE[backend]
@@ -294,18 +284,11 @@ def test_memory_is_silent_until_something_was_read_that_left(write_then_read, fi
     assert difference(got[first], want[first]) > 1e-3
 
 
+SHARES = {"slots": 4, "read_topk": 4, "router_temperature": 1e6}
 LIMITS = {  # options, changed weights, the options that they come to
     "no slow share": ({"two_timescales": True}, {"tc_alpha": -1e4}, {}),
-    "a floor that no normaliser reaches": (
-        {"normalize_read": True, "normalize_read_eps": 1e3, "value_scale": 1e3},
-        {},
-        {},
-    ),
-    "slots read in equal shares, nothing forgotten": (
-        {"slots": 4, "read_topk": 4, "router_temperature": 1e6, "rule": "outer"},
-        {"tc_decay": 40},
-        {"rule": "outer", "value_scale": 0.25},
-    ),
+    "normaliser never reached": ({"normalize_read": True, "normalize_read_eps": 1e3, "value_scale": 1e3}, {}, {}),
+    "equal shares of slots": ({**SHARES, "rule": "outer"}, {"tc_decay": 40}, {"rule": "outer", "value_scale": 0.25}),
 }
 
 
@@ -321,8 +304,7 @@ def test_limits_that_are_a_plainer_memory(name, backend):
 
 
 def test_a_wedge_matrix_is_antisymmetric(backend):
-    config, weights = tensor_model(rule="wedge")
-    session = build(config, backend, weights).session()
+    session = model_of("tensor-wedge", backend).session()
     session.feed(IDS)
     A = session._state.layers[0]["A"]
     assert difference(A, -A.swapaxes(-1, -2)) < 1e-6
@@ -347,29 +329,23 @@ def test_in_cache_positions_depend_on_the_cache_alone(backend):
 
 
 def test_angles_stay_exact_at_ten_million():
-    """Against 2π-reduced angles in 60 digits: float32 rounding is all that is lost."""
-    positions, pi = (
-        [0, 1, 10_000_000, 10_000_001],
-        Decimal("3.14159265358979323846264338327950288419716939937510582097494"),
-    )
+    """Against 2π-reduced angles in 50 digits: float32 rounding is all that is lost."""
+    positions, pi = [0, 1, 10_000_000, 10_000_001], Decimal("3.141592653589793238462643383279502884197169399375105821")
     for base, scaling, factor in ((10_000, "none", 1), (500_000, "linear", 4)):
         cos, sin = angles(np.array(positions), frequencies(64, base, scaling, factor))
-        with localcontext(prec=60):
+        with localcontext(prec=50):
             freq = [Decimal(base) ** (Decimal(-i) / 32) / factor for i in range(32)]
             exact = [[float(p * f % (2 * pi)) for f in freq] for p in positions]
         assert np.abs(cos[:, 0] - np.cos(exact)).max() < 1e-7
         assert np.abs(sin[:, 0] - np.sin(exact)).max() < 1e-7
 
 
-# another memory than the file's
-
-
 SOURCES = ["full", "full-llama-gqa", "sinks", "infini-delta-gqa-key-conv", "tensor-everything"]
-OVERRIDES = [("full", {}), ("window", {"window": 5}), ("sinks", {"window": 5, "sinks": 2}), ("sinks", {})]
+SIZES = [("full", {}), ("window", {"window": 5}), ("sinks", {"window": 5, "sinks": 2}), ("sinks", {})]
 
 
 @pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize(("mode", "sizes"), OVERRIDES)
+@pytest.mark.parametrize(("mode", "sizes"), SIZES)
 def test_any_model_runs_full_window_and_sinks(source, mode, sizes, backend):
     """The file's own memory is left out, weights, gate and β with it; plain Llama gets StreamingLLM's positions."""
     file = config_of(source)
