@@ -111,6 +111,7 @@ def _config(hf: dict[str, Any], memory: Mapping[str, Any] | None, name: str) -> 
         raise FileError(f"head_dim {head_dim} in config.json is more than this version's {LARGEST_HEAD}")
     rope, divisors = _rope(hf, head_dim, count("max_position_embeddings", 2048))
     window = hf.get("sliding_window") if hf.get("use_sliding_window", kind == "mistral") else None
+    _check_layers(hf, kind, bool(window))
     own: dict[str, Any] = {"memory": "window" if window else "full", "window": window or 0}
     arch = "qwen2" if kind == "qwen2" else "llama"
     if memory is not None:
@@ -135,6 +136,16 @@ def _config(hf: dict[str, Any], memory: Mapping[str, Any] | None, name: str) -> 
     return config, divisors
 
 
+def _check_layers(hf: Mapping[str, Any], kind: str, window: bool) -> None:
+    """Raises FileError where some layers have a window and others have none."""
+    alike = ["sliding_attention" if window else "full_attention"]
+    kinds = hf.get("layer_types") or alike
+    if not isinstance(kinds, list) or any(one not in alike for one in kinds):
+        raise FileError(f"layer_types in config.json: this version runs models whose layers are all {alike[0]} here")
+    if kind == "qwen2" and window and hf.get("max_window_layers", 28) != 0 and "layer_types" not in hf:
+        raise FileError("max_window_layers in config.json leaves the window to some layers, which is not supported")
+
+
 def _rope(hf: dict[str, Any], head_dim: int, context: int) -> tuple[dict[str, Any], F32 | None]:
     """rope_base, rope_scaling, rope_factor; and for Llama 3 the divisor of each angle, float32 [head_dim / 2]."""
     told = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
@@ -152,10 +163,11 @@ def _rope(hf: dict[str, Any], head_dim: int, context: int) -> tuple[dict[str, An
         raise FileError(f"rope_scaling {kind!r} is not supported; this version has linear and llama3")
     low, high = typed(told, "low_freq_factor", 1.0), typed(told, "high_freq_factor", 4.0)
     trained = typed(told, "original_max_position_embeddings", context)
-    if not (factor > 0 and high > low > 0 and trained > 0):
-        raise FileError("the factors of rope_scaling in config.json contradict each other")
     check_number("rope_theta", base, 0.0, above=True)
     check_number("factor", factor, 0.0, above=True)
+    check_number("high_freq_factor", high, low, above=True)
+    check_number("low_freq_factor", low, 0.0, above=True)
+    check_count("original_max_position_embeddings", trained, 1)
     wavelength = 2 * math.pi * base ** (np.arange(0, head_dim, 2) / head_dim)
     # 1 keeps an angle, `factor` slows it; between the two wavelengths the angle itself is interpolated
     keep = np.clip((trained / wavelength - low) / (high - low), 0, 1)

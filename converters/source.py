@@ -181,7 +181,7 @@ def _flat(load: Load) -> F32:
 def typed(args: Mapping[str, Any], name: str, default: Any) -> Any:
     """args[name], or the default; FileError if it is not of the default's type (whole numbers serve for floats)."""
     value = args.get(name, default)
-    if type(default) is float and type(value) is int:
+    if type(default) is float and type(value) is int and abs(value) < 2**63:
         return float(value)
     if type(value) is not type(default):
         raise FileError(f"argument {name} must be a {type(default).__name__}, not {reprlib.repr(value)}")

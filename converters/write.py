@@ -191,8 +191,9 @@ def verify(source: Source, path: Path) -> tuple[float, float, int]:
     original = Model(config, bind(config, stored), from_metadata({}, config.vocab_size), ops)
     count = _verify_tokens(config)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, count)
-    want = original.session().feed(ids, all_logits=True)
-    got = load(path, backend="numpy").session().feed(ids, all_logits=True)
+    with bar("verifying", 2 * count) as advance:
+        want = original.session().feed(ids, all_logits=True, progress=advance)
+        got = load(path, backend="numpy").session().feed(ids, all_logits=True, progress=advance)
     return float(np.abs(got - want).max()), float(np.abs(want).max()), count
 
 

@@ -126,6 +126,8 @@ def from_metadata(metadata: Mapping[str, Any], vocab_size: int, n_tensors: int) 
     ours = ARCHITECTURES[arch].ours
     if ours:
         _check_schema(metadata)
+    if _get(metadata, "split.count", int, 1) > 1:
+        raise FileError("this is one part of a split model; join the parts first (llama-gguf-split --merge)")
     values: dict[str, Any] = {"arch": arch, "name": _get(metadata, "general.name", str, "")}
     for name, key in STANDARD.items():
         default = _default(metadata, arch, name, vocab_size, ours)

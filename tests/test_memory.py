@@ -251,10 +251,9 @@ LONG = ["sinks-in-cache", "infini-delta", "tensor-delta", "tensor-unbounded-inse
 @pytest.mark.parametrize("name", LONG)
 def test_prompts_longer_than_one_pass(name, backend):
     """300 tokens: past the session's own chunks of 256, and an unbounded cache's first block; 40 times round a ring."""
-    want = expected(name, 300)[0]
     for lengths in ([], [1] * 150):
         got = feed(model_of(name, backend).session(), np.resize(IDS, 300), lengths)
-        assert difference(got, want) < TOLERANCE[backend]
+        assert difference(got, expected(name, 300)[0]) < TOLERANCE[backend]
 
 
 # identities of mechanisms.md 1.5 and 2.2
@@ -328,9 +327,9 @@ def test_in_cache_positions_depend_on_the_cache_alone(backend):
         assert (difference(a, b) < 2e-5) == same
 
 
-def test_angles_stay_exact_at_ten_million():
+def test_angles_stay_exact_at_a_hundred_million():
     """Against 2π-reduced angles in 50 digits: float32 rounding is all that is lost."""
-    positions, pi = [0, 1, 10_000_000, 10_000_001], Decimal("3.141592653589793238462643383279502884197169399375105821")
+    positions, pi = [1, 10_000_000, 100_000_001], Decimal("3.141592653589793238462643383279502884197169399375105821")
     for base, scaling, factor in ((10_000, "none", 1), (500_000, "linear", 4)):
         cos, sin = angles(np.array(positions), frequencies(64, base, scaling, factor))
         with localcontext(prec=50):

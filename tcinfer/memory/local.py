@@ -85,12 +85,19 @@ def slots(config: ModelConfig, positions: NDArray[np.int64]) -> NDArray[np.int64
     return np.where(positions < n, positions, n + (positions - n) % W) if W else positions
 
 
-def insert(config: ModelConfig, first: int, cache: NDArray, new: NDArray) -> None:
-    """Write a chunk's rows new [T, ...] into a per-token array; rows that leave within the chunk are not written."""
+def insert(chunk: Chunk, cache: NDArray, new: NDArray) -> None:
+    """Write a chunk's rows new [T, ...] into a per-token array."""
+    rows, at = chunk.memo("staying", lambda: staying(chunk.config, chunk.first, chunk.count))
+    cache[at] = new[rows]
+
+
+def staying(config: ModelConfig, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which rows of a chunk are still cached after it, and in which slots."""
     n, W = config.sinks, config.window
-    positions = np.arange(first, first + len(new))
-    stays = (positions < n) | (positions >= first + len(new) - W) if W else slice(None)
-    cache[slots(config, positions[stays])] = new[stays]
+    positions = np.arange(first, first + count)
+    if W:
+        positions = positions[(positions < n) | (positions >= first + count - W)]
+    return positions - first, slots(config, positions)
 
 
 def push(chunk: Chunk, w: dict[str, Any], state: dict[str, NDArray], q: F32, k: F32, v: F32) -> Pushed:
@@ -110,8 +117,8 @@ def push(chunk: Chunk, w: dict[str, Any], state: dict[str, NDArray], q: F32, k: 
     leaving = chunk.memo("evicted", lambda: evicted(config, first, T))
     k_out, v_out = leaving.take(state["k"], k), leaving.take(state["v"], v)
     if T == 1:  # the slot that is overwritten is the one that left: nothing needs to be masked or copied
-        insert(config, first, state["k"], k)
-        insert(config, first, state["v"], v)
+        insert(chunk, state["k"], k)
+        insert(chunk, state["v"], v)
         filled = min(first + 1, n + W) if W else first + 1
         out = chunk.ops.attention(q, state["k"][:filled], state["v"][:filled], None, n, q_sinks)
     else:
@@ -120,8 +127,8 @@ def push(chunk: Chunk, w: dict[str, Any], state: dict[str, NDArray], q: F32, k: 
         values = np.concatenate([state["v"][:cached], v])
         seen = chunk.memo("visible", lambda: visible(config, first, T, cached))
         out = chunk.ops.attention(q, keys, values, seen, n, q_sinks)
-        insert(config, first, state["k"], k)
-        insert(config, first, state["v"], v)
+        insert(chunk, state["k"], k)
+        insert(chunk, state["v"], v)
     return Pushed(out, q, k, k_plain, leaving, k_out, v_out)
 
 

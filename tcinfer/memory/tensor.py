@@ -167,7 +167,7 @@ def _writes(
     }  # [T, G] of the tokens entering
     left = {name: near.evicted.take(state[name], term) for name, term in terms.items()}
     for name, term in terms.items():
-        local.insert(config, chunk.first, state[name], term)
+        local.insert(chunk, state[name], term)
     keys, values = (near.k if o.rope else near.k_plain).copy(), v.copy()
     if o.write_on_evict and out:
         written[-out:] = True
