@@ -31,8 +31,13 @@ def main() -> None:
     status = 1
     try:
         _use_utf8()
-        status = cli(standalone_mode=False) or 0
+        # not cli(): it has an exit status and a line of its own for a closed pipe and for Ctrl-C
+        with cli.make_context("tcinfer", sys.argv[1:]) as context:
+            cli.invoke(context)
         sys.stdout.flush()
+        status = 0
+    except click.exceptions.Exit as e:  # --help, --version
+        status = e.exit_code
     except click.ClickException as e:
         e.show()
         status = e.exit_code
@@ -155,7 +160,7 @@ def generate(**options: Any) -> None:
             top_p=options["top_p"],
             min_p=options["min_p"],
             seed=options["seed"],
-            stop=options["stop"],
+            stop=[_utf8(text) for text in options["stop"]],
             progress=progress,
         )
         first = next(pieces, None)
@@ -175,7 +180,7 @@ def _prompt(text: str | None, file: str | None) -> str:
     if text is not None and file is not None:
         raise TcinferError("-p and -f exclude each other")
     if text is not None:
-        return _decoded(os.fsencode(text))
+        return _utf8(text)
     if file is not None:
         try:
             return _decoded(Path(file).read_bytes())
@@ -186,12 +191,16 @@ def _prompt(text: str | None, file: str | None) -> str:
     return _decoded(sys.stdin.buffer.read())
 
 
+def _utf8(argument: str) -> str:
+    return _decoded(os.fsencode(argument))
+
+
 def _decoded(data: bytes) -> str:
-    """A prompt's bytes are UTF-8 whatever the locale says."""
+    """Bytes are UTF-8 whatever the locale says."""
     try:
         return data.decode()
     except UnicodeDecodeError:
-        click.echo("tcinfer: the prompt is not valid UTF-8; what is not was replaced", err=True)
+        click.echo("tcinfer: the text given is not valid UTF-8; what is not was replaced", err=True)
         return data.decode(errors="replace")
 
 

@@ -50,7 +50,7 @@ def report(path: str | PathLike[str] | None = None) -> str:
         words = tokenizer.from_metadata(file.metadata, config.vocab_size)
     except TcinferError as e:
         raise FileError(f"{file.path}: {e}") from e
-    lines = [f"{file.path}: GGUF version {file.version}, {file.path.stat().st_size:,} bytes"]
+    lines = [f"{_shown(file.path)}: GGUF version {file.version}, {file.path.stat().st_size:,} bytes"]
     lines += [f"{name:<22}{_shown(getattr(config, name))}" for name in SHOWN]
     if config.options is not None:
         lines += [f"  {f.name:<20}{_shown(getattr(config.options, f.name))}" for f in fields(config.options)]
@@ -92,7 +92,9 @@ def _learned(layer: int, w: dict[str, np.ndarray]) -> list[str]:
 
 
 def _shown(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)  # a float32 of a file has no more digits than that
+    if isinstance(value, float):
+        return f"{value:g}"  # a float32 of a file has no more digits than that
+    return "".join(c if c.isprintable() else "?" for c in str(value))
 
 
 def _span(x: np.ndarray) -> str:

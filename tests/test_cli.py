@@ -138,7 +138,9 @@ def test_bad_prompts(arguments: tuple[str, ...], says: str) -> None:
 
 
 def test_two_megabytes_through_a_pipe(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "m.gguf", "ab ", vocab_size=3, n_layers=1, memory="window", window=16)
+    tiny = {"n_layers": 1, "d_model": 4, "d_ff": 4, "n_heads": 1, "n_kv_heads": 1, "head_dim": 4, "rope_dim": 4}
+    tiny |= {"memory": "window", "window": 1}
+    model = write_model(tmp_path / "m.gguf", "ab ", vocab_size=3, **tiny)
     text = "abba ab " * 250_000
     done = tcinfer("generate", *FAST, "-m", str(model), "-n", "4", input=text)
     assert (done.returncode, len(done.stdout)) == (0, 4)
@@ -253,8 +255,8 @@ def test_interrupt_ends_with_130() -> None:
         "--min-p": ("nan", "-inf", "-0.1", "1.01"),
         "--seed": ("-2", str(2**64)),
         "--max-tokens": ("-2", HUGE),
-        "--window": ("0", "-1", HUGE, str(2**31 - 1)),
-        "--sinks": ("-1", HUGE, str(2**31 - 1)),
+        "--window": ("0", "-1", HUGE),
+        "--sinks": ("-1", HUGE),
         "--threads": ("0", "-1", "4097", HUGE),
     }.items(),
 )
@@ -276,6 +278,8 @@ def test_numbers_out_of_range(option: str, values: tuple[str, ...]) -> None:
         ("--memory infini", "no weights for infini"),
         ("--memory nonsense", "not one of full, window, sinks, infini, tensor"),
         ("--backend nonsense", "not one of auto, numpy, numba, cuda"),
+        ("--window 2147483647", "choose a smaller window"),
+        ("--sinks 2147483647", "choose a smaller window"),
         ("-m nowhere.gguf", "nowhere.gguf: cannot be read: No such file"),
         ("-m /", "is a folder"),
         ("-m /dev/zero", "is a pipe or a device"),
@@ -345,10 +349,10 @@ def test_version() -> None:
 )
 def test_nothing_is_imported_without_need(code: str, absent: set[str]) -> None:
     main = "from tcinfer.cli import main; " if "main()" in code else ""
-    lines = ("import sys", "try:", f"    {main}{code}", "except SystemExit: pass", "print(sorted(sys.modules))")
+    lines = ("import sys", "try:", f"    {main}{code}", "except SystemExit: pass", "print('\\n', *sys.modules)")
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    imported = set(eval(done.stdout.splitlines()[-1]))
+    imported = set(done.stdout.splitlines()[-1].split())
     assert not absent & imported
 
 
@@ -365,7 +369,7 @@ def test_text_is_utf8_in_a_plain_locale(tmp_path: Path) -> None:
     ("path", "lines"),
     {
         "": ("tcgpt", "memory                tensor", "window                128", "  layer 3", "char, 65 tokens"),
-        "stories260K-f32.gguf": ("llama", "llama, 512 tokens", "grows by 1,280 bytes a token", "260,032 in 48 tensors"),
+        "stories260K-f32.gguf": ("llama", "llama, 512 tokens", "grows by 1,280 bytes a token", "292,800 in 48 tensors"),
     }.items(),
 )
 def test_inspect(path: str, lines: tuple[str, ...]) -> None:

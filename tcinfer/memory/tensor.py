@@ -195,7 +195,9 @@ def _logits(chunk: Chunk, w: dict[str, Any], x: F32) -> F32:
     """Router logits cos(x, slot key) / (√D τ).  x [.., G, R, D]; returns [.., G, R, S]."""
     unit = chunk.ops.unit
     D = x.shape[-1]
-    cos = unit(x) @ unit(w["tc_slot_keys"]).swapaxes(-1, -2)
+    keys = unit(w["tc_slot_keys"])[:, None]  # [G, 1, S, D]
+    # Not a matrix product: there equal slots could differ in the last bit, and the first would not always win.
+    cos: F32 = (unit(x)[..., None, :] * keys).sum(-1)
     return cos / np.float32(math.sqrt(D) * chunk.config.options.router_temperature)
 
 
