@@ -178,13 +178,22 @@ def _flat(load: Load) -> F32:
     return load().reshape(-1)
 
 
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 200
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it. Of a hostile file's nested lists `repr` might never come to an end."""
+    return _repr.repr(value)
+
+
 def typed(args: Mapping[str, Any], name: str, default: Any) -> Any:
     """args[name], or the default; FileError if it is not of the default's type (whole numbers serve for floats)."""
     value = args.get(name, default)
     if type(default) is float and type(value) is int and abs(value) < 2**63:
         return float(value)
     if type(value) is not type(default):
-        raise FileError(f"argument {name} must be a {type(default).__name__}, not {reprlib.repr(value)}")
+        raise FileError(f"argument {name} must be a {type(default).__name__}, not {shown(value)}")
     return value
 
 
@@ -192,4 +201,4 @@ def refuse_unknown(args: Iterable[str], known: Iterable[str], where: str) -> Non
     """FileError for an argument that this version does not know: it might change what the model computes."""
     for name in args:
         if name not in known:
-            raise FileError(f"argument {reprlib.repr(name)} in {where} is not known to this version of tcinfer")
+            raise FileError(f"argument {shown(name)} in {where} is not known to this version of tcinfer")

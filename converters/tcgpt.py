@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from tcinfer.converters import source
 from tcinfer.converters.pickles import StoredTensor, load_torch
-from tcinfer.converters.source import F32, Load, Names, Source, typed
+from tcinfer.converters.source import F32, Load, Names, Source, shown, typed
 
 from tcinfer.config import ModelConfig, check_count
 from tcinfer.errors import FileError
@@ -51,7 +50,7 @@ def read(path: Path) -> Source:
     have: dict[str, Load] = {}
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, StoredTensor):
-            raise FileError(f"entry {reprlib.repr(name)} of 'model' is not a tensor")
+            raise FileError(f"entry {shown(name)} of 'model' is not a tensor")
         have[name.removeprefix(COMPILED)] = value.numpy
     names = _rename(config, have)
     notes = []

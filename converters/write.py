@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,13 +104,13 @@ def write(source: Source, path: Path, outtype: str, vocabulary: Mapping[str, Any
     _check_names(source, specs)
     kinds = {name: kind_of(specs[name], wanted) for name in source.tensors}
     done = Written(path, 0)
+    writer = GGUFWriter(None, source.config.arch)
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     except OSError as e:
         raise FileError(f"{path}: cannot be written: {e.strerror}") from None
     os.close(handle)
     try:
-        writer = GGUFWriter(None, source.config.arch)
         keys = schema.to_metadata(source.config) | dict(vocabulary)
         keys |= {"general.file_type": int(FILE_TYPES[wanted]), "general.quantization_version": 2}
         for key, value in keys.items():
@@ -140,6 +141,8 @@ def write(source: Source, path: Path, outtype: str, vocabulary: Mapping[str, Any
     except OSError as e:
         raise FileError(f"{path}: cannot be written: {e.strerror}") from None
     finally:
+        with suppress(OSError):  # of a full disk; closed already where all went well
+            writer.close()
         Path(temporary).unlink(missing_ok=True)
     done.nbytes = path.stat().st_size
     return done
@@ -183,7 +186,8 @@ def _umask() -> int:
 def verify(source: Source, path: Path) -> tuple[float, float, int]:
     """Decode the same tokens from the file and from the checkpoint's own tensors.
 
-    Returns max |difference| of the logits, max |logit|, and how many tokens were decoded.
+    Returns max |difference| of the logits, max |logit|, and how many tokens were decoded. Raises FileError for logits
+    that are no numbers.
     """
     config = source.config
     ops = operators("numpy", None)
@@ -194,6 +198,8 @@ def verify(source: Source, path: Path) -> tuple[float, float, int]:
     with bar("verifying", 2 * count) as advance:
         want = original.session().feed(ids, all_logits=True, progress=advance)
         got = load(path, backend="numpy").session().feed(ids, all_logits=True, progress=advance)
+    if not np.isfinite(want).all() or not np.isfinite(got).all():
+        raise FileError(f"{path}: was written, but the logits are not finite: the weights are damaged or overflow")
     return float(np.abs(got - want).max()), float(np.abs(want).max()), count
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from io import TextIOWrapper
 from itertools import chain
 from pathlib import Path
@@ -28,6 +29,7 @@ VERIFIED_BELOW = 2**30  # bytes of output up to which a conversion is checked un
 
 def main() -> None:
     """The `tcinfer` command: one line on stderr and status 1 for every error of the user's, never a traceback."""
+    warnings.filterwarnings("ignore", category=RuntimeWarning)  # NumPy's on overflow: damaged logits are an error
     status = 1
     try:
         _use_utf8()
@@ -250,8 +252,8 @@ def convert(checkpoint: str, output: str | None, outtype: str, tokenizer: str | 
         click.echo(f"not used: {one_line(note)}", err=True)
     if written.fallback:
         click.echo(f"kept in F16, rows no multiple of the block: {', '.join(written.fallback)}", err=True)
-    if found is None:
-        click.echo("no tokenizer found: the file takes ids, not text (--tokenizer FILE)", err=True)
+    which = f"tokenizer: {found}" if found else "no tokenizer found: the file takes ids, not text (--tokenizer FILE)"
+    click.echo(one_line(which), err=True)
     kinds = ", ".join(f"{n} {kind}" for kind, n in written.kinds.items())
     click.echo(f"{out}: {written.nbytes:,} bytes; {source.config.memory} memory; tensors: {kinds}")
     if verify or (verify is None and written.nbytes < VERIFIED_BELOW):

@@ -52,7 +52,8 @@ def sample(logits: NDArray[np.float32], how: Sampling, rng: np.random.Generator)
 def probabilities(logits: NDArray[np.float32], temperature: float = 1.0) -> NDArray[np.float64]:
     """softmax(logits / temperature) in float64, [n]."""
     z = logits.astype(np.float64)
-    e = np.exp((z - z.max()) / temperature)
+    with np.errstate(over="ignore"):  # a temperature near 0 sends all but the likeliest to -inf, as it should
+        e = np.exp((z - z.max()) / temperature)
     return e / e.sum()
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import time
 
 import numpy as np
 import pytest
+from gguf.quants import quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tcinfer.kernels import UnavailableError
 from tcinfer.kernels import backend as load_backend
-from tcinfer.kernels.cpu import Compiled
+from tcinfer.kernels.cpu import Compiled, linear
+from tcinfer.kernels.cpu.blocks import PACKINGS
 from tcinfer.kernels.reference import Reference
 from tcinfer.kernels.reference.matrix_memory import scan_recurrent
 from tcinfer.kernels.reference.quants import KINDS, Kind, Matrix
@@ -174,18 +179,71 @@ def test_sigmoid_is_silent_and_right_at_the_ends() -> None:
         close(REFERENCE.sigmoid(np.array([-80, -1, 0, 1, 80], np.float32)), 1 / (1 + np.exp([80.0, 1, 0, -1, -80])))
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-@pytest.mark.parametrize("ops", [REFERENCE, COMPILED], ids=lambda ops: ops.name)
-def test_linear_of_every_kind(ops: Reference, kind: Kind) -> None:
-    from gguf.constants import GGML_QUANT_SIZES
-
-    block, size = GGML_QUANT_SIZES[kind]
+def random_matrix(kind: Kind, rows: int, columns: int) -> Matrix:
+    """Any bytes at all, with scales that are ordinary numbers."""
     rng = np.random.default_rng(7)
-    data = rng.integers(0, 100, (6, 512 // block * size), dtype=np.uint8)  # small exponents in every float of a block
-    w = Matrix(data, kind, (6, 512))
-    x = rng.normal(size=(3, 512)).astype(np.float32)
-    close(ops.linear(x, w, None), (x.astype(np.float64) @ w.values.T.astype(np.float64)).astype(np.float32), 1e-4)
+    if kind in (Kind.F32, Kind.F16, Kind.BF16):
+        values = rng.normal(size=(rows, columns)).astype(np.float32)
+        data = quantize(values, kind)
+        return Matrix(data.view(np.uint8).reshape(rows, -1), kind, (rows, columns))
+    packing = PACKINGS[kind]
+    blocks = rng.integers(0, 256, (rows, columns // packing.values * packing.dtype.itemsize), dtype=np.uint8)
+    for name in {"d", "m", "dmin"} & set(packing.dtype.names):
+        fields = blocks.view(packing.dtype)[name]
+        fields[:] = rng.normal(size=fields.shape).astype(np.float16).view(np.uint16)
+    return Matrix(blocks, kind, (rows, columns))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("T", [1, 3, 9])
+def test_products_with_packed_weights(kind: Kind, T: int) -> None:
+    w = random_matrix(kind, 70, 512)
+    x = np.random.default_rng(8).normal(size=(T, 512)).astype(np.float32)
+    bias = np.arange(70, dtype=np.float32)
+    want = (x.astype(np.float64) @ w.values.T.astype(np.float64) + bias).astype(np.float32)
+    for ops in (REFERENCE, COMPILED):
+        close(ops.linear(x, w, bias), want, 1e-6)
     np.testing.assert_array_equal(w.rows(np.array([4, 1])), w.values[[4, 1]])
+
+
+@pytest.mark.parametrize("kind", [Kind.F16, Kind.Q8_0], ids=lambda kind: kind.name)
+def test_any_number_of_threads_gives_the_same_bits(kind: Kind) -> None:
+    w = random_matrix(kind, 3001, 512)  # large enough to be shared
+    x = np.random.default_rng(9).normal(size=(1, 512)).astype(np.float32)
+    want = Compiled(1).linear(x, w)
+    for threads in (2, 3, 8):
+        np.testing.assert_array_equal(Compiled(threads).linear(x, w), want)
+
+
+def test_16_bit_floats_are_read_as_they_are() -> None:
+    halves = np.arange(2**16, dtype=np.uint16).reshape(-1, 32)
+    w = Matrix(halves.view(np.uint8), Kind.F16, halves.shape)
+    got = np.empty(halves.shape, np.float32)
+    linear._unpack(linear.packed(w), 0, got)
+    np.testing.assert_array_equal(got, halves.view(np.float16).astype(np.float32))
+
+
+def test_a_width_that_is_no_multiple_of_a_block_is_the_references() -> None:
+    w = random_matrix(Kind.F16, 5, 40)
+    x = np.ones((1, 40), np.float32)
+    close(COMPILED.linear(x, w), REFERENCE.linear(x, w))
+
+
+def test_a_forked_process_computes() -> None:
+    w = random_matrix(Kind.Q8_0, 3001, 512)
+    x = np.ones((1, 512), np.float32)
+    ops = Compiled(2)
+    want = ops.linear(x, w)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if np.array_equal(ops.linear(x, w), want) else 1)
+    deadline = time.monotonic() + 30
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            pytest.fail("the child hangs")
+        time.sleep(0.01)
+    assert ended == (child, 0)
 
 
 def test_a_backend_that_cannot_run_says_so() -> None:

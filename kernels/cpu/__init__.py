@@ -1,13 +1,27 @@
 """The Numba backend: operators whose loops NumPy runs slowly, compiled; the rest are the reference's own."""
 
-from tcinfer.kernels.cpu import attention, matrix_memory, pointwise
+import numpy as np
+from numpy.typing import NDArray
+from tcinfer.kernels.cpu import attention, linear, matrix_memory, pointwise
+from tcinfer.kernels.cpu.threads import Threads
 from tcinfer.kernels.reference import Reference
+from tcinfer.kernels.reference.quants import Matrix
+
+F32 = NDArray[np.float32]
 
 
 class Compiled(Reference):
-    """The reference with its decode loops compiled."""
+    """The reference with its decode loops compiled; quantised weights stay packed."""
 
     name = "numba"
+
+    def __init__(self, threads: int | None = None) -> None:
+        """threads: of every matrix product; None is one for each CPU that this process may use."""
+        super().__init__(threads)
+        self._threads = Threads(threads)
+
+    def linear(self, x: F32, w: Matrix, bias: F32 | None = None) -> F32:
+        return linear.linear(x, w, bias, self._threads)
 
     gelu = staticmethod(pointwise.gelu)
     attention = staticmethod(attention.attention)

@@ -1,6 +1,10 @@
 """The reference backend: every operator as its plain equation, in NumPy."""
 
+import numpy as np
+from numpy.typing import NDArray
 from tcinfer.kernels.reference import attention, matrix_memory, pointwise, quants, rotary
+
+F32 = NDArray[np.float32]
 
 
 class Reference:
@@ -15,7 +19,9 @@ class Reference:
 
             threadpool_limits(threads, user_api="blas")
 
-    linear = staticmethod(quants.linear)
+    def linear(self, x: F32, w: quants.Matrix, bias: F32 | None = None) -> F32:
+        return quants.linear(x, w, bias)
+
     rms_norm = staticmethod(pointwise.rms_norm)
     layer_norm = staticmethod(pointwise.layer_norm)
     sigmoid = staticmethod(pointwise.sigmoid)

@@ -1,0 +1,39 @@
+"""Threads that share the rows of one operator: compiled code runs without the GIL."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+
+class Threads:
+    """A pool made when it is first needed, and made again in a process that was forked from one that had it."""
+
+    def __init__(self, count: int | None) -> None:
+        """count: threads that work at once, the caller's own included; None: one for each CPU at hand."""
+        self.count = count or _cpus()
+        self._owner: int | None = None
+        self._pool: ThreadPoolExecutor | None = None
+
+    def share(self, rows: int, work: Callable[[int, int], None]) -> None:
+        """work(first, last) over ranges that cover 0 .. rows, side by side; returns when all are done."""
+        step = -(-rows // self.count)
+        parts = [(a, min(rows, a + step)) for a in range(0, rows, step)]
+        waiting = [self._workers().submit(work, *part) for part in parts[1:]]
+        work(*parts[0])
+        for done in waiting:
+            done.result()
+
+    def _workers(self) -> ThreadPoolExecutor:
+        if self._pool is None or self._owner != os.getpid():
+            self._owner = os.getpid()
+            self._pool = ThreadPoolExecutor(max(1, self.count - 1), thread_name_prefix="tcinfer")
+        return self._pool
+
+
+def _cpus() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        return os.cpu_count() or 1
