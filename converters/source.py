@@ -193,7 +193,7 @@ def typed(args: Mapping[str, Any], name: str, default: Any) -> Any:
     if type(default) is float and type(value) is int and abs(value) < 2**63:
         return float(value)
     if type(value) is not type(default):
-        raise FileError(f"argument {name} must be a {type(default).__name__}, not {shown(value)}")
+        raise FileError(f"argument {name} must be of type {type(default).__name__}, not {shown(value)}")
     return value
 
 

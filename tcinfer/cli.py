@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import time
-import warnings
 from io import TextIOWrapper
 from itertools import chain
 from pathlib import Path
@@ -29,7 +28,6 @@ VERIFIED_BELOW = 2**30  # bytes of output up to which a conversion is checked un
 
 def main() -> None:
     """The `tcinfer` command: one line on stderr and status 1 for every error of the user's, never a traceback."""
-    warnings.filterwarnings("ignore", category=RuntimeWarning)  # NumPy's on overflow: damaged logits are an error
     status = 1
     try:
         _use_utf8()

@@ -172,4 +172,4 @@ def check_types(options: Any) -> None:
         if want is float and type(value) is int:
             object.__setattr__(options, f.name, float(value))
         elif type(value) is not want:
-            raise TcinferError(f"{f.name} must be a {want.__name__}, not {value!r}")
+            raise TcinferError(f"{f.name} must be of type {want.__name__}, not {value!r}")

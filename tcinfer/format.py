@@ -222,5 +222,5 @@ def _get(metadata: Mapping[str, Any], key: str, kind: type, default: Any = None)
         return float(value)
     if type(value) is not kind:
         shown = f"an array of {len(value)}" if isinstance(value, list | np.ndarray) else repr(value)
-        raise FileError(f"key {key!r} must be a {kind.__name__}, not {shown}")
+        raise FileError(f"key {key!r} must be of type {kind.__name__}, not {shown}")
     return value

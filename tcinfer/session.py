@@ -85,7 +85,8 @@ class Session:
         for a in range(0, len(checked), CHUNK):
             part = checked[a : a + CHUNK]
             last = a + CHUNK >= len(checked)
-            logits = self.model.forward(self._state, part, "all" if all_logits else "last" if last else "none")
+            with np.errstate(all="ignore"):  # damaged weights show in the logits, which `sample` checks
+                logits = self.model.forward(self._state, part, "all" if all_logits else "last" if last else "none")
             if out is not None:
                 out[a : a + len(part)] = logits
             if progress is not None:

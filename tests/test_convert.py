@@ -165,11 +165,11 @@ WQ, DECAY = "transformer.h.0.attn.c_attn.weight", "transformer.h.1.attn.tc.logit
 ARGS: list[tuple[dict[str, Any], str]] = [
     ({"tc_quantum": True}, "argument 'tc_quantum' in model_args is not known"),
     ({"tc_update_rule": "hebb"}, "rule must be one of outer, delta, wedge"),
-    ({"tc_update_rule": 3}, "argument tc_update_rule must be a str, not 3"),
-    ({"tc_enabled": 1}, "argument tc_enabled must be a bool, not 1"),
-    ({"n_layer": True}, "argument n_layer must be a int, not True"),
-    ({"n_layer": 2.0}, "argument n_layer must be a int"),
-    ({"n_layer": [[[[[[[["a"] * 99]]]]]]]}, "argument n_layer must be a int"),
+    ({"tc_update_rule": 3}, "argument tc_update_rule must be of type str, not 3"),
+    ({"tc_enabled": 1}, "argument tc_enabled must be of type bool, not 1"),
+    ({"n_layer": True}, "argument n_layer must be of type int, not True"),
+    ({"n_layer": 2.0}, "argument n_layer must be of type int"),
+    ({"n_layer": [[[[[[[["a"] * 99]]]]]]]}, "argument n_layer must be of type int"),
     ({"n_layer": 3}, "tensor 'transformer.h.2.ln1.weight' is missing"),
     ({"n_layer": 1}, "'transformer.h.1.ln1.weight' is not used"),
     ({"n_layer": 2**31 - 1}, "tensor 'transformer.h.2.ln1.weight' is missing"),
@@ -239,7 +239,7 @@ def test_an_argument_whose_repr_would_never_end(tmp_path: Path) -> None:
     value = b"}(" + string("model") + b"}" + string("model_args") + b"}(" + string("n_layer") + laughs + b"uu"
     (tmp_path / "c.pt").write_bytes(checkpoint(program(value)))
     line = refused(command("convert", tmp_path / "c.pt"))
-    assert "argument n_layer must be a int" in line
+    assert "argument n_layer must be of type int" in line
     assert len(line) < 1000
 
 

@@ -215,9 +215,9 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"vocab_size": 65}, "has shape [64, 32], the model needs [65, 32]"),
     ({"max_position_embeddings": -1}, "max_position_embeddings"),
     ({"rms_norm_eps": NAN}, "norm_eps must be"),
-    ({"rms_norm_eps": "1e-5"}, "rms_norm_eps must be a float"),
+    ({"rms_norm_eps": "1e-5"}, "rms_norm_eps must be of type float"),
     ({"rope_theta": 0.0}, "rope_base must be"),
-    ({"rope_theta": 10**400}, "rope_theta must be a float"),
+    ({"rope_theta": 10**400}, "rope_theta must be of type float"),
     ({"rope_theta": -1.0, "rope_scaling": LLAMA3}, "rope_theta must be"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling 'yarn' is not supported"),
     ({"rope_scaling": {"rope_type": "dynamic"}}, "rope_scaling 'dynamic' is not supported"),
@@ -247,7 +247,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"tc_num_slots": 1}, "slot_keys' is not used"),
     ({"tc_layers": -1}, "model.layers.0.self_attn.tc"),
     ({"tc_enabled": False}, "is not used"),
-    ({"kv_window": "8"}, "argument kv_window must be a int"),
+    ({"kv_window": "8"}, "argument kv_window must be of type int"),
     ({"key_conv": 0}, "key_conv.weight' is not used"),
 ]
 

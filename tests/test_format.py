@@ -76,7 +76,7 @@ def test_every_option_has_a_key_of_its_own(mode: str) -> None:
     ("key", "value", "message"),
     [
         ("tcinfer.schema_version", 2, "tcinfer.schema_version is 2.*update tcinfer"),
-        ("tcinfer.schema_version", "1", "must be a int"),
+        ("tcinfer.schema_version", "1", "must be of type int"),
         ("tcinfer.schema_version", None, "'tcinfer.schema_version' is missing"),
         ("tcinfer.memory.mechanism", "compressive", "'compressive' is not known"),
         ("tcinfer.memory.mechanism", "infini", "'infini'|is missing|not known"),
@@ -84,7 +84,7 @@ def test_every_option_has_a_key_of_its_own(mode: str) -> None:
         ("tcinfer.memory.rule", "oja", "rule must be one of outer, delta, wedge"),
         ("tcinfer.memory.rule", None, "'tcinfer.memory.rule' is missing"),
         ("tcinfer.memory.slots", 0, "slots must be"),
-        ("tcinfer.memory.slots", True, "must be a int, not True"),
+        ("tcinfer.memory.slots", True, "must be of type int, not True"),
         ("tcinfer.memory.value_scale", float("nan"), "value_scale"),
         ("tcgpt.attention.alibi", 1, "'tcgpt.attention.alibi' is not known"),
         ("tcgpt.embedding_length", None, "'tcgpt.embedding_length' is missing"),

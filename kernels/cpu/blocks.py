@@ -4,7 +4,7 @@ A description takes a Block (the fields of one packed block) and gives its value
 From that one description come the product of a packed row with a float32 vector (`row_dot`) and the unpacking of a
 row (`row_unpack`), as intrinsics of Numba. They are written in LLVM's generic vectors: the compiler makes AVX-512,
 AVX2 or Arm instructions of them. (Plain Numba loops over a block are not vectorised at all: their trip counts are so
-short that they are unrolled into scalars first.) Formats: the GGUF specification; the reference is gguf-py's dequantize.
+short that they are unrolled into scalars first.) Formats: the GGUF specification; reference: gguf-py's dequantize.
 """
 
 from __future__ import annotations
@@ -119,6 +119,7 @@ class Block:
 
     def vector(self, field: str, at: int = 0, count: int = LANES) -> Lanes:
         """`count` elements of a field from element `at` on, as stored."""
+        assert self.dtype.fields is not None
         base, offset = self.dtype.fields[field][:2]
         size = base.base.itemsize
         return self._load(I32(offset + at * size), ir.IntType(8 * size), count)

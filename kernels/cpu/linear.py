@@ -52,10 +52,10 @@ def packed(w: Matrix) -> NDArray | None:
 def _rows(blocks: NDArray, x: F32, y: F32, first: int, last: int) -> None:
     for row in range(first, last):
         for t in range(x.shape[0]):
-            y[t, row] = row_dot(blocks, row, x[t])
+            y[t, row] = row_dot(blocks, row, x[t])  # type: ignore[call-arg]  # Numba gives the first argument
 
 
 @compiled
 def _unpack(blocks: NDArray, first: int, panel: F32) -> None:
     for row in range(panel.shape[0]):
-        row_unpack(blocks, first + row, panel[row])
+        row_unpack(blocks, first + row, panel[row])  # type: ignore[call-arg]
