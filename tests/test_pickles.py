@@ -36,6 +36,7 @@ from tcinfer.converters.pickles import StoredTensor, load_plain, load_torch
 from tcinfer.errors import FileError
 
 SHARED = Path(__file__).parents[2] / "shared"
+LIMIT = 2.5  # seconds of CPU, half of what is promised; the longest takes 0.5 on a quiet machine
 MARKER = Path("/tmp") / f"tcinfer-hostile-pickle-ran-{os.getpid()}"
 CHECKPOINTS = dict(hostile_checkpoints(MARKER))
 PICKLES = dict(hostile_pickles(MARKER))
@@ -65,11 +66,11 @@ def outcome(path: Path) -> str:
 
 
 def refused(load: Any, path: Path) -> str:
-    """The message of the `FileError` that loading raises, in less than a second of CPU; nothing has run."""
+    """The message of the `FileError` that loading raises, in bounded time; nothing has run."""
     start = time.process_time()
     with pytest.raises(FileError) as caught:
         load(path)
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < LIMIT
     assert not MARKER.exists()
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
