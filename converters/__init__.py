@@ -45,9 +45,11 @@ def convert(
     out: Path,
     outtype: str = "f16",
     tokenizer: Path | None = None,
+    verify: bool | None = None,
 ) -> tuple[Source, Written, Path | None]:
     """Convert the checkpoint at `path` to the GGUF file `out`, with the tokenizer named or found beside it.
 
+    verify: decode from both and compare before `out` is put in its place (None: files below 1 GiB).
     Returns what was read, what was written, and the tokenizer's file (None: there is none, and the file takes ids
     alone). Raises FileError; `out` is then as it was.
     """
@@ -59,7 +61,7 @@ def convert(
     words = tokenizer if tokenizer is not None else vocabulary.find(source.folder)
     try:
         keys = {} if words is None else vocabulary.read(words, source.config.vocab_size)
-        return source, write.write(source, out, outtype, keys), words
+        return source, write.write(source, out, outtype, keys, verify), words
     except TcinferError as e:
         text = str(e)
         named = any(str(p) in text for p in (path, out, words) if p is not None)

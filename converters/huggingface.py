@@ -1,7 +1,7 @@
 """A Hugging Face style folder of the Llama family: `config.json` and `*.safetensors`, a Tensor Cache beside if any.
 
-Without a memory of its own the model becomes a plain `llama` or `qwen2` file, which other runtimes read too; with
-`tensor_cache` in config.json (the trainer's model_args by name) it becomes `tcllama`.
+A model with the full cache becomes a plain `llama` or `qwen2` file, which other runtimes read too; one with a sliding
+window, or with `tensor_cache` in config.json (the trainer's model_args by name), becomes `tcllama`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tcinfer.converters import source
-from tcinfer.converters.source import F32, Load, Names, Source, typed
 
 from tcinfer.config import ModelConfig, check_count, check_number
+from tcinfer.converters import source
+from tcinfer.converters.source import F32, Names, Source, Tensor, typed
 from tcinfer.errors import FileError
 
 CONFIG = "config.json"
@@ -41,15 +41,17 @@ def read(path: Path) -> Source:
     memory = hf.get("tensor_cache")
     if memory is not None and not isinstance(memory, dict):
         raise FileError("tensor_cache in config.json must be an object")
-    config, divisors = _config(hf, memory, path.resolve().name)
+    config, divisors = _config(hf, memory, source.name_of(path.resolve()))
     names = Names(have)
     if divisors is not None:
-        names.out["rope_freqs.weight"] = lambda: divisors
+        names.out["rope_freqs.weight"] = Tensor("rope_freqs.weight", divisors.shape, lambda: divisors)
     names.move("model.embed_tokens", "token_embd")
     names.move("model.norm", "output_norm")
-    names.head("lm_head.weight", names.out["token_embd.weight"])
-    if not hf.get("tie_word_embeddings", False) and "lm_head.weight" not in have:
+    tied = hf.get("tie_word_embeddings", False)
+    if not tied and "lm_head.weight" not in have:
         raise FileError("tensor 'lm_head.weight' is missing, and config.json does not tie it to the embedding")
+    if names.head("lm_head.weight", names.out["token_embd.weight"]) and tied:
+        raise FileError("config.json ties lm_head.weight to the embedding, but it holds other values")
     for i in range(config.n_layers):
         _layer(names, config, i)
     names.drop(tuple(f"model.layers.{i}.self_attn.rotary_emb." for i in range(config.n_layers)))
@@ -77,14 +79,15 @@ def _layer(names: Names, config: ModelConfig, i: int) -> None:
     if config.arch == "llama":  # its GGUF form rotates neighbouring channels, the folder's halves
         for name, heads in (("attn_q", config.n_heads), ("attn_k", config.n_kv_heads)):
             for end in (".weight", ".bias"):
-                if blk + name + end in names.out:
-                    names.out[blk + name + end] = partial(_interleave, names.out[blk + name + end], heads)
+                if tensor := names.out.get(blk + name + end):
+                    rows = heads * config.head_dim
+                    tensor.check((rows, config.d_model) if end == ".weight" else (rows,))
+                    names.out[blk + name + end] = tensor.changed(tensor.shape, partial(_interleave, heads))
     source.take_memory(names, config, i, h + "self_attn.")
 
 
-def _interleave(load: Load, heads: int) -> F32:
+def _interleave(heads: int, x: F32) -> F32:
     """Rows of each head from (0 .. D/2-1, D/2 .. D-1) to (0, D/2, 1, D/2+1, ..).  [heads · D, ...]."""
-    x = load()
     return x.reshape(heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 
@@ -102,9 +105,9 @@ def _config(hf: dict[str, Any], memory: Mapping[str, Any] | None, name: str) -> 
     kind = hf.get("model_type")
     if kind not in MODEL_TYPES:
         raise FileError(f"model_type {kind!r} is not supported; this version converts {', '.join(MODEL_TYPES)}")
-    for name, harmless in (("hidden_act", "silu"), ("pretraining_tp", 1), ("partial_rotary_factor", 1.0)):
-        if hf.get(name, harmless) != harmless:
-            raise FileError(f"{name} {hf[name]!r} in config.json is not supported, only {harmless!r}")
+    for key, harmless in (("hidden_act", "silu"), ("pretraining_tp", 1), ("partial_rotary_factor", 1.0)):
+        if hf.get(key, harmless) != harmless:
+            raise FileError(f"{key} {hf[key]!r} in config.json is not supported, only {harmless!r}")
     n_heads, d_model = count("num_attention_heads"), count("hidden_size")
     head_dim = count("head_dim", d_model // n_heads)
     if head_dim > LARGEST_HEAD:
@@ -113,7 +116,8 @@ def _config(hf: dict[str, Any], memory: Mapping[str, Any] | None, name: str) -> 
     window = hf.get("sliding_window") if hf.get("use_sliding_window", kind == "mistral") else None
     _check_layers(hf, kind, bool(window))
     own: dict[str, Any] = {"memory": "window" if window else "full", "window": window or 0}
-    arch = "qwen2" if kind == "qwen2" else "llama"
+    # llama.cpp runs a plain file with the full cache, whatever its window says: such a model is ours
+    arch = "tcllama" if window else "qwen2" if kind == "qwen2" else "llama"
     if memory is not None:
         known = {*source.MEMORY_ARGS, *source.TENSOR_ARGS, *source.TRAINING_ARGS}
         source.refuse_unknown(memory, known, "tensor_cache")
@@ -156,6 +160,8 @@ def _rope(hf: dict[str, Any], head_dim: int, context: int) -> tuple[dict[str, An
     source.refuse_unknown(told, ROPE_ARGS | LLAMA3_ARGS, "rope_scaling")
     if kind == "default":
         return {"rope_base": base}, None
+    if kind in ("linear", "llama3") and "factor" not in told:
+        raise FileError("rope_scaling in config.json has no factor")
     factor = typed(told, "factor", 1.0)
     if kind == "linear":
         return {"rope_base": base, "rope_scaling": "linear", "rope_factor": factor}, None
@@ -188,21 +194,21 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_tensors(folder: Path) -> dict[str, Load]:
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of every *.safetensors file by name, read when called; float32."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileError("no *.safetensors in this folder")
-    have: dict[str, Load] = {}
+    have: dict[str, Tensor] = {}
     for file in files:
-        for name, load in _open(file).items():
+        for name, tensor in _open(file).items():
             if name in have:
                 raise FileError(f"tensor {name!r} is in two files")
-            have[name] = load
+            have[name] = tensor
     return have
 
 
-def _open(file: Path) -> dict[str, Load]:
+def _open(file: Path) -> dict[str, Tensor]:
     """The tensors of one file. The library checks the whole header (lengths, overlaps, trailing bytes); NumPy has no
     bfloat16, so the bytes are viewed here."""
     from safetensors import SafetensorError, safe_open
@@ -214,14 +220,15 @@ def _open(file: Path) -> dict[str, Load]:
         raise FileError(f"{file.name}: {e}") from None
     start = 8 + int(data[:8].view("<u8")[0])
     header = json.loads(data[8:start].tobytes())
-    have: dict[str, Load] = {}
+    have: dict[str, Tensor] = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         if entry["dtype"] not in FLOATS:
             raise FileError(f"tensor {name!r} is {entry['dtype']}, not one of {', '.join(FLOATS)}")
         begin, end = entry["data_offsets"]
-        have[name] = partial(_load, data[start + begin : start + end], entry["dtype"], entry["shape"])
+        load = partial(_load, data[start + begin : start + end], entry["dtype"], entry["shape"])
+        have[name] = Tensor(name, tuple(entry["shape"]), load)
     return have
 
 

@@ -17,7 +17,25 @@ from tcinfer.errors import FileError
 from tcinfer.memory import infini, tensor
 
 F32 = NDArray[np.float32]
-Load = Callable[[], F32]  # a tensor's values, read when called
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of a checkpoint, its values still in the file."""
+
+    name: str  # as the checkpoint has it
+    shape: tuple[int, ...]
+    load: Callable[[], F32]
+
+    def check(self, *shapes: tuple[int, ...]) -> Tensor:
+        """Itself, if it has one of these shapes; else FileError."""
+        if self.shape not in shapes:
+            raise FileError(f"tensor {self.name!r} has shape {list(self.shape)}, the model needs {list(shapes[0])}")
+        return self
+
+    def changed(self, shape: tuple[int, ...], change: Callable[[F32], F32]) -> Tensor:
+        """What `change` makes of it, of shape `shape`."""
+        return Tensor(self.name, shape, lambda: change(self.load()))
 
 
 @dataclass
@@ -25,7 +43,7 @@ class Source:
     """A checkpoint, read far enough to be written."""
 
     config: ModelConfig
-    tensors: dict[str, Load]  # by GGUF name, NumPy order
+    tensors: dict[str, Tensor]  # by GGUF name, NumPy order
     folder: Path  # where a tokenizer may lie
     notes: list[str] = field(default_factory=list)  # what the file holds that inference does not use
 
@@ -98,33 +116,39 @@ def memory_fields(args: Mapping[str, Any]) -> dict[str, Any]:
 class Names:
     """The tensors of a checkpoint, each taken once: what is left at the end had no use."""
 
-    def __init__(self, have: Mapping[str, Load]) -> None:
+    def __init__(self, have: Mapping[str, Tensor], biases: bool | None = None) -> None:
+        """biases: whether every projection and norm that is moved has one (None: each as it is)."""
         self._left = dict(have)
-        self.out: dict[str, Load] = {}  # by GGUF name
+        self.biases = biases
+        self.out: dict[str, Tensor] = {}  # by GGUF name
         self.idle: list[str] = []  # known, but switched off by an option
 
-    def maybe(self, name: str) -> Load | None:
+    def maybe(self, name: str) -> Tensor | None:
         return self._left.pop(name, None)
 
-    def take(self, name: str) -> Load:
+    def take(self, name: str) -> Tensor:
         """Raises FileError if it is not there."""
-        load = self.maybe(name)
-        if load is None:
+        tensor = self.maybe(name)
+        if tensor is None:
             raise FileError(f"tensor {name!r} is missing")
-        return load
+        return tensor
 
     def move(self, theirs: str, ours: str) -> None:
-        """A weight, and its bias where there is one."""
+        """A weight, and its bias: one that `biases` asks for, or any that is there."""
         self.out[ours + ".weight"] = self.take(theirs + ".weight")
-        bias = self.maybe(theirs + ".bias")
+        bias = self.take(theirs + ".bias") if self.biases else self.maybe(theirs + ".bias")
+        if bias is not None and self.biases is False:
+            raise FileError(f"tensor {bias.name!r} is there, but the model has no biases")
         if bias is not None:
             self.out[ours + ".bias"] = bias
 
-    def head(self, name: str, embedding: Load) -> None:
-        """The head, unless it is the embedding itself."""
+    def head(self, name: str, embedding: Tensor) -> bool:
+        """The head, unless it is the embedding itself; whether it is one of its own."""
         head = self.maybe(name)
-        if head is not None and not np.array_equal(head(), embedding()):
+        own = head is not None and not np.array_equal(head.load(), embedding.load())
+        if head is not None and own:
             self.out["output.weight"] = head
+        return own
 
     def drop(self, prefixes: tuple[str, ...]) -> None:
         """Leave out what begins so, and remember it."""
@@ -151,15 +175,17 @@ def take_memory(names: Names, config: ModelConfig, layer: int, prefix: str) -> N
         names.drop((prefix + "tc.", prefix + "tc_"))
         return
     o: tensor.Options = config.options
+    heads, width = (config.n_kv_heads,), config.d_model
     for ours, theirs in (("tc_decay", "tc.logit_decay_"), ("tc_rate", "tc.logit_lr_")):
-        loads = [names.take(prefix + theirs + speed) for speed in ("fast", "slow")[: o.timescales]]
-        out[blk + ours] = partial(_stack, loads)
+        speeds = [names.take(prefix + theirs + s).check(heads) for s in ("fast", "slow")[: o.timescales]]
+        out[blk + ours] = Tensor(speeds[0].name, (len(speeds), *heads), partial(_stack, speeds))
     names.move(prefix + "tc_proj", blk + "tc_output")
     if o.token_gate:
-        out[blk + "tc_gate.weight"] = partial(_flat, names.take(prefix + "tc_gate_proj.weight"))
+        weight = names.take(prefix + "tc_gate_proj.weight").check((1, width))
+        out[blk + "tc_gate.weight"] = weight.changed((width,), np.ravel)
         out[blk + "tc_gate.bias"] = names.take(prefix + "tc_gate_proj.bias")
     else:
-        out[blk + "tc_gate.bias"] = partial(_flat, names.take(prefix + "tc_gate"))
+        out[blk + "tc_gate.bias"] = names.take(prefix + "tc_gate").check((1,), ()).changed((1,), np.ravel)
     for wanted, ours, theirs in (
         (o.two_timescales, "tc_alpha", "tc.logit_alpha"),
         (o.slots > 1, "tc_slot_keys", "tc.slot_keys"),
@@ -170,12 +196,8 @@ def take_memory(names: Names, config: ModelConfig, layer: int, prefix: str) -> N
             out[blk + ours] = names.take(prefix + theirs)
 
 
-def _stack(loads: list[Load]) -> F32:
-    return np.stack([load() for load in loads])
-
-
-def _flat(load: Load) -> F32:
-    return load().reshape(-1)
+def _stack(parts: list[Tensor]) -> F32:
+    return np.stack([part.load() for part in parts])
 
 
 _repr = reprlib.Repr()
@@ -185,6 +207,11 @@ _repr.maxstring = _repr.maxother = 200
 def shown(value: Any) -> str:
     """A value as an error shows it. Of a hostile file's nested lists `repr` might never come to an end."""
     return _repr.repr(value)
+
+
+def name_of(folder: Path) -> str:
+    """A model's name from its folder's; what is no UTF-8 in it is replaced."""
+    return folder.name.encode("utf-8", "replace").decode()
 
 
 def typed(args: Mapping[str, Any], name: str, default: Any) -> Any:

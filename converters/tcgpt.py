@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from tcinfer.config import ModelConfig, check_count, check_number
 from tcinfer.converters import source
 from tcinfer.converters.pickles import StoredTensor, load_torch
-from tcinfer.converters.source import F32, Load, Names, Source, shown, typed
-
-from tcinfer.config import ModelConfig, check_count
+from tcinfer.converters.source import Names, Source, Tensor, shown, typed
 from tcinfer.errors import FileError
 
+FLOATS = ("float32", "float16", "bfloat16", "float64")
 COMPILED = "_orig_mod."  # torch.compile puts it before every name
 # The block's model_args, with the trainer's defaults.
 BLOCK_ARGS = {
@@ -46,13 +46,18 @@ def read(path: Path) -> Source:
         {*BLOCK_ARGS, *source.MEMORY_ARGS, *source.TENSOR_ARGS, *source.TRAINING_ARGS},
         "model_args",
     )
-    config = _config(args, path.resolve().parent.name)
-    have: dict[str, Load] = {}
+    config = _config(args, source.name_of(path.resolve().parent))
+    have: dict[str, Tensor] = {}
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, StoredTensor):
             raise FileError(f"entry {shown(name)} of 'model' is not a tensor")
-        have[name.removeprefix(COMPILED)] = value.numpy
-    names = _rename(config, have)
+        if value.dtype not in FLOATS:
+            raise FileError(f"tensor {name!r} is {value.dtype}, and weights are floats")
+        plain = name.removeprefix(COMPILED)
+        if plain in have:
+            raise FileError(f"tensor {plain!r} is there twice, once as {COMPILED + plain}")
+        have[plain] = Tensor(name, value.shape, value.numpy)
+    names = _rename(config, have, typed(args, "bias", BLOCK_ARGS["bias"]))
     notes = []
     if ignored := sorted(set(args) & source.TRAINING_ARGS):
         notes.append(f"arguments for training only: {', '.join(ignored)}")
@@ -62,7 +67,8 @@ def read(path: Path) -> Source:
 
 
 def _config(args: Mapping[str, Any], name: str) -> ModelConfig:
-    a = {name: typed(args, name, default) for name, default in BLOCK_ARGS.items()}
+    a = {arg: typed(args, arg, default) for arg, default in BLOCK_ARGS.items()}
+    check_number("rope_scaling_factor", a["rope_scaling_factor"], 0)
     check_count("n_head", a["n_head"], 1)
     check_count("n_embd", a["n_embd"], 1)
     if a["n_embd"] % a["n_head"]:
@@ -87,12 +93,12 @@ def _config(args: Mapping[str, Any], name: str) -> ModelConfig:
     )
 
 
-def _rename(config: ModelConfig, have: dict[str, Load]) -> Names:
-    names = Names(have)
-    names.move("transformer.wte", "token_embd")
+def _rename(config: ModelConfig, have: dict[str, Tensor], biases: bool) -> Names:
+    names, C = Names(have, biases), config.d_model
+    names.out["token_embd.weight"] = names.take("transformer.wte.weight")
     names.move("transformer.ln_f", "output_norm")
     if config.learned_positions:
-        names.move("transformer.wpe", "position_embd")
+        names.out["position_embd.weight"] = names.take("transformer.wpe.weight")
     names.head("lm_head.weight", names.out["token_embd.weight"])
     for i in range(config.n_layers):
         h, blk = f"transformer.h.{i}.", f"blk.{i}."
@@ -109,11 +115,9 @@ def _rename(config: ModelConfig, have: dict[str, Load]) -> Names:
             fused = names.out.pop(blk + "attn_qkv" + end, None)
             for part, name in enumerate(("attn_q", "attn_k", "attn_v")):
                 if fused is not None:
-                    names.out[blk + name + end] = partial(_third, fused, part, config.d_model)
+                    rest = fused.check((3 * C, C) if end == ".weight" else (3 * C,)).shape[1:]
+                    third = slice(part * C, (part + 1) * C)
+                    names.out[blk + name + end] = fused.changed((C, *rest), itemgetter(third))
         source.take_memory(names, config, i, h + "attn.")
     names.finish()
     return names
-
-
-def _third(fused: Load, part: int, width: int) -> F32:
-    return fused()[part * width : (part + 1) * width]

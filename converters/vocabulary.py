@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from tcinfer.converters.sidecars import added_tokens, named_ids, read_bytes, read_object, sidecar
-
 from tcinfer.errors import FileError, TcinferError
 from tcinfer.reader import file_error, short
 from tcinfer.tokenizer import (

@@ -6,9 +6,9 @@ import os
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, LlamaFileType
@@ -16,11 +16,10 @@ from gguf.constants import GGMLQuantizationType as Kind
 from gguf.gguf_writer import GGUFWriter
 from gguf.quants import quantize
 from numpy.typing import NDArray
-from tcinfer.converters.source import F32, Source
 
 from tcinfer import format as schema
-from tcinfer.config import ModelConfig
-from tcinfer.errors import FileError
+from tcinfer.converters.source import F32, Source
+from tcinfer.errors import FileError, TcinferError
 from tcinfer.loader import bind, load, operators
 from tcinfer.memory.state import Spec
 from tcinfer.model import Model, tensors
@@ -50,7 +49,16 @@ FILE_TYPES = {
 # The largest magnitude that each kind can hold; for the quantised ones, that its float16 scales surely can.
 LARGEST = {Kind.F32: float(np.finfo(np.float32).max), Kind.BF16: 3.3895e38}
 LARGEST_OF_HALF = 65504.0
-VERIFY_TOKENS = 256  # at most: as many as show the memory at work, two windows where they fit
+VERIFIED_BELOW = 2**30  # bytes of output up to which a file is verified unless told otherwise
+VERIFY_WINDOW = 32  # tokens; twice as many are decoded
+
+
+class Verified(NamedTuple):
+    """How far the written file's logits are from the checkpoint's own."""
+
+    worst: float  # max |difference|
+    largest: float  # max |logit|
+    tokens: int
 
 
 @dataclass
@@ -60,6 +68,7 @@ class Written:
     path: Path
     nbytes: int
     kinds: dict[str, int] = field(default_factory=dict)  # kind -> tensors
+    verified: Verified | None = None
     fallback: list[str] = field(default_factory=list)  # matrices kept in F16: their rows are no multiple of the block
 
 
@@ -93,11 +102,13 @@ def kind_of(spec: Spec, wanted: Kind) -> Kind:
     return Kind.F16 if spec.shape[-1] % block else wanted
 
 
-def write(source: Source, path: Path, outtype: str, vocabulary: Mapping[str, Any]) -> Written:
-    """Write `path`, through a temporary file beside it: it is there whole or not at all.
+def write(
+    source: Source, path: Path, outtype: str, vocabulary: Mapping[str, Any], check: bool | None = None
+) -> Written:
+    """Write `path`, through a temporary file beside it: it is there whole and verified, or not at all.
 
-    vocabulary: the `tokenizer.*` keys. Raises FileError for tensors that the configuration does not have, lacks, or
-    that hold NaN.
+    vocabulary: the `tokenizer.*` keys; check: whether to verify (None: files below 1 GiB). Raises FileError for
+    tensors that the configuration does not have, lacks, or that hold NaN, and for a file that would not run.
     """
     wanted = OUTTYPES[outtype]
     specs = tensors(source.config)
@@ -123,12 +134,7 @@ def write(source: Source, path: Path, outtype: str, vocabulary: Mapping[str, Any
         writer.write_ti_data_to_file()
         with bar("writing", len(kinds)) as advance:
             for name, kind in kinds.items():
-                values = source.tensors[name]()
-                if values.shape != specs[name].shape:
-                    raise FileError(
-                        f"tensor {name!r} has shape {list(values.shape)}, the model needs {list(specs[name].shape)}"
-                    )
-                writer.write_tensor_data(pack(name, values, kind).data)
+                writer.write_tensor_data(pack(name, source.tensors[name].load(), kind).data)
                 done.kinds[kind.name] = done.kinds.get(kind.name, 0) + 1
                 if specs[name].matrix and kind != wanted:
                     done.fallback.append(name)
@@ -136,6 +142,9 @@ def write(source: Source, path: Path, outtype: str, vocabulary: Mapping[str, Any
         writer.close()
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
+        done.nbytes = os.path.getsize(temporary)
+        if check or (check is None and done.nbytes < VERIFIED_BELOW):
+            done.verified = _verified(source, Path(temporary), path, wanted)
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as e:
@@ -144,14 +153,14 @@ def write(source: Source, path: Path, outtype: str, vocabulary: Mapping[str, Any
         with suppress(OSError):  # of a full disk; closed already where all went well
             writer.close()
         Path(temporary).unlink(missing_ok=True)
-    done.nbytes = path.stat().st_size
     return done
 
 
 def _check_names(source: Source, specs: Mapping[str, Spec]) -> None:
-    for name in source.tensors:
+    for name, tensor in source.tensors.items():
         if name not in specs:
             raise FileError(f"tensor {name!r} has no place in a {source.config.arch} model")
+        tensor.check(specs[name].shape)
     for name, spec in specs.items():
         if spec.required and name not in source.tensors:
             raise FileError(f"tensor {name!r} is missing")
@@ -183,26 +192,35 @@ def _umask() -> int:
     return mask
 
 
-def verify(source: Source, path: Path) -> tuple[float, float, int]:
+def _verified(source: Source, temporary: Path, path: Path, kind: Kind) -> Verified:
+    try:
+        found = verify(source, temporary)
+    except TcinferError as e:
+        raise FileError(f"{str(e).replace(str(temporary), str(path))}; nothing was written") from None
+    if kind == Kind.F32 and found.worst > 1e-3 * found.largest:
+        raise FileError(f"{path}: would compute other logits, by {found.worst:.3g}; nothing was written")
+    return found
+
+
+def verify(source: Source, path: Path) -> Verified:
     """Decode the same tokens from the file and from the checkpoint's own tensors.
 
-    Returns max |difference| of the logits, max |logit|, and how many tokens were decoded. Raises FileError for logits
-    that are no numbers.
+    Raises FileError for a file that cannot be loaded, and for logits that are no numbers.
     """
     config = source.config
-    ops = operators("numpy", None)
-    stored = {name: pack(name, values(), Kind.F32) for name, values in source.tensors.items()}
+    if config.window > VERIFY_WINDOW:  # the same weights in a smaller window: the memory is at work at once
+        config = replace(config, window=VERIFY_WINDOW)
+    stored = {name: pack(name, tensor.load(), Kind.F32) for name, tensor in source.tensors.items()}
+    ops = operators("auto", None)
     original = Model(config, bind(config, stored), from_metadata({}, config.vocab_size), ops)
-    count = _verify_tokens(config)
+    written = load(path, window=config.window or None)
+    count = 2 * (config.sinks + VERIFY_WINDOW)
+    if config.learned_positions:
+        count = min(count, config.context_length)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, count)
     with bar("verifying", 2 * count) as advance:
         want = original.session().feed(ids, all_logits=True, progress=advance)
-        got = load(path, backend="numpy").session().feed(ids, all_logits=True, progress=advance)
+        got = written.session().feed(ids, all_logits=True, progress=advance)
     if not np.isfinite(want).all() or not np.isfinite(got).all():
-        raise FileError(f"{path}: was written, but the logits are not finite: the weights are damaged or overflow")
-    return float(np.abs(got - want).max()), float(np.abs(want).max()), count
-
-
-def _verify_tokens(config: ModelConfig) -> int:
-    count = min(2 * config.window or VERIFY_TOKENS, VERIFY_TOKENS)
-    return min(count, config.context_length) if config.learned_positions else max(count, 32)
+        raise FileError("the logits are not finite: the weights are damaged or overflow")
+    return Verified(float(np.abs(got - want).max()), float(np.abs(want).max()), count)

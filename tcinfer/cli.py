@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import TextIOWrapper
 from itertools import chain
 from pathlib import Path
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # exit status after Ctrl-C
 TERMINATED = 143  # after SIGTERM
 LONGEST_LINE = 5000  # characters of an error; the longest path has 4096
-VERIFIED_BELOW = 2**30  # bytes of output up to which a conversion is checked unless told otherwise
 
 
 def main() -> None:
@@ -38,9 +39,9 @@ def main() -> None:
         status = 0
     except click.exceptions.Exit as e:  # --help, --version
         status = e.exit_code
-    except click.ClickException as e:
-        e.show()
-        status = e.exit_code
+    except click.ClickException as e:  # no such option, no number where one is needed
+        command = e.ctx.command_path if isinstance(e, click.UsageError) and e.ctx else "tcinfer"
+        _complain(f"{e.format_message()} See: {command} --help")
     except TcinferError as e:
         _complain(str(e))
     except (KeyboardInterrupt, click.Abort):
@@ -142,15 +143,18 @@ def generate(**options: Any) -> None:
     from tcinfer.progress import bar
 
     model = _load(options)
+    if model.ops.cold:
+        click.echo(f"tcinfer: {model.ops.cold}", err=True)
     session = model.session()
     ids = model.tokenizer.encode(_prompt(options["prompt"], options["file"]), bos=model.tokenizer.add_bos)
     marks = [time.monotonic()]  # start, then the end of each part of the prompt
-    with bar("reading the prompt", len(ids)) as advance:
+    with _interruptible() as check, bar("reading the prompt", len(ids)) as advance:
 
         def progress(n: int) -> None:
             marks.append(time.monotonic())
             del marks[1:-1]
             advance(n)
+            check()
 
         pieces = session.generate(
             ids or None,
@@ -166,14 +170,42 @@ def generate(**options: Any) -> None:
         first = next(pieces, None)
     count = 0
     try:
-        for piece in () if first is None else chain((first,), pieces):
-            sys.stdout.write(piece.text)
-            sys.stdout.flush()
-            count += 1
+        with _interruptible() as check:
+            for piece in () if first is None else chain((first,), pieces):
+                check()
+                sys.stdout.write(piece.text)
+                sys.stdout.flush()
+                count += 1
     finally:
-        if sys.stdout.isatty():
-            click.echo()
+        if sys.stdout.isatty() or sys.stderr.isatty():
+            click.echo(err=not sys.stdout.isatty())  # the figures begin on a line of their own
         _figures(session, len(ids), marks[-1] - marks[0], count, time.monotonic() - marks[-1])
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], None]]:
+    """Ctrl-C takes effect at the next call of what this yields; a second one at once.
+
+    Between tokens, because a KeyboardInterrupt in the middle of one may land where it is swallowed: Numba compiles
+    through callbacks that print exceptions and go on.
+    """
+    hits: list[int] = []
+
+    def handler(signum: int, _: object) -> None:
+        hits.append(signum)
+        if len(hits) > 1:
+            raise KeyboardInterrupt
+
+    def check() -> None:
+        if hits:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield check
+        check()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _prompt(text: str | None, file: str | None) -> str:
@@ -207,8 +239,10 @@ def _decoded(data: bytes) -> str:
 def _figures(session: Session, prompt: int, reading: float, new: int, writing: float) -> None:
     config = session.model.config
     outside = f"{session.outside_window:,} tokens outside the exact window of {config.window:,}"
-    if not config.bounded:
+    if not session.model.bounded:
         outside = "the cache grows with every token (--memory window or sinks does not)"
+        if session.position > config.context_length > 0:
+            outside += f"; the model was trained on {config.context_length:,} tokens at most"
     click.echo(
         f"prompt {prompt:,} tokens, {rate(prompt, reading)}; new {new:,} tokens, {rate(new, writing)}; "
         f"state {session.nbytes:,} bytes; {outside}",
@@ -245,18 +279,21 @@ def convert(checkpoint: str, output: str | None, outtype: str, tokenizer: str | 
     out = Path(output or f"{name}-{outtype}.gguf")
     words = Path(tokenizer) if tokenizer else None
     signal.signal(signal.SIGTERM, _terminated)  # so that what is half-written is removed
-    source, written, found = converters.convert(path, out, outtype, words)
+    source, written, found = converters.convert(path, out, outtype, words, verify)
     for note in source.notes:
         click.echo(f"not used: {one_line(note)}", err=True)
     if written.fallback:
         click.echo(f"kept in F16, rows no multiple of the block: {', '.join(written.fallback)}", err=True)
-    which = f"tokenizer: {found}" if found else "no tokenizer found: the file takes ids, not text (--tokenizer FILE)"
+    which = f"tokenizer: {found}" if found else "no tokenizer found: the file takes ids alone (--tokenizer FILE)"
     click.echo(one_line(which), err=True)
     kinds = ", ".join(f"{n} {kind}" for kind, n in written.kinds.items())
     click.echo(f"{out}: {written.nbytes:,} bytes; {source.config.memory} memory; tensors: {kinds}")
-    if verify or (verify is None and written.nbytes < VERIFIED_BELOW):
-        worst, largest, count = write.verify(source, out)
-        click.echo(f"verified on {count} tokens: logits differ by at most {worst:.3g} (largest logit {largest:.3g})")
+    if written.verified:
+        worst, largest, count = written.verified
+        click.echo(
+            f"verified on {count} tokens: logits differ from the checkpoint's by at most {worst:.3g} (the largest is "
+            f"{largest:.3g}); that is what {outtype} costs"
+        )
 
 
 def _terminated(*_: Any) -> NoReturn:
@@ -264,7 +301,7 @@ def _terminated(*_: Any) -> NoReturn:
 
 
 @cli.command()
-@click.argument("model", metavar="MODEL.gguf", required=False)
+@click.argument("model", metavar="[MODEL.gguf]", required=False)
 def inspect(model: str | None) -> None:
     """Show what a model file holds (the bundled one's, without a name): shape, memory, state, weights."""
     from tcinfer.inspect import report

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 from tcinfer.errors import TcinferError
@@ -11,6 +12,7 @@ from tcinfer.errors import TcinferError
 DEFAULT_WINDOW = 512  # tokens, where neither the file nor the user names one
 DEFAULT_SINKS = 4  # tokens, beside the window
 LARGEST_COUNT = 2**31 - 1  # of anything a file or an option may count
+LARGEST_FLOAT, SMALLEST_FLOAT = 3.4e38, 1.2e-38  # what a file's 32 bits hold
 
 
 class Architecture(NamedTuple):
@@ -72,8 +74,12 @@ class ModelConfig:
         check_choice("rope_scaling", self.rope_scaling, ("none", "linear", "ntk"))
         check_choice("sink_positions", self.sink_positions, ("stored", "in-cache"))
         check_choice("key_conv", self.key_conv, (0, 2))
-        if self.memory == "full" and (self.window or self.sinks):
-            raise TcinferError("full memory has no window and no sinks")
+        if self.sinks and not self.window:
+            raise TcinferError("sinks stand beside a window, and this memory has none")
+        if self.memory == "full" and self.window:
+            raise TcinferError("full memory has no window")
+        if self.memory == "window" and self.sinks:
+            raise TcinferError("window memory has no sinks")
         if self.memory in ("window", "sinks") and not self.window:
             raise TcinferError(f"{self.memory} memory needs a window of at least 1 token")
         if self.n_heads % self.n_kv_heads:
@@ -94,67 +100,18 @@ class ModelConfig:
     def learned_positions(self) -> bool:
         return self.rope_dim == 0
 
-    @property
-    def bounded(self) -> bool:
-        """Whether the state has one size for ever."""
-        return self.window > 0
-
-
-def with_memory(
-    config: ModelConfig, memory: str | None = None, window: int | None = None, sinks: int | None = None
-) -> ModelConfig:
-    """`config` with the memory that the user asks for in place of the file's.
-
-    Raises TcinferError where the weights do not allow it or the options contradict each other.
-    """
-    from tcinfer.memory import MODES  # memory modules import this one
-
-    mode = config.memory if memory is None else memory
-    if mode not in MODES:
-        raise TcinferError(f"memory {mode!r} is not one of {', '.join(MODES)}")
-    changed = mode != config.memory
-    if changed and MODES[mode].needs_weights:
-        raise TcinferError(
-            f"this model has no weights for {mode} memory: its file says {config.memory}; "
-            f"any model can run {', '.join(m for m in MODES if not MODES[m].needs_weights)}"
-        )
-    if mode == "full":
-        if window is not None or sinks is not None:
-            raise TcinferError("full memory has no window and no sinks; choose memory 'window' or 'sinks' for them")
-        return replace(config, memory=mode, window=0, sinks=0, options=None)
-    if mode == "window" and sinks is not None:
-        raise TcinferError("memory 'window' has no sinks; choose memory 'sinks' for them")
-    if window is not None:
-        check_count("window", window, 1)
-    if sinks is not None:
-        check_count("sinks", sinks, 0)
-    positions = config.sink_positions
-    if changed:
-        positions = "stored" if config.block.ours else "in-cache"
-        if sinks is None:
-            sinks = DEFAULT_SINKS if mode == "sinks" else 0
-        if window is None:
-            window = config.window or DEFAULT_WINDOW
-    return replace(
-        config,
-        memory=mode,
-        window=config.window if window is None else window,
-        sinks=config.sinks if sinks is None else sinks,
-        sink_positions=positions,
-        options=None if changed else config.options,
-    )
-
 
 def check_count(name: str, value: Any, least: int, most: int = LARGEST_COUNT) -> None:
     """Raise TcinferError unless `value` is an integer (no bool) with least <= value <= most."""
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
         raise TcinferError(f"{name} must be a whole number from {least} to {most}, not {value!r}")
 
 
 def check_number(name: str, value: Any, least: float, most: float = math.inf, above: bool = False) -> None:
-    """Raise TcinferError unless `value` is a finite number (no bool) in [least, most], or (least, most]."""
-    bad = isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
-    if bad or value < least or value > most or (above and value == least):
+    """Raise TcinferError unless `value` is a number (no bool) in [least, most], or (least, most], that float32 has."""
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    low = number < least or (above and (number == least or abs(number) < SMALLEST_FLOAT))
+    if low or number > most or not abs(number) <= LARGEST_FLOAT:
         bounds = f"{'above' if above else 'at least'} {least:g}" + (f" and at most {most:g}" if most < math.inf else "")
         raise TcinferError(f"{name} must be a number {bounds}, not {value!r}")
 

@@ -69,6 +69,7 @@ STANDARD = {
 }
 NORM_EPS = {"layer": "attention.layer_norm_epsilon", "rms": "attention.layer_norm_rms_epsilon"}
 VALUE_LENGTH = "attention.value_length"
+OLD_FACTOR = "rope.scale_linear"  # of plain files, before rope.scaling.*
 # Field of ModelConfig -> key below `tcinfer.memory.`
 FIRST_LEVEL = {"memory": "mechanism", "sinks": "sinks", "sink_positions": "sink_positions", "key_conv": "key_conv"}
 
@@ -133,7 +134,7 @@ def from_metadata(metadata: Mapping[str, Any], vocab_size: int, n_tensors: int) 
         default = _default(metadata, arch, name, vocab_size, ours)
         kind = str if name == "rope_scaling" else float if name in ("rope_base", "rope_factor") else int
         values[name] = _get(metadata, f"{arch}.{key}", kind, default)
-    values["norm_eps"] = _get(metadata, f"{arch}.{NORM_EPS[ARCHITECTURES[arch].norm]}", float, 1e-5)
+    values["norm_eps"] = _get(metadata, f"{arch}.{NORM_EPS[ARCHITECTURES[arch].norm]}", float)
     if values["vocab_size"] != vocab_size:
         raise FileError(f"{arch}.vocab_size is {values['vocab_size']}, but the embedding has {vocab_size} rows")
     if values["n_layers"] > n_tensors:
@@ -145,8 +146,9 @@ def from_metadata(metadata: Mapping[str, Any], vocab_size: int, n_tensors: int) 
     else:
         values["memory"] = "window" if values["window"] else "full"
         for key, harmless in UNSUPPORTED.items():
-            if metadata.get(f"{arch}.{key}", harmless) != harmless:
-                raise FileError(f"{arch}.{key} = {metadata[f'{arch}.{key}']} is not supported by this version")
+            found = _get(metadata, f"{arch}.{key}", type(harmless), harmless)
+            if found != harmless:
+                raise FileError(f"{arch}.{key} = {found:g} is not supported by this version")
     return ModelConfig(**values)
 
 
@@ -181,10 +183,11 @@ def _default(metadata: Mapping[str, Any], arch: str, name: str, vocab_size: int,
         return number("n_heads")
     if name == "head_dim":
         return number("d_model") // max(1, number("n_heads"))
-    if name == "rope_scaling":
-        return "none"
     if name == "rope_factor":
-        return 1.0
+        return 1.0 if ours else _get(metadata, f"{arch}.{OLD_FACTOR}", float, 1.0)
+    if name == "rope_scaling":  # of a plain file that gives a factor alone, linear is meant
+        scaled = not ours and {f"{arch}.{STANDARD['rope_factor']}", f"{arch}.{OLD_FACTOR}"} & set(metadata)
+        return "linear" if scaled else "none"
     if not ours:
         plain = {"rope_dim": -1, "window": 0, "rope_base": 10000.0, "context_length": 0}
         return plain.get(name)

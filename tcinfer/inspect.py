@@ -59,7 +59,7 @@ def report(path: str | PathLike[str] | None = None) -> str:
     size = memory.layout(config).nbytes
     lines.append(
         f"{'state':<22}{size:,} bytes a session, whatever its length"
-        if config.bounded
+        if memory.bounded(config)
         else f"{'state':<22}grows by {_bytes_per_token(config):,} bytes a token"
     )
     for i in range(config.n_layers):

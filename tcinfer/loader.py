@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from tcinfer import format as schema
 from tcinfer import kernels, reader, tokenizer
-from tcinfer.config import ModelConfig, check_count, with_memory
+from tcinfer.config import ModelConfig, check_count
 from tcinfer.errors import FileError, TcinferError
 from tcinfer.kernels.reference.quants import KINDS, Matrix, unpack
+from tcinfer.memory import with_memory
 from tcinfer.model import Model, tensors
 
 BUNDLED = "shakespeare.gguf"  # in models/
@@ -56,13 +57,18 @@ def load(
     (full, window, sinks, infini or tensor; tokens; tokens beside the window); threads: of the numba backend.
     Raises TcinferError for a file that cannot be run exactly, or options that do not go together.
     """
+    if path is not None and not isinstance(path, str | PathLike):
+        raise TcinferError(f"a model is named by its path, not by {path!r}")
     if threads is not None:
         check_count("threads", threads, 1, 4096)
     ops = operators(backend, threads)
     file = reader.read(bundled() if path is None else path)
     try:
         config = read_config(file)
-        asked = with_memory(config, memory, window, sinks)
+    except TcinferError as e:
+        raise FileError(f"{file.path}: {e}") from e
+    asked = with_memory(config, memory, window, sinks)
+    try:
         weights = bind(asked, file.tensors, without=dropped(config, asked))
         words = tokenizer.from_metadata(file.metadata, config.vocab_size)
     except TcinferError as e:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,10 @@ from tcinfer.kernels.reference.quants import Matrix
 from tcinfer.kernels.reference.rotary import frequencies
 from tcinfer.memory.chunk import Chunk
 from tcinfer.memory.state import Spec, State
-from tcinfer.session import Session
 from tcinfer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from tcinfer.session import Session
 
 F32 = NDArray[np.float32]
 
@@ -79,9 +81,12 @@ class Model:
                 weights.get("rope_freqs.weight"),
             )
         self._attend = memory.mechanism(config).attend
+        self.bounded = memory.bounded(config)  # whether a session's state has one size for ever
 
     def session(self) -> Session:
         """A new sequence at position 0. Raises TcinferError if its state does not fit this machine."""
+        from tcinfer.session import Session  # for the reader's comfort alone: a model knows nothing of its sessions
+
         return Session(self)
 
     def forward(self, state: State, ids: NDArray[np.int64], logits: str = "last") -> F32:

@@ -47,6 +47,7 @@ NUMBERS = {
 }
 SMALLEST_PAIR = 8 + 1 + 4 + 1  # key length, key, type, a one-byte value
 SMALLEST_TENSOR = 8 + 1 + 4 + 8 + 4 + 8  # name length, name, n_dims, one dim, kind, offset
+MOST_ENTRIES = 2**16  # tensors, and pairs; the largest models have a few thousand of each
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +101,9 @@ def read(path: str | os.PathLike[str]) -> GGUFFile:
     version = _version(cursor)
     tensor_count = cursor.number(U64, "the tensor count")
     pair_count = cursor.number(U64, "the metadata count")
+    for count, what in ((tensor_count, "tensors"), (pair_count, "metadata pairs")):
+        if count > MOST_ENTRIES:
+            raise cursor.fail(f"the header counts {count} {what}; no model has more than {MOST_ENTRIES}")
     cursor.need(pair_count * SMALLEST_PAIR + tensor_count * SMALLEST_TENSOR, "what the header counts")
     metadata: dict[str, Value] = {}
     for _ in range(pair_count):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -35,7 +35,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A session's whole state at one moment; opaque. Its bytes are the state's, and nothing else."""
+    """A session's whole state at one moment, and the logits it stood before; opaque."""
 
     model: Model
     state: State
@@ -43,16 +43,17 @@ class Snapshot:
 
     @property
     def nbytes(self) -> int:
-        return self.state.nbytes
+        return self.state.nbytes + (0 if self.logits is None else self.logits.nbytes)
 
 
 class Session:
     """The state of one sequence, made by `model.session()`. Not for several threads at once; sessions are cheap."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, state: State | None = None, logits: NDArray[np.float32] | None = None) -> None:
+        """Called by `model.session()`, at position 0, and by `fork`, which hands over a copy of its state."""
         self.model = model
-        self._state = State(memory.layout(model.config, GROWTH))
-        self._logits: NDArray[np.float32] | None = None  # [V] after the last token, what generate goes on from
+        self._state = State(memory.layout(model.config, GROWTH)) if state is None else state
+        self._logits = logits  # [V] after the last token, what generate goes on from; never written to
         self._torn = False  # a pass was interrupted half way: some layers have moved on, some have not
 
     @property
@@ -69,7 +70,7 @@ class Session:
     def outside_window(self) -> int:
         """Tokens taken in that the exact window (and the sinks) no longer hold."""
         config = self.model.config
-        return max(0, self.position - config.window - config.sinks) if config.bounded else 0
+        return max(0, self.position - config.window - config.sinks) if config.window else 0
 
     def feed(self, ids: ArrayLike, all_logits: bool = False, progress: Progress | None = None) -> NDArray[np.float32]:
         """Take ids in; logits float32 [V] after the last, or [len(ids), V] after each.
@@ -80,20 +81,20 @@ class Session:
         checked = self._check(ids)
         self._make_room(len(checked))
         V = self.model.config.vocab_size
-        out = np.empty((len(checked), V), np.float32) if all_logits else None
-        self._torn = True
+        out = _rows(len(checked), V) if all_logits else None
         for a in range(0, len(checked), CHUNK):
             part = checked[a : a + CHUNK]
             last = a + CHUNK >= len(checked)
+            self._torn = True
             with np.errstate(all="ignore"):  # damaged weights show in the logits, which `sample` checks
                 logits = self.model.forward(self._state, part, "all" if all_logits else "last" if last else "none")
+            self._torn = False
+            self._logits = logits[-1].copy() if len(logits) else None  # no view: that would keep every row
             if out is not None:
                 out[a : a + len(part)] = logits
             if progress is not None:
                 progress(len(part))
-        self._torn = False
-        self._logits = logits[-1]
-        return logits[-1].copy() if out is None else out
+        return logits[-1] if out is None else out
 
     def generate(
         self,
@@ -116,7 +117,7 @@ class Session:
         """
         how = Sampling(temperature, top_k, top_p, min_p, seed)
         check_count("max_tokens", max_tokens, -1)
-        stops = [stop] if isinstance(stop, str) else list(stop)
+        stops = [stop] if isinstance(stop, str) else list(stop) if isinstance(stop, Iterable) else [stop]
         if not all(isinstance(s, str) and s for s in stops):
             raise TcinferError("stop strings must be texts of at least one character")
         ids = self._prompt_ids(prompt)
@@ -166,15 +167,14 @@ class Session:
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of any session of the same model. Raises TcinferError for another model's."""
-        if snapshot.model is not self.model:
-            raise TcinferError("this snapshot was taken from another model")
+        if not isinstance(snapshot, Snapshot) or snapshot.model is not self.model:
+            raise TcinferError("this is no snapshot of a session of this model, as it was loaded")
         self._state, self._logits, self._torn = snapshot.state.copy(), snapshot.logits, False
 
     def fork(self) -> Session:
         """Another session with the same past; from here on the two never influence each other."""
-        other = Session(self.model)
-        other.restore(self.snapshot())
-        return other
+        self._check_whole()
+        return Session(self.model, self._state.copy(), self._logits)
 
     def reset(self) -> None:
         """Forget everything: position 0, as new."""
@@ -212,14 +212,18 @@ class Session:
 
     def _make_room(self, count: int) -> None:
         """Full memory alone: grow the cache, by doubling, so that `count` more tokens fit."""
-        config = self.model.config
-        if config.bounded:
-            return
-        need = self.position + count
-        have = self._state.layers[0]["k"].shape[0] - config.sinks
-        if need > have:
+        need, have = self.position + count, self._state.layout.capacity
+        if need > have and not self.model.bounded:
             capacity = -(-max(need, 2 * have) // GROWTH) * GROWTH
-            self._state = self._state.grown(memory.layout(config, capacity))
+            self._state = self._state.grown(memory.layout(self.model.config, capacity))
+
+
+def _rows(count: int, vocab_size: int) -> NDArray[np.float32]:
+    try:
+        return np.empty((count, vocab_size), np.float32)
+    except (MemoryError, ValueError):
+        size = 4 * count * vocab_size
+        raise TcinferError(f"all logits of {count:,} tokens take {size:,} bytes: feed fewer at once") from None
 
 
 class _Text:

@@ -67,6 +67,8 @@ class Tokenizer:
 
         Raises TokenizerError where the text cannot be written in the vocabulary or there is no BOS token.
         """
+        if not isinstance(text, str):
+            raise TokenizerError(f"a text is needed, not {short(repr(text))}")
         if bos and self.bos_id is None:
             raise TokenizerError("this file's tokenizer has no BOS token")
         ids = self._encode(_SURROGATES.sub("\ufffd", text), special)
@@ -74,7 +76,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids from its beginning. Raises TokenizerError for an id out of range."""
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+        return b"".join(map(self.token_bytes, iterable(ids))).decode("utf-8", "replace")
 
     def stream(self) -> "StreamDecoder":
         """A decoder for ids that come one at a time and continue a text."""
@@ -88,13 +90,18 @@ class Tokenizer:
         return self._bytes(self._checked(token))
 
     def _encode(self, text: str, special: bool) -> list[int]:
-        raise TokenizerError("this file holds no tokenizer: give ids instead of text")
+        raise TokenizerError(
+            "this file holds no tokenizer: give ids (in Python), or convert again with --tokenizer FILE"
+        )
 
     def _bytes(self, token: int) -> bytes:
         raise TokenizerError("this file holds no tokenizer: ids cannot be turned into text")
 
     def _checked(self, token: int) -> int:
-        token = operator.index(token)
+        try:
+            token = operator.index(token)
+        except TypeError:
+            raise TokenizerError(f"an id is a whole number, not {short(repr(token))}") from None
         if not 0 <= token < self._limit:
             raise TokenizerError(f"id {token} is outside the vocabulary of {self._limit}")
         return token
@@ -135,6 +142,13 @@ def from_metadata(metadata: Mapping[str, Any], vocab_size: int | None) -> Tokeni
         known = ", ".join(kinds)
         raise TokenizerError(f"tokenizer model {short(kind)} is not supported; the known ones are {known}")
     return kinds[kind](metadata, vocab_size)
+
+
+def iterable(ids: Iterable[int]) -> Iterable[int]:
+    """Itself. Raises TokenizerError if there is nothing to go through."""
+    if not isinstance(ids, Iterable):
+        raise TokenizerError(f"ids are a list of whole numbers, not {short(repr(ids))}")
+    return ids
 
 
 def short(text: str) -> str:

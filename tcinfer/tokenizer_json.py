@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from tcinfer.errors import FileError, TcinferError, TokenizerError
-from tcinfer.tokenizer import HUGGINGFACE_JSON, StreamDecoder, Tokenizer, short, value
+from tcinfer.tokenizer import HUGGINGFACE_JSON, StreamDecoder, Tokenizer, iterable, short, value
 
 _T = TypeVar("_T")
 
@@ -102,7 +102,7 @@ class HuggingFace(Tokenizer):
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        return super().decode(ids) if self._own_bytes else self._text([self._checked(token) for token in ids])
+        return super().decode(ids) if self._own_bytes else self._text([self._checked(token) for token in iterable(ids)])
 
     def stream(self) -> StreamDecoder:
         return super().stream() if self._own_bytes else _WindowDecoder(self, self._text, self._anchor)

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tcinfer.kernels.reference.quants import Kind, Matrix
 
 from tcinfer.config import ModelConfig
+from tcinfer.kernels.reference.quants import Kind, Matrix
 from tcinfer.loader import operators
 from tcinfer.memory.state import Spec
 from tcinfer.model import Model, tensors

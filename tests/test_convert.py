@@ -20,14 +20,14 @@ import numpy as np
 import pytest
 from conftest import SHARED, shared
 from hostile_files import checkpoint, integer, ints, name, program, rebuilt, storage, string
-from tcinfer.converters import read as read_checkpoint
-from tcinfer.converters import write
-from tcinfer.converters.pickles import load_torch
-from tcinfer.kernels.reference.quants import unpack
 from test_cli import FAST, command, refused
 
 import tcinfer
 from tcinfer import reader
+from tcinfer.converters import read as read_checkpoint
+from tcinfer.converters import write
+from tcinfer.converters.pickles import load_torch
+from tcinfer.kernels.reference.quants import unpack
 from tcinfer.model import tensors as specs_of
 
 GOLDEN = sorted(path.parent.name for path in SHARED.glob("golden/*/ckpt.pt"))
@@ -61,7 +61,10 @@ def test_golden_checkpoints_convert_and_verify(case: str, tmp_path: Path) -> Non
     assert done.status == 0, done.err
     assert "not used: arguments for training only: dropout, " in done.err
     assert "no tokenizer found" in done.err
-    found = re.search(r"verified on \d+ tokens: logits differ by at most (\S+) \(largest logit (\S+)\)", done.out)
+    found = re.search(
+        r"verified on \d+ tokens: logits differ from the checkpoint's by at most (\S+) \(the largest is (\S+)\)",
+        done.out,
+    )
     assert found is not None
     assert float(found[1]) < 1e-5 * float(found[2])
     assert command("inspect", out).status == 0
@@ -83,7 +86,7 @@ def test_outtypes(outtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for n, tensor in file.tensors.items():
         assert tensor.kind.name == ("F32" if n in exact else outtype.upper())
         if n in exact:
-            assert tensor.data.tobytes() == checkpoint_read.tensors[n]().tobytes()
+            assert tensor.data.tobytes() == checkpoint_read.tensors[n].load().tobytes()
     numpy, numba = (logits(file.path, backend) for backend in ("numpy", "numba"))
     assert np.abs(numpy - numba).max() < 1e-4 * np.abs(numpy).max()
 
@@ -153,7 +156,7 @@ def test_checkpoint_dtypes_and_compiled_names(kind: str, tmp_path: Path) -> None
     want = read_checkpoint(shared("golden", "tc-delta", "ckpt.pt")).tensors
     assert got.keys() == want.keys()
     for n, x in got.items():
-        np.testing.assert_array_equal(x, keep(want[n]()))
+        np.testing.assert_array_equal(x, keep(want[n].load()))
 
 
 def bf16(x: np.ndarray) -> np.ndarray:
@@ -178,8 +181,8 @@ ARGS: list[tuple[dict[str, Any], str]] = [
     ({"n_head": 0}, "n_head must be"),
     ({"n_head": 3}, "n_embd 64 is not a multiple of n_head 3"),
     ({"n_embd": 2**62}, "must be a whole number"),
-    ({"n_head": 8}, "has shape"),
-    ({"vocab_size": 97}, "'token_embd.weight' has shape [96, 64], the model needs [97, 64]"),
+    ({"n_head": 8}, "logit_decay_fast' has shape [4], the model needs [8]"),
+    ({"vocab_size": 97}, "'transformer.wte.weight' has shape [96, 64], the model needs [97, 64]"),
     ({"rope_base": NAN}, "rope_base must be"),
     ({"rope_base": 2**70}, "rope_base must be|integer"),
     ({"kv_window": -1}, "kv_window"),
@@ -193,14 +196,21 @@ ARGS: list[tuple[dict[str, Any], str]] = [
     ({"key_conv": 2}, "key_conv.weight' is missing"),
     ({"key_conv": 3}, "key_conv must be one of"),
     ({"use_rope": False}, "transformer.wpe.weight' is missing"),
+    ({"bias": True}, ".bias' is missing"),
+    ({"rope_scaling_factor": NAN}, "rope_scaling_factor must be"),
+    ({"rope_base": 1e300}, "rope_base must be"),
+    ({"tc_num_slots": 2, "tc_router_temp": 1e-300}, "router_temperature must be"),
 ]
 WEIGHTS: list[tuple[dict[str, Any], str]] = [
     ({"transformer.h.0.extra": np.ones(2, np.float32)}, "'transformer.h.0.extra' is not used"),
     ({WQ: None}, f"entry '{WQ}' of 'model' is not a tensor"),
-    ({WQ: np.ones((64, 192), np.float32)}, "'blk.0.attn_q.weight' has shape [64, 64]|has shape"),
-    ({DECAY: np.ones(5, np.float32)}, "'blk.1.tc_decay' has shape [1, 5], the model needs [1, 4]"),
+    ({WQ: np.ones((64, 192), np.float32)}, "c_attn.weight' has shape [64, 192], the model needs [192, 64]"),
+    ({DECAY: np.ones(5, np.float32)}, "logit_decay_fast' has shape [5], the model needs [4]"),
     ({DECAY: np.full(4, NAN, np.float32)}, "'blk.1.tc_decay' holds NaN or Inf"),
     ({WQ: np.full((192, 64), -INF, np.float32)}, "'blk.0.attn_q.weight' holds NaN or Inf"),
+    ({WQ: np.ones((384, 64), np.float32)}, "has shape [384, 64], the model needs [192, 64]"),
+    ({"_orig_mod." + WQ: np.ones((192, 64), np.float32)}, "is there twice"),
+    ({WQ.replace("weight", "bias"): np.ones(192, np.float32)}, "but the model has no biases"),
     ({WQ: np.full((192, 64), 1e6, np.float32)}, "'blk.0.attn_q.weight' has values beyond the range of Q8_0"),
 ]
 

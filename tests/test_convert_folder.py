@@ -13,6 +13,7 @@ from conftest import shared
 from test_cli import FAST, command, refused
 from test_convert import bf16, converted, logits, values
 
+import tcinfer
 from tcinfer import reader
 
 NAN = float("nan")
@@ -102,6 +103,17 @@ def folder(path: Path, tensors: Weights | None = None, files: int = 1, dtype: st
 
 
 # What is read
+
+
+def test_the_model_is_named_after_its_folder(tmp_path: Path) -> None:
+    file = converted(folder(tmp_path / "my-model"), tmp_path / "out.gguf")
+    assert reader.read(file).metadata["general.name"] == "my-model"
+
+
+def test_a_model_with_a_window_is_ours_since_others_would_ignore_it(tmp_path: Path) -> None:
+    path = folder(tmp_path / "windowed", model_type="mistral", sliding_window=8)
+    model = tcinfer.load(converted(path, tmp_path / "out.gguf"))
+    assert (model.config.arch, model.config.memory, model.config.window) == ("tcllama", "window", 8)
 
 
 def test_stories_from_its_folder_and_from_its_gguf(tmp_path: Path) -> None:
@@ -224,6 +236,8 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling": {"rope_type": ["llama3"]}}, "is not supported"),
     ({"rope_scaling": [8.0]}, "rope_scaling in config.json must be an object"),
     ({"rope_scaling": {"type": "linear", "factor": 0.0}}, "rope_factor must be"),
+    ({"rope_scaling": {"type": "linear"}}, "rope_scaling in config.json has no factor"),
+    ({"rms_norm_eps": 1e300}, "norm_eps must be"),
     ({"rope_scaling": LLAMA3 | {"factor": NAN}}, "factor must be"),
     ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor must be"),
     ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 10**400}}, "original_max_position_embeddings"),
@@ -318,6 +332,8 @@ def test_tensors_of_a_folder_that_are_refused(tmp_path: Path) -> None:
             ({norm: np.full(32, NAN, np.float32)}, "'blk.1.attn_norm.weight' holds NaN or Inf"),
             ({norm: np.ones(31, np.float32)}, "has shape [31], the model needs [32]"),
             ({norm: np.ones((0,), np.float32)}, "has shape [0]"),
+            ({"model.layers.0.self_attn.q_proj.weight": np.ones((31, 32), np.float32)}, "has shape [31, 32]"),
+            ({"lm_head.weight": np.ones((64, 32), np.float32)}, "ties lm_head.weight to the embedding"),
         )
     ):
         assert says in refused(command("convert", folder(tmp_path / str(case), weights() | change), *out))

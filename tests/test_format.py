@@ -94,6 +94,10 @@ def test_every_option_has_a_key_of_its_own(mode: str) -> None:
         ("tcgpt.attention.value_length", 4, "differs from the key length"),
         ("tcgpt.block_count", 2**31, "the file has 100 tensors|n_layers"),
         ("tcgpt.attention.layer_norm_epsilon", float("nan"), "norm_eps"),
+        ("tcgpt.attention.layer_norm_epsilon", None, "layer_norm_epsilon' is missing"),
+        ("tcgpt.rope.freq_base", 1e300, "rope_base must be"),
+        ("tcinfer.memory.value_scale", 1e300, "value_scale must be"),
+        ("tcinfer.memory.router_temperature", 1e-300, "router_temperature must be"),
         ("tcgpt.rope.freq_base", 0.0, "rope_base must be"),
         ("tcgpt.rope.dimension_count", 4, "rope_dim 4 is not supported"),
         ("tcgpt.vocab_size", 49, "the embedding has 50 rows"),
@@ -113,9 +117,20 @@ def test_a_key_that_is_wrong_is_refused_by_name(key: str, value: object, message
 
 @pytest.mark.parametrize("key", schema.UNSUPPORTED)
 def test_a_plain_file_that_needs_more_than_we_have_is_refused(key: str) -> None:
-    keys = schema.to_metadata(CONFIGS["plain"]) | {f"llama.{key}": 3}
-    with pytest.raises(TcinferError, match=f"llama.{key} = 3 is not supported"):
-        schema.from_metadata(keys, 50, 100)
+    harmless = schema.UNSUPPORTED[key]
+    for other, message in (
+        (not harmless if isinstance(harmless, bool) else harmless + 3, "is not supported"),
+        ([1.0, 2.0], "not an array"),
+    ):
+        keys = schema.to_metadata(CONFIGS["plain"]) | {f"llama.{key}": other}
+        with pytest.raises(TcinferError, match=f"llama.{key}.*{message}"):
+            schema.from_metadata(keys, 50, 100)
+
+
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_a_factor_without_a_type_is_linear_in_a_plain_file(key: str) -> None:
+    config = schema.from_metadata(schema.to_metadata(CONFIGS["plain"]) | {f"llama.{key}": 4.0}, 50, 100)
+    assert (config.rope_scaling, config.rope_factor) == ("linear", 4.0)
 
 
 def test_a_plain_file_may_have_keys_that_say_nothing() -> None:

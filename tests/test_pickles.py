@@ -31,8 +31,8 @@ from hostile_files import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tcinfer.converters.pickles import StoredTensor, load_plain, load_torch
 
+from tcinfer.converters.pickles import StoredTensor, load_plain, load_torch
 from tcinfer.errors import FileError
 
 SHARED = Path(__file__).parents[2] / "shared"

@@ -117,8 +117,8 @@ def test_snapshots_forks_and_reset() -> None:
     s.reset()
     assert s.position == 0
     np.testing.assert_array_equal(s.feed(IDS), first)
-    assert snap.nbytes == s.nbytes
-    with pytest.raises(TcinferError, match="another model"):
+    assert snap.nbytes == s.nbytes + 4 * 50
+    with pytest.raises(TcinferError, match="no snapshot of a session of this model"):
         small(**TENSOR).session().restore(snap)
 
 
@@ -147,6 +147,46 @@ def test_an_interrupted_pass_leaves_a_session_that_says_so(monkeypatch: pytest.M
             use()
     s.restore(snap)
     s.feed([1])
+
+
+def test_an_interruption_between_chunks_leaves_a_whole_session() -> None:
+    s = small(**TENSOR).session()
+
+    def stop(n: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        s.feed(np.zeros(2 * CHUNK, int), progress=stop)
+    assert s.position == CHUNK
+    s.feed([1])
+
+
+def test_all_logits_are_not_kept_by_the_session() -> None:
+    s = small(**TENSOR).session()
+    s.feed(IDS, all_logits=True)
+    assert s._logits is not None
+    assert s._logits.base is None
+
+
+def test_arguments_of_the_wrong_kind_are_our_errors(bundled: tcinfer.Model) -> None:
+    s = bundled.session()
+    for wrong in (
+        lambda: s.restore(b"x"),
+        lambda: tcinfer.load(5),
+        lambda: tcinfer.load(memory=["window"]),
+        lambda: bundled.tokenizer.encode(5),
+        lambda: bundled.tokenizer.decode([1.5]),
+        lambda: bundled.tokenizer.decode(3),
+        lambda: s.feed({1: 2}),
+    ):
+        with pytest.raises(TcinferError):
+            wrong()
+    assert s.position == 0
+
+
+def test_numpy_numbers_are_numbers(bundled: tcinfer.Model) -> None:
+    pieces = bundled.session().generate("a", max_tokens=np.int64(3), temperature=np.float32(0.5), top_k=np.int32(5))
+    assert len(list(pieces)) == 3
 
 
 def test_generate_yields_a_piece_a_token_and_has_fed_it(bundled: tcinfer.Model) -> None:
@@ -207,6 +247,8 @@ def test_a_held_back_beginning_of_a_stop_string_is_not_lost(bundled: tcinfer.Mod
         {"max_tokens": 2**63},
         {"stop": [""]},
         {"stop": [1]},
+        {"stop": 5},
+        {"stop": None},
         {"prompt": ""},
         {"prompt": None},
         {"prompt": [99]},

@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from tcinfer.converters.vocabulary import find, read
 
+from tcinfer.converters.vocabulary import find, read
 from tcinfer.errors import FileError
 from tcinfer.reader import read as read_gguf
 from tcinfer.tokenizer import (

@@ -2,7 +2,9 @@
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tcinfer.kernels.cpu import attention, linear, matrix_memory, pointwise
+from tcinfer.kernels.cpu.jit import cache_folder
 from tcinfer.kernels.cpu.threads import Threads
 from tcinfer.kernels.reference import Reference
 from tcinfer.kernels.reference.quants import Matrix
@@ -19,6 +21,13 @@ class Compiled(Reference):
         """threads: of every matrix product; None is one for each CPU that this process may use."""
         super().__init__(threads)
         self._threads = Threads(threads)
+
+    @property
+    def cold(self) -> str:  # type: ignore[override]
+        folder = cache_folder()
+        if folder is None:
+            return "compiling for this CPU; there is no private cache folder to keep the result in"
+        return "" if any(folder.rglob("*.nbi")) else "compiling for this CPU, once: some seconds"
 
     def linear(self, x: F32, w: Matrix, bias: F32 | None = None) -> F32:
         return linear.linear(x, w, bias, self._threads)

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tcinfer.kernels.cpu.jit import compiled
 from tcinfer.kernels.reference import attention as reference
 

@@ -6,12 +6,14 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numba
 import numba.core.config
+from numba.core.caching import FunctionCache
 from platformdirs import user_cache_path
 
 # Sums may be reordered (that is what makes them vector instructions), but NaN and Inf stay what they are.
@@ -40,17 +42,36 @@ def cache_folder() -> Path | None:
         return None
 
 
+class _Cache(FunctionCache):
+    """Numba's cache on disk, except that a damaged or full one is compiled around instead of being an error."""
+
+    def load_overload(self, *arguments: Any) -> Any:
+        try:
+            return super().load_overload(*arguments)
+        except Exception:  # truncated pickles raise anything
+            self.flush()
+            return None
+
+    def save_overload(self, *arguments: Any) -> None:
+        with suppress(OSError):
+            super().save_overload(*arguments)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
+
+
 def compiled(function: Callable | None = None, **options: Any) -> Any:
     """Compile a function at its first call, without the GIL, and keep the machine code in `cache_folder`."""
     if function is None:
         return lambda f: compiled(f, **options)
+    dispatcher = numba.njit(nogil=True, fastmath=FASTMATH, error_model="numpy", **options)(function)
     folder = cache_folder()
-    config: Any = numba.core.config
-    before = config.CACHE_DIR
-    config.CACHE_DIR = str(folder) if folder else before  # read while the decorator runs, and only then
-    try:
-        return numba.njit(nogil=True, fastmath=FASTMATH, error_model="numpy", cache=folder is not None, **options)(
-            function
-        )
-    finally:
-        config.CACHE_DIR = before
+    if folder is not None:
+        config: Any = numba.core.config
+        before, config.CACHE_DIR = config.CACHE_DIR, str(folder)  # read by the cache's maker, and only here
+        try:
+            dispatcher._cache = _Cache(function)  # what cache=True does, with a cache of our own
+        finally:
+            config.CACHE_DIR = before
+    return dispatcher

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tcinfer.kernels.cpu.blocks import PACKINGS, row_dot, row_unpack
 from tcinfer.kernels.cpu.jit import compiled
 from tcinfer.kernels.cpu.threads import Threads

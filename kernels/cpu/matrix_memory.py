@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tcinfer.kernels.cpu.jit import compiled
 from tcinfer.kernels.reference import matrix_memory as reference
 

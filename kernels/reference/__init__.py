@@ -2,6 +2,7 @@
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tcinfer.kernels.reference import attention, matrix_memory, pointwise, quants, rotary
 
 F32 = NDArray[np.float32]
@@ -11,6 +12,7 @@ class Reference:
     """The operators by name. A faster backend derives from this class and replaces the ones it has."""
 
     name = "numpy"
+    cold = ""  # what a user should know if the first call is going to take seconds
 
     def __init__(self, threads: int | None = None) -> None:
         """threads: of the matrix products, which are NumPy's own (process-wide); None leaves them as they are."""

@@ -17,18 +17,20 @@ To add one: write the file, name it in MODES.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from tcinfer.config import DEFAULT_SINKS, DEFAULT_WINDOW, ModelConfig, check_count
+from tcinfer.errors import TcinferError
 from tcinfer.memory import infini, local, tensor
-from tcinfer.memory.state import Field, Layout, Spec, State
+from tcinfer.memory.state import ALIGNMENT, Field, Layout, Spec, State
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from tcinfer.config import ModelConfig
     from tcinfer.memory.chunk import Chunk
 
-__all__ = ["MODES", "Layout", "Mechanism", "Mode", "State", "layout", "mechanism", "tensors"]
+__all__ = ["MODES", "Layout", "Mechanism", "Mode", "State", "bounded", "layout", "mechanism", "tensors", "with_memory"]
 
 
 class Mechanism(Protocol):
@@ -63,8 +65,13 @@ MODES = {
 
 
 def mechanism(config: ModelConfig) -> Mechanism:
-    """The mechanism that `config.memory` names."""
-    return MODES[config.memory].mechanism
+    """The mechanism that `config.memory` names. Raises TcinferError for a name or options that it cannot be."""
+    if config.memory not in MODES:
+        raise TcinferError(f"memory {config.memory!r} is not one of {', '.join(MODES)}")
+    found = MODES[config.memory].mechanism
+    if type(config.options) is not (found.Options or type(None)):
+        raise TcinferError(f"{config.memory} memory cannot have the options {config.options!r}")
+    return found
 
 
 def tensors(config: ModelConfig, layer: int) -> dict[str, Spec]:
@@ -75,4 +82,55 @@ def tensors(config: ModelConfig, layer: int) -> dict[str, Spec]:
 def layout(config: ModelConfig, capacity: int = 0) -> Layout:
     """Where each array of a sequence's state lies; `capacity` tokens where the first level is unbounded."""
     state = mechanism(config).state
-    return Layout(tuple(state(config, layer, capacity) for layer in range(config.n_layers)))
+    return Layout(tuple(state(config, layer, capacity) for layer in range(config.n_layers)), capacity)
+
+
+def bounded(config: ModelConfig) -> bool:
+    """Whether the state has one size for ever."""
+    return layout(config, 1).nbytes == layout(config, 1 + ALIGNMENT).nbytes
+
+
+def with_memory(
+    config: ModelConfig, memory: str | None = None, window: int | None = None, sinks: int | None = None
+) -> ModelConfig:
+    """`config` with the memory that the user asks for in place of the file's.
+
+    Raises TcinferError where the weights do not allow it or the options contradict each other.
+    """
+    mode = config.memory if memory is None else memory
+    if not isinstance(mode, str) or mode not in MODES:
+        raise TcinferError(f"memory {mode!r} is not one of {', '.join(MODES)}")
+    changed = mode != config.memory
+    if changed and MODES[mode].needs_weights:
+        raise TcinferError(
+            f"this model has no weights for {mode} memory: its file says {config.memory}; "
+            f"any model can run {', '.join(m for m in MODES if not MODES[m].needs_weights)}"
+        )
+    options = config.options
+    if changed:
+        options = MODES[mode].mechanism.Options and MODES[mode].mechanism.Options()
+    if mode == "full":
+        if window is not None or sinks is not None:
+            raise TcinferError("full memory has no window and no sinks; choose memory 'window' or 'sinks' for them")
+        return replace(config, memory=mode, window=0, sinks=0, options=options)
+    if mode == "window" and sinks is not None:
+        raise TcinferError("memory 'window' has no sinks; choose memory 'sinks' for them")
+    if window is not None:
+        check_count("window", window, 1)
+    if sinks is not None:
+        check_count("sinks", sinks, 0)
+    positions = config.sink_positions
+    if changed:
+        positions = "stored" if config.block.ours else "in-cache"
+        if sinks is None:
+            sinks = DEFAULT_SINKS if mode == "sinks" else 0
+        if window is None:
+            window = config.window or DEFAULT_WINDOW
+    return replace(
+        config,
+        memory=mode,
+        window=config.window if window is None else window,
+        sinks=config.sinks if sinks is None else sinks,
+        sink_positions=positions,
+        options=options,
+    )

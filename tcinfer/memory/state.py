@@ -35,6 +35,7 @@ class Layout:
     """The arrays of every layer, in order; the buffer holds the position (int64), then each array, 64-byte aligned."""
 
     layers: tuple[tuple[Field, ...], ...]
+    capacity: int = 0  # tokens that fit, where the state grows with them
 
     @property
     def nbytes(self) -> int:
