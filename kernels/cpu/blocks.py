@@ -9,6 +9,7 @@ short that they are unrolled into scalars first.) Formats: the GGUF specificatio
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import numba
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Kind
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
@@ -23,6 +25,7 @@ LANES = 16  # float32 in a vector: one AVX-512 register, two of AVX2, four of Ar
 ACCUMULATORS = 4  # independent sums, so that one does not wait for the other
 
 I8, I16, I32, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
+HAS_HALF = bool(get_host_cpu_features().get("f16c")) or platform.machine() in ("aarch64", "arm64")
 FAST = ("reassoc", "contract", "nsz", "arcp")  # as kernels.cpu.jit.FASTMATH
 
 
@@ -89,7 +92,9 @@ class Lanes:
         return Lanes(self.builder, self.builder.bitcast(self.value, self._shaped(element)))
 
     def half(self) -> Lanes:
-        """16-bit floats (as integers) in float32, by integer arithmetic: not every CPU has the instruction."""
+        """16-bit floats (as integers) in float32; by integer arithmetic where the CPU has no instruction for it."""
+        if HAS_HALF:
+            return Lanes(self.builder, self.builder.fpext(self.bits(ir.HalfType()).value, self._shaped(F32)))
         h = self.wide()
         magnitude = (h & 0x7FFF) << 13
         finite = (magnitude.bits(F32) * 2.0**112).bits(I32)

@@ -15,7 +15,7 @@ F32 = NDArray[np.float32]
 
 FEW = 3  # tokens up to which each row is multiplied as it is unpacked; more are worth a matrix product
 PANEL = 2**20  # values unpacked at once for a matrix product
-SHARED = 2**20  # values of a matrix from which on its rows are shared among threads
+SHARED = 2**19  # values of a matrix from which on its rows are shared among threads
 
 
 def linear(x: F32, w: Matrix, bias: F32 | None, threads: Threads) -> F32:
