@@ -62,6 +62,12 @@ def test_the_python_example_runs() -> None:
     assert out.getvalue().endswith(" 589888\n")
 
 
+def test_the_table_of_memory_against_context_is_there() -> None:
+    rows = re.findall(r"^\| ([\d,]+) \| (.*) \|$", README.split("<!-- context table -->")[1], re.M)
+    assert len(rows) >= 3
+    assert len({cells.split(" | ")[3] for _, cells in rows}) == 1  # the Tensor Cache's state
+
+
 def test_every_file_that_is_linked_is_there() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
