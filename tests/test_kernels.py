@@ -21,7 +21,7 @@ from tcinfer.kernels import backend as load_backend
 from tcinfer.kernels.cpu import Compiled, linear
 from tcinfer.kernels.cpu.blocks import PACKINGS
 from tcinfer.kernels.reference import Reference
-from tcinfer.kernels.reference.matrix_memory import scan_recurrent
+from tcinfer.kernels.reference.matrix_memory import Writes, scan_recurrent
 from tcinfer.kernels.reference.quants import KINDS, Kind, Matrix
 
 REFERENCE, COMPILED = Reference(), Compiled()
@@ -55,6 +55,11 @@ def memory_arguments(
     }
 
 
+def run(scan, a: dict[str, np.ndarray], retrieve=None, wedge: bool = False, **options) -> np.ndarray:
+    """A scan over such operands; a["A"] is changed in place."""
+    return scan(a["A"], a["q"], Writes(a["k"], a["v"], a["decay"], a["rate"], retrieve, wedge), **options)
+
+
 @pytest.mark.parametrize("ops", [REFERENCE, COMPILED], ids=lambda ops: ops.name)
 @pytest.mark.parametrize("rule", ["outer", "delta", "wedge"])
 @settings(max_examples=25, deadline=None)
@@ -76,8 +81,8 @@ def test_the_chunk_form_is_the_recurrence(ops, rule, seed, T, P, steady, mixed, 
         "write_first": write_first,
     }
     b = {name: x.copy() for name, x in a.items()}
-    want = scan_recurrent(**a, **options)
-    got = ops.scan(**b, **options)
+    want = run(scan_recurrent, a, **options)
+    got = run(ops.scan, b, **options)
     close(got, want, 1e-5)
     close(b["A"], a["A"], 1e-5)
 
@@ -93,14 +98,14 @@ def test_the_delta_chunk_form_holds_in_float32_over_512_writes(decay: float, rat
     decay, rate = float(np.float32(decay)), float(np.float32(rate))  # as the model has them
     for t in range(512):  # float64, the rule as it is written
         A = decay * A + rate * k[t][:, :, None] * (v[t] - np.einsum("gd,gde->ge", k[t], A))[:, None, :]
-    REFERENCE.scan(**a, retrieve=ones)
+    run(REFERENCE.scan, a, retrieve=ones)
     close(a["A"][0], A, 3e-6)
 
 
 def test_reading_is_decayed_linear_attention_over_the_written_pairs() -> None:  # T2
     a = memory_arguments(2, 40, R=1)
     a["A"][:], a["decay"][:], a["rate"][:] = 0, 0.9, 0.3
-    out = REFERENCE.scan(**a)
+    out = run(REFERENCE.scan, a)
     for t in (1, 7, 39):
         scores = np.einsum("gd,igd->ig", a["q"][t, :, 0], a["k"][:t])
         weights = 0.3 * 0.9 ** (t - 1 - np.arange(t))
@@ -112,7 +117,7 @@ def test_chunk_means_differ_from_the_scan_by_the_cross_terms_alone() -> None:  #
     a = memory_arguments(0, C, G=1, R=1, D=C, E=C)
     a["A"][:], a["decay"][:], a["rate"][:] = 0, 1, 1
     a["k"][:, 0] = a["v"][:, 0] = np.eye(C)  # one key, one value each
-    REFERENCE.scan(**a)
+    run(REFERENCE.scan, a)
     mean = C * C * np.outer(a["k"][:, 0].mean(0), a["v"][:, 0].mean(0))
     cross = mean - a["A"][0, 0]
     assert np.count_nonzero(np.abs(cross) > 1e-6) == C * C - C  # every cell off the diagonal
@@ -124,7 +129,7 @@ def test_chunk_means_of_random_pairs_add_all_unequal_products() -> None:  # T3
     a = memory_arguments(3, C, G=1, R=1)
     a["A"][:], a["decay"][:], a["rate"][:] = 0, 1, 1
     k, v = a["k"][:, 0], a["v"][:, 0]
-    REFERENCE.scan(**a)
+    run(REFERENCE.scan, a)
     cross = sum(np.outer(k[i], v[j]) for i in range(C) for j in range(C) if i != j)
     close(C * C * np.outer(k.mean(0), v.mean(0)) - a["A"][0, 0], cross, 1e-5)
 
@@ -134,7 +139,7 @@ def test_pairs_written_with_a_decay_keep_their_own_age() -> None:  # T3
     a = memory_arguments(0, C, G=1, R=1, D=C, E=C)
     a["A"][:], a["decay"][:], a["rate"][:] = 0, 0.995, 0.05
     a["k"][:, 0] = a["v"][:, 0] = np.eye(C)
-    REFERENCE.scan(**a)
+    run(REFERENCE.scan, a)
     close(a["A"][0, 0], np.diag(0.05 * 0.995 ** (C - 1 - np.arange(C))).astype(np.float32))
 
 
@@ -143,14 +148,14 @@ def test_repeating_a_pair_converges_where_the_rule_says() -> None:  # T4
     for rule, limit in (("delta", 0.05 / (1 - 0.995 + 0.05)), ("outer", 0.05 / (1 - 0.995))):
         a = memory_arguments(0, 4000, G=1, R=1)
         a["A"][:], a["decay"][:], a["rate"][:], a["k"][:], a["v"][:] = 0, 0.995, 0.05, key, value
-        REFERENCE.scan(**a, retrieve=np.ones((4000, 1), np.float32) if rule == "delta" else None)
+        run(REFERENCE.scan, a, retrieve=np.ones((4000, 1), np.float32) if rule == "delta" else None)
         close(key @ a["A"][0, 0], (limit * value).astype(np.float32), 1e-4)
 
 
 def test_wedge_stays_antisymmetric() -> None:  # T5
     a = memory_arguments(4, 100)
     a["A"][:] = 0
-    REFERENCE.scan(**a, wedge=True)
+    run(REFERENCE.scan, a, wedge=True)
     close(a["A"], -a["A"].swapaxes(-1, -2))
 
 

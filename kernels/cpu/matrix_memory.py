@@ -7,33 +7,24 @@ from numpy.typing import NDArray
 
 from tcinfer.kernels.cpu.jit import compiled
 from tcinfer.kernels.reference import matrix_memory as reference
+from tcinfer.kernels.reference.matrix_memory import Writes
 
 F32 = NDArray[np.float32]
 
 STEPS = 8  # tokens up to which the recurrence is faster than the chunk form's many small products
 
 
-def scan(
-    A: F32,
-    q: F32,
-    k: F32,
-    v: F32,
-    decay: F32,
-    rate: F32,
-    retrieve: F32 | None = None,
-    wedge: bool = False,
-    mix: F32 | None = None,
-    write_first: bool = False,
-) -> F32:
+def scan(A: F32, q: F32, writes: Writes, mix: F32 | None = None, write_first: bool = False) -> F32:
     """As kernels.reference.matrix_memory.scan_recurrent; A is changed in place."""
     if len(q) > STEPS:
-        return reference.scan(A, q, k, v, decay, rate, retrieve, wedge, mix, write_first)
-    arrays = [np.ascontiguousarray(x, np.float32) for x in (q, k, v, decay, rate)]
-    c = np.zeros(k.shape[:2], np.float32) if retrieve is None else np.ascontiguousarray(retrieve, np.float32)
-    m = np.ones((len(A), *q.shape[:3]), np.float32) if mix is None else np.ascontiguousarray(mix, np.float32)
+        return reference.scan(A, q, writes, mix, write_first)
+    k, v, decay, rate, retrieve, wedge = writes
+    retrieve = np.zeros(k.shape[:2], np.float32) if retrieve is None else retrieve
+    mix = np.ones((len(A), *q.shape[:3]), np.float32) if mix is None else mix
+    arrays = [np.ascontiguousarray(x, np.float32) for x in (q, k, v, decay, rate, retrieve, mix)]
     out = np.zeros((*q.shape[:3], v.shape[-1]), np.float32)
     assert A.flags.c_contiguous
-    _steps(A, *arrays, c, wedge, m, write_first, out)
+    _steps(A, *arrays, wedge, write_first, out)
     return out
 
 
@@ -46,8 +37,8 @@ def _steps(
     decay: F32,
     rate: F32,
     retrieve: F32,
-    wedge: bool,
     mix: F32,
+    wedge: bool,
     write_first: bool,
     out: F32,
 ) -> None:

@@ -14,6 +14,8 @@ section 1); `scan_recurrent` the recurrence itself.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,23 +24,29 @@ F32 = NDArray[np.float32]
 CHUNK = 32  # tokens solved together: the longest that stays exact in float32 with strong decay
 
 
-def scan_recurrent(
-    A: F32,
-    q: F32,
-    k: F32,
-    v: F32,
-    decay: F32,
-    rate: F32,
-    retrieve: F32 | None = None,
-    wedge: bool = False,
-    mix: F32 | None = None,
-    write_first: bool = False,
-) -> F32:
+class Writes(NamedTuple):
+    """What T tokens write, and how."""
+
+    k: F32  # [T, G, D]
+    v: F32  # [T, G, E]
+    decay: F32  # [P, T, G]
+    rate: F32  # [P, T, G]
+    retrieve: F32 | None = None  # c, [T, G]; None is 0
+    wedge: bool = False
+
+    def part(self, s: slice) -> Writes:
+        """Those of some of the tokens."""
+        c = None if self.retrieve is None else self.retrieve[s]
+        return Writes(self.k[s], self.v[s], self.decay[:, s], self.rate[:, s], c, self.wedge)
+
+
+def scan_recurrent(A: F32, q: F32, writes: Writes, mix: F32 | None = None, write_first: bool = False) -> F32:
     """The recurrence, one token at a time; A is changed in place.
 
-    A [P, G, D, E]: P planes, G key heads; q [T, G, R, D]: R query heads to a key head; k [T, G, D]; v [T, G, E];
-    decay, rate [P, T, G]; retrieve c [T, G] or None for 0; mix [P, T, G, R] or None for 1. Returns o [T, G, R, E].
+    A [P, G, D, E]: P planes, G key heads; q [T, G, R, D]: R query heads to a key head; mix [P, T, G, R] or None for 1.
+    Returns o [T, G, R, E].
     """
+    k, v, decay, rate, retrieve, wedge = writes
     out = np.empty((*q.shape[:3], v.shape[-1]), np.float32)
     for t in range(len(q)):
         if not write_first:
@@ -62,47 +70,24 @@ def _read(A: F32, q: F32, mix: F32 | None) -> F32:
     return read.sum(0) if mix is None else (mix[..., None] * read).sum(0)
 
 
-def scan(
-    A: F32,
-    q: F32,
-    k: F32,
-    v: F32,
-    decay: F32,
-    rate: F32,
-    retrieve: F32 | None = None,
-    wedge: bool = False,
-    mix: F32 | None = None,
-    write_first: bool = False,
-) -> F32:
+def scan(A: F32, q: F32, writes: Writes, mix: F32 | None = None, write_first: bool = False) -> F32:
     """What scan_recurrent computes, by matrix products over chunks; same arguments, A changed in place."""
-    out = np.empty((*q.shape[:3], v.shape[-1]), np.float32)
+    step = _chunk if len(q) > 1 else scan_recurrent
+    out = np.empty((*q.shape[:3], writes.v.shape[-1]), np.float32)
     for a in range(0, len(q), CHUNK):
         s = slice(a, a + CHUNK)
-        c = None if retrieve is None else retrieve[s]
-        m = None if mix is None else mix[:, s]
-        step = _chunk if len(q) > 1 else scan_recurrent
-        out[s] = step(A, q[s], k[s], v[s], decay[:, s], rate[:, s], c, wedge, m, write_first)
+        out[s] = step(A, q[s], writes.part(s), None if mix is None else mix[:, s], write_first)
     return out
 
 
-def _chunk(
-    A: F32,
-    q: F32,
-    k: F32,
-    v: F32,
-    decay: F32,
-    rate: F32,
-    retrieve: F32 | None,
-    wedge: bool,
-    mix: F32 | None,
-    write_first: bool,
-) -> F32:
+def _chunk(A: F32, q: F32, writes: Writes, mix: F32 | None, write_first: bool) -> F32:
     """One chunk of T tokens; with g_i = log(decay_1 .. decay_i), and only exponents <= 0 ever formed:
 
     L_ij = rate_i c_i e^(g_{i-1} - g_j) k_i·k_j  (j < i)       (I + L) U = rate (V - c e^(g_{i-1}) K A_0)
     O_i  = e^(g_r) q_i A_0 + Σ_j e^(g_r - g_j) (q_i·k_j) u_j   r = i, j <= i (write first) or r = i - 1, j < i
     A'   = e^(g_T) A_0 + Σ_j e^(g_T - g_j) k_j ⊗ u_j
     """
+    k, v, decay, rate, retrieve, wedge = writes
     T = len(q)
     K, V, Q = k.transpose(1, 0, 2), v.transpose(1, 0, 2), q.transpose(1, 2, 0, 3)  # [G,T,D] [G,T,E] [G,R,T,D]
     eta = rate.transpose(0, 2, 1)[..., None]  # [P, G, T, 1]

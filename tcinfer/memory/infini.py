@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tcinfer.config import ModelConfig, check_choice, check_types
+from tcinfer.kernels.reference.matrix_memory import Writes
 from tcinfer.memory import local
 from tcinfer.memory.chunk import Chunk
 from tcinfer.memory.state import Field, Spec
@@ -54,7 +55,7 @@ def attend(chunk: Chunk, w: dict[str, Any], state: dict[str, NDArray], q: F32, k
     if chunk.config.options.rule == "delta":
         retrieve = 1 / ((fk * before).sum(-1) + EPS)  # [T, G]
     ones = np.ones((1, T, G), np.float32)
-    read = ops.scan(state["M"][None], fq, fk, v, ones, ones, retrieve)  # [T, G, R, D]
+    read = ops.scan(state["M"][None], fq, Writes(fk, v, ones, ones, retrieve))  # [T, G, R, D]
     far = (read / ((fq * before[:, :, None]).sum(-1, keepdims=True) + EPS)).reshape(q.shape)
     share = ops.sigmoid(w["infini_beta"])[:, None]  # [H, 1]
     return chunk.linear(local.merge(share * far + (1 - share) * near.out), w, "attn_output")

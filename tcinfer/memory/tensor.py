@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from tcinfer.config import ModelConfig, check_choice, check_count, check_number, check_types
 from tcinfer.errors import TcinferError
+from tcinfer.kernels.reference.matrix_memory import Writes
 from tcinfer.memory import local
 from tcinfer.memory.chunk import Chunk
 from tcinfer.memory.state import Field, Spec
@@ -130,31 +131,26 @@ def attend(chunk: Chunk, w: dict[str, Any], state: dict[str, NDArray], q: F32, k
     if o.normalize_q:
         queries = ops.unit(queries)
     queries = queries.reshape(*k.shape[:2], -1, k.shape[-1])  # [T, G, R, D]
-    keys, values, decay, rate = _writes(chunk, w, state, near, v, x)
+    writes = _writes(chunk, w, state, near, v, x)
     mix = None
     if o.slots > 1:
-        decay, rate = _route_write(chunk, w, keys if o.write_route == "k" else queries[:, :, 0], decay, rate)
+        writes = _route_write(chunk, w, writes.k if o.write_route == "k" else queries[:, :, 0], writes)
         mix = _route_read(chunk, w, queries)
     if o.two_timescales:
         slow = ops.sigmoid(w["tc_alpha"])[:, None]  # [G, 1]
         fast = np.ones((o.slots, *queries.shape[:3]), np.float32) if mix is None else mix
         mix = np.concatenate([fast, slow * fast])
-    retrieve = np.ones(keys.shape[:2], np.float32) if o.rule == "delta" else None
-    read = ops.scan(
-        state["A"], queries, keys, values, decay, rate, retrieve, o.rule == "wedge", mix, o.write_then_read
-    )  # [T, G, R, D]
+    read = ops.scan(state["A"], queries, writes, mix, o.write_then_read)  # [T, G, R, D]
     if o.normalize_read:
-        ones = np.ones((*keys.shape[:2], 1), np.float32)
-        norm = ops.scan(state["z"][..., None], queries, keys, ones, decay, rate, write_first=o.write_then_read)
+        counts = writes._replace(v=np.ones((*v.shape[:2], 1), np.float32), retrieve=None, wedge=False)
+        norm = ops.scan(state["z"][..., None], queries, counts, write_first=o.write_then_read)
         read = read / np.maximum(np.abs(norm), np.float32(o.normalize_read_eps))
     gate = w["tc_gate.bias"] if not o.token_gate else (x @ w["tc_gate.weight"])[:, None] + w["tc_gate.bias"]
     return y + ops.sigmoid(gate) * chunk.linear(local.merge(read), w, "tc_output")
 
 
-def _writes(
-    chunk: Chunk, w: dict[str, Any], state: dict[str, NDArray], near: local.Pushed, v: F32, x: F32
-) -> tuple[F32, F32, F32, F32]:
-    """The pair that each token of the chunk writes: keys and values [T, G, D], decay and rate [timescales, T, G].
+def _writes(chunk: Chunk, w: dict[str, Any], state: dict[str, NDArray], near: local.Pushed, v: F32, x: F32) -> Writes:
+    """The pair that each token of the chunk writes; decay and rate [timescales, T, G].
 
     Where a token writes none, decay is 1 and rate 0.
     """
@@ -182,7 +178,8 @@ def _writes(
     decay = ops.sigmoid(w["tc_decay"][:, None] + terms.get("decay_term", np.float32(0)))  # [timescales, T or 1, G]
     rate = ops.sigmoid(w["tc_rate"][:, None] + terms.get("rate_term", np.float32(0)))
     on = written[:, None]
-    return keys, values, _where(on, decay, 1), _where(on, rate, 0)
+    retrieve = np.ones(keys.shape[:2], np.float32) if o.rule == "delta" else None
+    return Writes(keys, values, _where(on, decay, 1), _where(on, rate, 0), retrieve, o.rule == "wedge")
 
 
 def _where(written: NDArray[np.bool_], value: F32, otherwise: float) -> F32:
@@ -201,15 +198,14 @@ def _logits(chunk: Chunk, w: dict[str, Any], x: F32) -> F32:
     return cos / np.float32(math.sqrt(D) * chunk.config.options.router_temperature)
 
 
-def _route_write(chunk: Chunk, w: dict[str, Any], x: F32, decay: F32, rate: F32) -> tuple[F32, F32]:
+def _route_write(chunk: Chunk, w: dict[str, Any], x: F32, writes: Writes) -> Writes:
     """Only the slot that x [T, G, D] is nearest to is written: decay and rate [timescales · S, T, G]."""
     best = np.argmax(_logits(chunk, w, x[:, :, None]), axis=-1)[..., 0]  # [T, G]
-    S, T, G = chunk.config.options.slots, chunk.count, x.shape[1]
-    hit = best == np.arange(S)[:, None, None]  # [S, T, G]
-    planes = (-1, T, G)
-    return (
-        _where(hit, decay[:, None], 1).reshape(planes),
-        _where(hit, rate[:, None], 0).reshape(planes),
+    hit = best == np.arange(chunk.config.options.slots)[:, None, None]  # [S, T, G]
+    planes = (-1, *best.shape)
+    return writes._replace(
+        decay=_where(hit, writes.decay[:, None], 1).reshape(planes),
+        rate=_where(hit, writes.rate[:, None], 0).reshape(planes),
     )
 
 
