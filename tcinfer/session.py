@@ -86,7 +86,8 @@ class Session:
             part = checked[a : a + CHUNK]
             last = a + CHUNK >= len(checked)
             self._torn = True
-            with np.errstate(all="ignore"):  # damaged weights show in the logits, which `sample` checks
+            # Damaged weights show in the logits, which `sample` checks.
+            with self.model.ops.running(), np.errstate(all="ignore"):
                 logits = self.model.forward(self._state, part, "all" if all_logits else "last" if last else "none")
             self._torn = False
             self._logits = logits[-1].copy() if len(logits) else None  # no view: that would keep every row

@@ -1,5 +1,8 @@
 """The Numba backend: operators whose loops NumPy runs slowly, compiled; the rest are the reference's own."""
 
+from contextlib import AbstractContextManager
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,9 +21,13 @@ class Compiled(Reference):
     name = "numba"
 
     def __init__(self, threads: int | None = None) -> None:
-        """threads: of every matrix product; None is one for each CPU that this process may use."""
-        super().__init__(threads)
+        """threads: of every product with weights; None is one for each CPU that this process may use."""
+        super().__init__()
         self._threads = Threads(threads)
+
+    def running(self) -> AbstractContextManager[Any]:
+        """NumPy's own library keeps to the thread that calls it: its threads would only wait for ours, spinning."""
+        return self._threads.alone()
 
     @property
     def cold(self) -> str:  # type: ignore[override]

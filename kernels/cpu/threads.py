@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import Any
+
+from threadpoolctl import ThreadpoolController
 
 
 class Threads:
@@ -15,6 +19,7 @@ class Threads:
         self.count = count or _cpus()
         self._owner: int | None = None
         self._pool: ThreadPoolExecutor | None = None
+        self._blas: ThreadpoolController | None = None
 
     def share(self, rows: int, work: Callable[[int, int], None]) -> None:
         """work(first, last) over ranges that cover 0 .. rows, side by side; returns when all are done."""
@@ -24,6 +29,12 @@ class Threads:
         work(*parts[0])
         for done in waiting:
             done.result()
+
+    def alone(self) -> AbstractContextManager[Any]:
+        """Around code whose BLAS calls should stay in their own thread. The setting is the process's, and put back."""
+        if self._blas is None:
+            self._blas = ThreadpoolController().select(user_api="blas")
+        return self._blas.limit(limits=1)
 
     def _workers(self) -> ThreadPoolExecutor:
         if self._pool is None or self._owner != os.getpid():

@@ -1,5 +1,8 @@
 """The reference backend: every operator as its plain equation, in NumPy."""
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,6 +23,10 @@ class Reference:
             from threadpoolctl import threadpool_limits
 
             threadpool_limits(threads, user_api="blas")
+
+    def running(self) -> AbstractContextManager[Any]:
+        """Entered around each pass through the model, in the thread that runs it."""
+        return nullcontext()
 
     def linear(self, x: F32, w: quants.Matrix, bias: F32 | None = None) -> F32:
         return quants.linear(x, w, bias)
