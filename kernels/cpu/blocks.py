@@ -10,7 +10,7 @@ short that they are unrolled into scalars first.) Formats: the GGUF specificatio
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numba
@@ -255,20 +255,23 @@ PACKINGS = {
 _BY_TYPE = {numba.from_dtype(packing.dtype): packing for packing in PACKINGS.values()}
 
 
-def _row(context: Any, builder: Any, kind: Any, blocks: Any, row: Any) -> tuple[Any, Any, Packing]:
-    """Pointer to a row's first byte, its number of blocks, and their packing.  blocks: records [rows, blocks]."""
-    packing = _BY_TYPE[kind.dtype]
-    array = context.make_array(kind)(context, builder, blocks)
-    _, count = cgutils.unpack_tuple(builder, array.shape)
-    stride = builder.mul(count, ir.Constant(count.type, packing.dtype.itemsize))
-    start = builder.bitcast(array.data, I8.as_pointer())
-    return builder.gep(start, [builder.mul(row, stride)]), count, packing
-
-
-def _floats(context: Any, builder: Any, kind: Any, array: Any, at: Any) -> Any:
-    """Pointer to the vector of floats at an element of a contiguous float32 array."""
-    data = context.make_array(kind)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [at]), ir.VectorType(F32, LANES).as_pointer())
+def _vectors(context: Any, builder: Any, signature: Any, arguments: Any) -> Iterator[tuple[int, Lanes, Any]]:
+    """The loop over a row's blocks, open while this generator runs: for each vector of a block its number, its values,
+    and a pointer to the same place in the float32 array.  arguments: records [rows, blocks], row, floats [columns]."""
+    blocks_type, _, floats_type = signature.args
+    packing = _BY_TYPE[blocks_type.dtype]
+    blocks = context.make_array(blocks_type)(context, builder, arguments[0])
+    floats = context.make_array(floats_type)(context, builder, arguments[2]).data
+    _, count = cgutils.unpack_tuple(builder, blocks.shape)
+    size, values = (ir.Constant(count.type, n) for n in (packing.dtype.itemsize, packing.values))
+    start = builder.bitcast(blocks.data, I8.as_pointer())
+    pointer = builder.gep(start, [builder.mul(arguments[1], builder.mul(count, size))])
+    with cgutils.for_range(builder, count) as loop:
+        block = Block(builder, builder.gep(pointer, [builder.mul(loop.index, size)]), packing.dtype)
+        first = builder.mul(loop.index, values)
+        for i, w in enumerate(packing.describe(block)):
+            at = builder.gep(floats, [builder.add(first, ir.Constant(first.type, i * LANES))])
+            yield i, w, builder.bitcast(at, ir.VectorType(F32, LANES).as_pointer())
 
 
 @intrinsic
@@ -276,19 +279,12 @@ def row_dot(typingctx: Any, blocks: Any, row: Any, x: Any) -> Any:
     """Σ_i w_i x_i of one packed row.  blocks: records [rows, blocks], row: int64, x: float32 [columns]."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kinds = signature.args
-        pointer, count, packing = _row(context, builder, kinds[0], arguments[0], arguments[1])
         zero = ir.Constant(ir.VectorType(F32, LANES), [0.0] * LANES)
         sums = [cgutils.alloca_once_value(builder, zero) for _ in range(ACCUMULATORS)]
-        size, values = (ir.Constant(count.type, n) for n in (packing.dtype.itemsize, packing.values))
-        with cgutils.for_range(builder, count) as loop:
-            block = Block(builder, builder.gep(pointer, [builder.mul(loop.index, size)]), packing.dtype)
-            first = builder.mul(loop.index, values)
-            for i, w in enumerate(packing.describe(block)):
-                at = builder.add(first, ir.Constant(first.type, i * LANES))
-                xs = Lanes(builder, builder.load(_floats(context, builder, kinds[2], arguments[2], at), align=4))
-                total = sums[i % ACCUMULATORS]
-                builder.store((w * xs + Lanes(builder, builder.load(total))).value, total)
+        for i, w, at in _vectors(context, builder, signature, arguments):
+            total = sums[i % ACCUMULATORS]
+            product = w * Lanes(builder, builder.load(at, align=4))
+            builder.store((product + Lanes(builder, builder.load(total))).value, total)
         whole = Lanes(builder, builder.load(sums[0]))
         for total in sums[1:]:
             whole = whole + Lanes(builder, builder.load(total))
@@ -305,15 +301,8 @@ def row_unpack(typingctx: Any, blocks: Any, row: Any, out: Any) -> Any:
     """Write the values of one packed row.  blocks: records [rows, blocks], row: int64, out: float32 [columns]."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kinds = signature.args
-        pointer, count, packing = _row(context, builder, kinds[0], arguments[0], arguments[1])
-        size, values = (ir.Constant(count.type, n) for n in (packing.dtype.itemsize, packing.values))
-        with cgutils.for_range(builder, count) as loop:
-            block = Block(builder, builder.gep(pointer, [builder.mul(loop.index, size)]), packing.dtype)
-            first = builder.mul(loop.index, values)
-            for i, w in enumerate(packing.describe(block)):
-                at = builder.add(first, ir.Constant(first.type, i * LANES))
-                builder.store(w.value, _floats(context, builder, kinds[2], arguments[2], at), align=4)
+        for _, w, at in _vectors(context, builder, signature, arguments):
+            builder.store(w.value, at, align=4)
         return context.get_dummy_value()
 
     return types.void(blocks, row, out), codegen
