@@ -11,6 +11,7 @@ from tcinfer.errors import TcinferError
 
 DEFAULT_WINDOW = 512  # tokens, where neither the file nor the user names one
 DEFAULT_SINKS = 4  # tokens, beside the window
+CHUNK = 256  # tokens of a prompt, or sessions stepped together, that one pass through the model takes
 LARGEST_COUNT = 2**31 - 1  # of anything a file or an option may count
 LARGEST_FLOAT, SMALLEST_FLOAT = 3.4e38, 1.2e-38  # what a file's 32 bits hold
 
@@ -55,6 +56,7 @@ class ModelConfig:
     sinks: int = 0  # first tokens that stay for ever, beside the window
     sink_positions: str = "stored"  # or "in-cache": a sink's distance stops growing (StreamingLLM)
     key_conv: int = 0  # taps of the causal convolution on the keys: 0 or 2
+    cache_type: str = "f16"  # elements of the ring: f16 or f32; keys and values are rounded to it as they arrive
     options: Any = field(default=None)  # the mechanism's own frozen dataclass, or None
     name: str = ""
 
@@ -74,6 +76,7 @@ class ModelConfig:
         check_choice("rope_scaling", self.rope_scaling, ("none", "linear", "ntk"))
         check_choice("sink_positions", self.sink_positions, ("stored", "in-cache"))
         check_choice("key_conv", self.key_conv, (0, 2))
+        check_choice("cache_type", self.cache_type, ("f16", "f32"))
         if self.sinks and not self.window:
             raise TcinferError("sinks stand beside a window, and this memory has none")
         if self.memory == "full" and self.window:
@@ -95,6 +98,11 @@ class ModelConfig:
     @property
     def block(self) -> Architecture:
         return ARCHITECTURES[self.arch]
+
+    @property
+    def cache_dtype(self) -> str:
+        """NumPy's name of the ring's elements."""
+        return {"f16": "float16", "f32": "float32"}[self.cache_type]
 
     @property
     def learned_positions(self) -> bool:

@@ -50,11 +50,13 @@ def load(
     window: int | None = None,
     sinks: int | None = None,
     threads: int | None = None,
+    cache_type: str | None = None,
 ) -> Model:
     """Open a GGUF model; without a path, the bundled one. The weights stay in the mapped file.
 
     backend: "numpy" (the reference), "numba", "cuda", or "auto"; memory, window, sinks: in place of the file's own
-    (full, window, sinks, infini or tensor; tokens; tokens beside the window); threads: of the numba backend.
+    (full, window, sinks, infini or tensor; tokens; tokens beside the window); threads: of the numba backend, one for
+    each CPU unless said; cache_type: of the exact keys and values, "f16" (the default) or "f32".
     Raises TcinferError for a file that cannot be run exactly, or options that do not go together.
     """
     if path is not None and not isinstance(path, str | PathLike):
@@ -67,7 +69,7 @@ def load(
         config = read_config(file)
     except TcinferError as e:
         raise FileError(f"{file.path}: {e}") from e
-    asked = with_memory(config, memory, window, sinks)
+    asked = with_memory(config, memory, window, sinks, cache_type)
     try:
         weights = bind(asked, file.tensors, without=dropped(config, asked))
         words = tokenizer.from_metadata(file.metadata, config.vocab_size)

@@ -18,6 +18,7 @@ from tcinfer.memory.state import Spec, State
 from tcinfer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from tcinfer.engine import Engine
     from tcinfer.session import Session
 
 F32 = NDArray[np.float32]
@@ -81,6 +82,11 @@ class Model:
                 weights.get("rope_freqs.weight"),
             )
         self._attend = memory.mechanism(config).attend
+        self._engine: Engine | None = None
+        if ops.plans:
+            from tcinfer.engine import Engine
+
+            self._engine = Engine(config, weights, self._freq, ops.threads)
         self.bounded = memory.bounded(config)  # whether a session's state has one size for ever
 
     def session(self) -> Session:
@@ -92,6 +98,8 @@ class Model:
     def forward(self, state: State, ids: NDArray[np.int64], logits: str = "last") -> F32:
         """Take ids [T] in, moving `state` on by T tokens; logits of the "last" token [1, V], of "all" [T, V], or
         "none" [0, V]."""
+        if self._engine is not None:
+            return self._engine.run([state], [len(ids)], ids, {"last": 1, "all": len(ids), "none": 0}[logits])
         config, ops = self.config, self.ops
         first, T = state.position, len(ids)
         chunk = Chunk(ops, config, self._freq, first, T)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tcinfer import memory
-from tcinfer.config import check_count
+from tcinfer.config import CHUNK, check_count
 from tcinfer.errors import TcinferError
 from tcinfer.memory.state import State
 from tcinfer.sampler import Sampling, sample
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from tcinfer.model import Model
     from tcinfer.tokenizer import Tokenizer
 
-CHUNK = 256  # tokens of a prompt computed at once
 GROWTH = 256  # tokens: the block by which an unbounded cache grows, at least
 DEFAULT_TOKENS = 256  # that `generate` writes
 
@@ -87,7 +86,7 @@ class Session:
             last = a + CHUNK >= len(checked)
             self._torn = True
             # Damaged weights show in the logits, which `sample` checks.
-            with self.model.ops.running(), np.errstate(all="ignore"):
+            with np.errstate(all="ignore"):
                 logits = self.model.forward(self._state, part, "all" if all_logits else "last" if last else "none")
             self._torn = False
             self._logits = logits[-1].copy() if len(logits) else None  # no view: that would keep every row

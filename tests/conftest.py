@@ -51,6 +51,7 @@ SMALL = ModelConfig(
     head_dim=8,
     d_ff=64,
     context_length=64,
+    cache_type="f32",
 )
 
 

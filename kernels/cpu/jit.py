@@ -1,4 +1,4 @@
-"""Compiling with Numba: one decorator, and a private cache folder named by what goes into the machine code."""
+"""Compiling with Numba: two decorators, and a private cache folder named by what goes into the machine code."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import os
 import stat
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numba
 import numba.core.config
-from numba.core.caching import FunctionCache
+from numba.core import types
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.ccallback import CFunc
 from platformdirs import user_cache_path
 
 # Sums may be reordered (that is what makes them vector instructions), but NaN and Inf stay what they are.
@@ -43,7 +45,16 @@ def cache_folder() -> Path | None:
 
 
 class _Cache(FunctionCache):
-    """Numba's cache on disk, except that a damaged or full one is compiled around instead of being an error."""
+    """Numba's cache on disk, one index for each name; a damaged or full one is compiled around, and is no error."""
+
+    def __init__(self, function: Callable, name: str) -> None:
+        super().__init__(function)
+        # The folder stands for the text of the sources, so that neither their dates nor what functions close over
+        # (Numba cannot compare that from one process to the next) need to be looked at.
+        self._cache_file = IndexDataCacheFile(self._cache_path, name.replace("<", "").replace(">", ""), "")
+
+    def _index_key(self, signature: Any, codegen: Any) -> Any:
+        return signature, codegen.magic_tuple()
 
     def load_overload(self, *arguments: Any) -> Any:
         try:
@@ -61,17 +72,64 @@ class _Cache(FunctionCache):
             super().flush()
 
 
-def compiled(function: Callable | None = None, **options: Any) -> Any:
-    """Compile a function at its first call, without the GIL, and keep the machine code in `cache_folder`."""
-    if function is None:
-        return lambda f: compiled(f, **options)
-    dispatcher = numba.njit(nogil=True, fastmath=FASTMATH, error_model="numpy", **options)(function)
+def _cached(dispatcher: Any, function: Callable, name: str) -> None:
+    """Give a Numba object a cache of our own in `cache_folder`, where there is one."""
     folder = cache_folder()
-    if folder is not None:
-        config: Any = numba.core.config
-        before, config.CACHE_DIR = config.CACHE_DIR, str(folder)  # read by the cache's maker, and only here
-        try:
-            dispatcher._cache = _Cache(function)  # what cache=True does, with a cache of our own
-        finally:
-            config.CACHE_DIR = before
+    if folder is None:
+        return
+    config: Any = numba.core.config
+    before, config.CACHE_DIR = config.CACHE_DIR, str(folder)  # read by the cache's maker, and only here
+    try:
+        dispatcher._cache = _Cache(function, name)
+    finally:
+        config.CACHE_DIR = before
+
+
+def compiled(function: Callable) -> Any:
+    """Compile a function at its first call, without the GIL, and keep the machine code in `cache_folder`."""
+    dispatcher = numba.njit(nogil=True, fastmath=FASTMATH, error_model="numpy")(function)
+    _cached(dispatcher, function, function.__qualname__)
     return dispatcher
+
+
+WORDS = types.CPointer(types.int64)
+SIGNATURE = ((WORDS, WORDS, types.int64, types.int64), types.void)
+
+
+class Operator:
+    """A compiled function(a, p, thread, threads) that plans call by its address; compiled when that is first asked for.
+
+    a: the arguments of one step of a plan, int64; p: what the pass is about (see plan.Pass); the function does the
+    share of the work that falls to `thread` of `threads`.
+    """
+
+    def __init__(self, function: Callable, name: str) -> None:
+        self.function, self.name = function, name
+
+    @cached_property
+    def _compiled(self) -> Any:
+        options = {"fastmath": FASTMATH, "error_model": "numpy"}
+        made = CFunc(self.function, SIGNATURE, locals={}, options=options)
+        _cached(made, self.function, self.name)
+        made.compile()
+        return made
+
+    @property
+    def address(self) -> int:
+        return int(self._compiled.address)
+
+    def __repr__(self) -> str:
+        return f"Operator({self.name})"
+
+
+OPERATORS: dict[str, Operator] = {}  # all there are, for `tcinfer warmup`
+
+
+def operator(function: Callable | None = None, name: str = "") -> Any:
+    """Make an Operator of a function; `name` where one function text serves several (a kind of weights)."""
+    if function is None:
+        return lambda f: operator(f, name)
+    made = Operator(function, name or function.__name__)
+    assert made.name not in OPERATORS, made.name
+    OPERATORS[made.name] = made
+    return made

@@ -1,73 +1,192 @@
-"""Products with packed weights, which stay packed: one token row by row, a prompt panel by panel."""
+"""Products with weights. Matrices are repacked at load into rows interleaved by 16 (see packing.py)."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
+from gguf.constants import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 
-from tcinfer.kernels.cpu.blocks import PACKINGS, row_dot, row_unpack
-from tcinfer.kernels.cpu.jit import compiled
-from tcinfer.kernels.cpu.threads import Threads
+from tcinfer.kernels.cpu.jit import Operator, operator
+from tcinfer.kernels.cpu.packing import FLOATS, PACKINGS, RUN, interleaver
+from tcinfer.kernels.cpu.plan import ALIGNMENT, LOGITS, OUT_FIRST, OUT_ROWS, ROWS, SCRATCH, EACH, Plan, Rows
+from tcinfer.kernels.cpu.rows import quantised, share
+from tcinfer.kernels.cpu.simd import LANES, floats, int8s
+from tcinfer.kernels.cpu.tiles import MANY, byte_tile, float_tile
 from tcinfer.kernels.reference.quants import Matrix
 
-F32 = NDArray[np.float32]
 
-FEW = 3  # tokens up to which each row is multiplied as it is unpacked; more are worth a matrix product
-PANEL = 2**18  # values unpacked at once for a matrix product: they stay in the cache
-SHARED = 2**19  # values up to which one thread unpacks a matrix sooner than two are woken
-
-
-def linear(x: F32, w: Matrix, bias: F32 | None, threads: Threads) -> F32:
-    """y = x Wᵀ + b, as kernels.reference.quants.linear. A packed row that meets one token is summed by one thread in
-    one order, so the bits do not depend on how many threads there are."""
-    blocks = packed(w)
-    x = np.ascontiguousarray(x)
-    y = np.empty((len(x), w.shape[0]), np.float32)
-    if blocks is None:
-        values = w.values
-
-        def work(first: int, last: int) -> None:
-            y[:, first:last] = x @ values[first:last].T if len(x) > 1 else values[first:last] @ x[0]
-
-    elif len(x) <= FEW:
-
-        def work(first: int, last: int) -> None:
-            _rows(blocks, x, y, first, last)
-
+def _linear(kind: Kind) -> Operator:
+    """y = x Wᵀ + b, or with `gate` float32 [rows]: gate (x Wᵀ + b); put into y, or added to it."""
+    packed = kind in PACKINGS
+    if packed:
+        one, two, many = (byte_tile(kind, n) for n in (1, 2, MANY))
+        size, columns_of = PACKINGS[kind].bytes, RUN
     else:
+        one, two, many = (float_tile(kind, n) for n in (1, 2, MANY))
+        size, columns_of = LANES * FLOATS[kind], 1
 
-        def work(first: int, last: int) -> None:
-            step = max(1, PANEL // w.shape[1])
-            panel = np.empty((min(step, last - first), w.shape[1]), np.float32)
-            for a in range(first, last, step):
-                part = panel[: last - a]
-                _unpack(blocks, a, part)
-                y[:, a : a + len(part)] = x @ part.T
+    @operator(name=f"linear_{kind.name}")
+    def linear(a, p, thread, threads):  # type: ignore[no-untyped-def]
+        w, x, stride, columns, outputs, y, y_stride, bias, gate = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8]
+        add, head = a[9], a[10]
+        rows, sums = p[ROWS], p[SCRATCH] + thread * p[EACH]
+        if head:  # only the rows whose logits are wanted
+            rows, y = p[OUT_ROWS], p[LOGITS]
+            x += stride * p[OUT_FIRST]
+        runs = columns // columns_of
+        total = floats(sums)
+        first, last = share((outputs + LANES - 1) // LANES, thread, threads)
+        for group in range(first, last):
+            at, t = w + group * runs * size, 0
+            lanes = min(LANES, outputs - LANES * group)
+            while t < rows:
+                left = rows - t
+                n = MANY if left >= MANY else 2 if left >= 2 else 1
+                from_ = x + t * stride
+                if packed:
+                    if n == MANY:
+                        many(at, from_, stride, runs, sums)
+                    elif n == 2:
+                        two(at, from_, stride, runs, sums)
+                    else:
+                        one(at, from_, stride, runs, sums)
+                else:
+                    for i in range(n * LANES):
+                        total[i] = 0
+                    if n == MANY:
+                        many(at, size, from_, stride, runs, LANES, sums)
+                    elif n == 2:
+                        two(at, size, from_, stride, runs, LANES, sums)
+                    else:
+                        one(at, size, from_, stride, runs, LANES, sums)
+                for u in range(n):
+                    if bias:
+                        b = floats(bias + 4 * LANES * group)
+                        for i in range(lanes):
+                            total[LANES * u + i] += b[i]
+                    if gate:
+                        g = floats(gate)[t + u]
+                        for i in range(lanes):
+                            total[LANES * u + i] *= g
+                    out = floats(y + (t + u) * y_stride + 4 * LANES * group)
+                    if add:
+                        for i in range(lanes):
+                            out[i] += total[LANES * u + i]
+                    elif lanes == LANES:
+                        for i in range(LANES):
+                            out[i] = total[LANES * u + i]
+                    else:
+                        for i in range(lanes):
+                            out[i] = total[LANES * u + i]
+                t += n
 
-    # A matrix product does some 32 multiplications in the time that unpacking takes for one value.
-    if w.shape[0] * w.shape[1] * max(1, len(x) // 32) <= SHARED:
-        work(0, w.shape[0])
-    else:
-        threads.share(w.shape[0], work)
-    return y if bias is None else y + bias
+    return linear
 
 
-def packed(w: Matrix) -> NDArray | None:
-    """The matrix as records [rows, blocks] of its packing; None where it has none here (float32, odd widths)."""
+LINEAR = {kind: _linear(kind) for kind in (*PACKINGS, *FLOATS)}
+
+
+def _interleave(kind: Kind) -> Operator:
+    packing = PACKINGS.get(kind)
+    interleave = interleaver(packing) if packing else None
+    columns_of = packing.count * RUN if packing else 1
+    size = packing.dtype.itemsize if packing else FLOATS[kind]
+    packed = packing is not None
+
+    @operator(name=f"interleave_{kind.name}")
+    def repack(a, p, thread, threads):  # type: ignore[no-untyped-def]
+        w, rows, columns, out, group_bytes = a[0], a[1], a[2], a[3], a[4]
+        blocks = columns // columns_of
+        first, last = share((rows + LANES - 1) // LANES, thread, threads)
+        for group in range(first, last):
+            for lane in range(min(LANES, rows - LANES * group)):
+                at, to = w + (LANES * group + lane) * blocks * size, out + group * group_bytes
+                if packed:
+                    interleave(at, blocks, to, lane)
+                else:
+                    source, target = int8s(at), int8s(to + size * lane)
+                    for c in range(columns):
+                        for b in range(size):
+                            target[LANES * size * c + b] = source[size * c + b]
+
+    return repack
+
+
+INTERLEAVE = {kind: _interleave(kind) for kind in (*PACKINGS, *FLOATS)}
+
+
+class Weights(NamedTuple):
+    """A matrix as products read it."""
+
+    kind: Kind
+    shape: tuple[int, int]
+    data: NDArray[np.uint8]
+
+
+def repacked(plan: Plan, w: Matrix) -> Weights:
+    """`w` interleaved, once `plan` (of nothing else, at load) has run."""
+    rows, columns = w.shape
     packing = PACKINGS.get(w.kind)
-    if packing is None or w.shape[1] % packing.values:
-        return None
-    return w.data.view(packing.dtype)
+    group = columns // RUN * packing.bytes if packing else columns * LANES * FLOATS[w.kind]
+    groups = -(-rows // LANES)
+    room = np.empty(groups * group + 2 * ALIGNMENT, np.uint8)
+    skip = -room.ctypes.data % ALIGNMENT
+    data = room[skip : skip + groups * group]
+    if rows % LANES:
+        data[-group:] = 0  # rows that are not there
+    source = np.ascontiguousarray(w.data)
+    plan.step(INTERLEAVE[w.kind], plan.keep(source), rows, columns, plan.keep(data), group, wait=False)
+    return Weights(w.kind, w.shape, data)
 
 
-@compiled
-def _rows(blocks: NDArray, x: F32, y: F32, first: int, last: int) -> None:
-    for row in range(first, last):
-        for t in range(x.shape[0]):
-            y[t, row] = row_dot(blocks, row, x[t])  # type: ignore[call-arg]  # Numba gives the first argument
+def small(values: NDArray[np.float32]) -> Weights:
+    """A float32 matrix [rows, columns] as products read it, made here and now."""
+    rows, columns = values.shape
+    groups = -(-rows // LANES)
+    padded = np.zeros((groups * LANES, columns), np.float32)
+    padded[:rows] = values
+    data = np.ascontiguousarray(padded.reshape(groups, LANES, columns).swapaxes(1, 2))
+    return Weights(Kind.F32, (rows, columns), data.view(np.uint8).reshape(-1))
 
 
-@compiled
-def _unpack(blocks: NDArray, first: int, panel: F32) -> None:
-    for row in range(panel.shape[0]):
-        row_unpack(blocks, first + row, panel[row])  # type: ignore[call-arg]
+def linear(
+    plan: Plan,
+    x: Rows,
+    w: Weights,
+    bias: NDArray | None = None,
+    into: Rows | None = None,
+    gate: Rows | None = None,
+    head: bool = False,
+    wait: bool = True,
+) -> Rows:
+    """x Wᵀ + b. into: rows that it is added to; gate: a factor for each row; head: the pass's logits.
+
+    A packed matrix is multiplied by rows quantised to bytes; F32, F16 and BF16 by the float32 rows.
+    """
+    outputs, columns = w.shape
+    assert columns == x.columns
+    packed = w.kind in PACKINGS
+    if packed:
+        quantised(plan, x)
+    y = into or (Rows(plan, 0 if head else outputs))
+    y_stride = 4 * outputs if head else y.stride
+    plan.work += outputs * columns
+    plan.scratch(4 * LANES * MANY)
+    plan.step(
+        LINEAR[w.kind],
+        plan.keep(w.data),
+        x.bytes if packed else x.address,
+        x.bytes_stride if packed else x.stride,
+        columns,
+        outputs,
+        y.address,
+        y_stride,
+        plan.keep(bias),
+        gate.address if gate else 0,
+        into is not None,
+        head,
+        wait=wait,
+    )
+    return y

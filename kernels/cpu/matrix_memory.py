@@ -1,87 +1,118 @@
-"""The matrix memory's recurrence in one pass over A per token, compiled; long chunks are the exact chunk form."""
+"""The matrix memory's recurrence, one pass over A a token. Equation: kernels/reference/matrix_memory.py.
+
+Every column of A changes by itself, so that threads share heads and strips of 16 columns; a strip (4 KB for heads of
+64) stays in the first cache while all tokens of a pass go through it.
+"""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
-from numpy.typing import NDArray
+from gguf.constants import GGMLQuantizationType as Kind
 
-from tcinfer.kernels.cpu.jit import compiled
-from tcinfer.kernels.reference import matrix_memory as reference
-from tcinfer.kernels.reference.matrix_memory import Writes
+from tcinfer.kernels.cpu.attention import product
+from tcinfer.kernels.cpu.jit import operator
+from tcinfer.kernels.cpu.plan import COUNT, FIELDS, ROW, SCRATCH, EACH, SEQUENCE, SEQUENCES, TABLE, Plan, Rows
+from tcinfer.kernels.cpu.rows import share
+from tcinfer.kernels.cpu.simd import LANES, floats, int64s
+from tcinfer.kernels.cpu.tiles import MANY, float_tile
 
-F32 = NDArray[np.float32]
+F = np.float32
+_one, _two, _many = (float_tile(Kind.F32, n) for n in (1, 2, MANY))
 
-STEPS = 8  # tokens up to which the recurrence is faster than the chunk form's many small products
+
+class Writes(NamedTuple):
+    """What each row writes, and how: as kernels.reference.matrix_memory.Writes, a row a token."""
+
+    k: Rows  # [G, D]
+    v: Rows  # [G, E]
+    decay: Rows  # [P, G]
+    rate: Rows  # [P, G]; 0 with decay 1: this row writes nothing
+    retrieve: Rows | None = None  # c, [G]
+    wedge: bool = False
 
 
-def scan(A: F32, q: F32, writes: Writes, mix: F32 | None = None, write_first: bool = False) -> F32:
-    """As kernels.reference.matrix_memory.scan_recurrent; A is changed in place."""
-    if len(q) > STEPS:
-        return reference.scan(A, q, writes, mix, write_first)
+@operator
+def _scan(a, p, thread, threads):  # type: ignore[no-untyped-def]
+    field, P, G, R, D, E = a[0], a[1], a[2], a[3], a[4], a[5]
+    q, k, v, decay, rate, retrieve, mix, out = a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13]
+    wedge, write_first = a[14], a[15]
+    strips = (E + LANES - 1) // LANES
+    work = p[SCRATCH] + thread * p[EACH]
+    u, read = floats(work), floats(work + 4 * LANES)
+    first, last = share(p[SEQUENCES] * G * strips, thread, threads)
+    for item in range(first, last):
+        g, e = item // strips % G, item % strips * LANES
+        sequence = int64s(p[TABLE] + 8 * SEQUENCE * (item // (strips * G)))
+        lanes = min(LANES, E - e)
+        for row in range(sequence[ROW], sequence[ROW] + sequence[COUNT]):
+            key, value = floats(k + 4 * D * (G * row + g)), floats(v + 4 * E * (G * row + g) + 4 * e)
+            whole = floats(v + 4 * E * (G * row + g))
+            target = out + 4 * (E * (G * row + g) * R + e)
+            for r in range(R):
+                for c in range(lanes):
+                    floats(target + 4 * E * r)[c] = 0
+            for plane in range(P):
+                A = int64s(sequence[FIELDS])[field] + 4 * (D * E * (plane * G + g) + e)
+                eta, lam = floats(rate)[(row * P + plane) * G + g], floats(decay)[(row * P + plane) * G + g]
+                for moment in range(2):
+                    if moment == write_first:  # read
+                        for i in range(R * LANES):
+                            read[i] = 0
+                        queries = q + 4 * D * (G * row + g) * R
+                        product(_many, _two, _one, A, 4 * E, queries, 4 * D, R, D, lanes, work + 4 * LANES)
+                        for r in range(R):
+                            share_ = floats(mix)[((row * P + plane) * G + g) * R + r] if mix else F(1)
+                            if share_ != 0:
+                                o = floats(target + 4 * E * r)
+                                for c in range(lanes):
+                                    o[c] += share_ * read[LANES * r + c]
+                    elif eta != 0 or lam != 1:  # write
+                        for c in range(LANES):
+                            u[c] = 0
+                        again = floats(retrieve)[G * row + g] if retrieve else F(0)
+                        if again != 0:
+                            _one(A, 4 * E, k + 4 * D * (G * row + g), 4 * D, D, lanes, work)
+                        for c in range(lanes):
+                            u[c] = eta * (value[c] - again * u[c])
+                        if lanes == LANES and not wedge:
+                            for d in range(D):
+                                line, kd = floats(A + 4 * E * d), key[d]
+                                for c in range(LANES):
+                                    line[c] = lam * line[c] + kd * u[c]
+                        else:
+                            for d in range(D):
+                                line, kd = floats(A + 4 * E * d), key[d]
+                                for c in range(lanes):
+                                    line[c] = lam * line[c] + kd * u[c]
+                        if wedge:
+                            for d in range(D):
+                                line, vd = floats(A + 4 * E * d), eta * whole[d]
+                                for c in range(lanes):
+                                    line[c] -= vd * key[e + c]
+
+
+def scan(
+    plan: Plan,
+    field: int,
+    planes: int,
+    shape: tuple[int, int, int, int],
+    q: Rows,
+    writes: Writes,
+    mix: Rows | None = None,
+    write_first: bool = False,
+) -> Rows:
+    """Every row reads [G, R, E] and writes, in order.  shape: G, R, D, E; q [G, R, D]; mix [P, G, R], or None for 1."""
+    G, R, D, E = shape
+    out = Rows(plan, G * R * E)
     k, v, decay, rate, retrieve, wedge = writes
-    retrieve = np.zeros(k.shape[:2], np.float32) if retrieve is None else retrieve
-    mix = np.ones((len(A), *q.shape[:3]), np.float32) if mix is None else mix
-    arrays = [np.ascontiguousarray(x, np.float32) for x in (q, k, v, decay, rate, retrieve, mix)]
-    out = np.zeros((*q.shape[:3], v.shape[-1]), np.float32)
-    assert A.flags.c_contiguous
-    _steps(A, *arrays, wedge, write_first, out)
+    plan.step(
+        _scan,
+        *(field, planes, *shape),
+        *(q.address, k.address, v.address, decay.address, rate.address),
+        *(retrieve.address if retrieve else 0, mix.address if mix else 0, out.address, wedge, write_first),
+    )
+    plan.scratch(4 * LANES * (1 + R))
+    plan.work += 3 * planes * G * D * E
     return out
-
-
-@compiled
-def _steps(
-    A: F32,
-    q: F32,
-    k: F32,
-    v: F32,
-    decay: F32,
-    rate: F32,
-    retrieve: F32,
-    mix: F32,
-    wedge: bool,
-    write_first: bool,
-    out: F32,
-) -> None:
-    P, G, D, E = A.shape
-    T = len(q)
-    u = np.empty(E, np.float32)
-    for t in range(T):
-        for p in range(P):
-            for g in range(G):
-                plane, key, value = A[p, g], k[t, g], v[t, g]
-                eta, lam, c = rate[p, t, g], decay[p, t, g], retrieve[t, g]
-                if not write_first:
-                    _read(plane, q[t, g], mix[p, t, g], out[t, g])
-                if eta != 0 or lam != 1:
-                    for e in range(E):
-                        u[e] = 0
-                    if c != 0:
-                        for d in range(D):
-                            row, kd = plane[d], key[d]
-                            for e in range(E):
-                                u[e] += kd * row[e]
-                    for e in range(E):
-                        u[e] = eta * (value[e] - c * u[e])
-                    for d in range(D):
-                        row, kd = plane[d], key[d]
-                        for e in range(E):
-                            row[e] = lam * row[e] + kd * u[e]
-                    if wedge:
-                        for d in range(D):
-                            row, vd = plane[d], eta * value[d]
-                            for e in range(E):
-                                row[e] -= vd * key[e]
-                if write_first:
-                    _read(plane, q[t, g], mix[p, t, g], out[t, g])
-
-
-@compiled
-def _read(plane: F32, q: F32, mix: F32, out: F32) -> None:
-    """out [R, E] += mix [R] · q [R, D] A [D, E]."""
-    for r in range(q.shape[0]):
-        if mix[r] != 0:
-            row_out = out[r]
-            for d in range(plane.shape[0]):
-                row, weight = plane[d], mix[r] * q[r, d]
-                for e in range(plane.shape[1]):
-                    row_out[e] += weight * row[e]

@@ -1,6 +1,5 @@
 """The reference backend: every operator as its plain equation, in NumPy."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,9 @@ class Reference:
     """The operators by name. A faster backend derives from this class and replaces the ones it has."""
 
     name = "numpy"
-    cold = ""  # what a user should know if the first call is going to take seconds
+    cold = ""  # what a user should know if loading is going to take seconds
+    plans = False  # whether a model runs as one plan on `threads`, and not operator by operator
+    threads: Any = None
 
     def __init__(self, threads: int | None = None) -> None:
         """threads: of the matrix products, which are NumPy's own (process-wide); None leaves them as they are."""
@@ -23,10 +24,6 @@ class Reference:
             from threadpoolctl import threadpool_limits
 
             threadpool_limits(threads, user_api="blas")
-
-    def running(self) -> AbstractContextManager[Any]:
-        """Entered around each pass through the model, in the thread that runs it."""
-        return nullcontext()
 
     def linear(self, x: F32, w: quants.Matrix, bias: F32 | None = None) -> F32:
         return quants.linear(x, w, bias)

@@ -11,6 +11,9 @@ A mechanism is a module of pure functions over (weights, state); it keeps nothin
                             takes T tokens in (q [T, H, D], k and v [T, G, D], not rotated; x [T, C] the attention
                             input), gives [T, C] out, output projection included, and moves `state` on by T tokens.
                             Any split of a stream into chunks gives the same answers.
+    plan(layer, q, k, v, h)
+                            the same as steps of a plan, for the numba backend (layer: memory/layer.py): rows in, and the
+                            output added to layer.x
 
 To add one: write the file, name it in MODES.
 """
@@ -28,7 +31,9 @@ from tcinfer.memory.state import ALIGNMENT, Field, Layout, Spec, State
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from tcinfer.kernels.cpu.plan import Rows
     from tcinfer.memory.chunk import Chunk
+    from tcinfer.memory.layer import Layer
 
 __all__ = ["MODES", "Layout", "Mechanism", "Mode", "State", "bounded", "layout", "mechanism", "tensors", "with_memory"]
 
@@ -46,6 +51,8 @@ class Mechanism(Protocol):
     def attend(
         chunk: Chunk, w: dict[str, Any], state: dict[str, NDArray], q: NDArray, k: NDArray, v: NDArray, x: NDArray
     ) -> NDArray: ...
+    @staticmethod
+    def plan(layer: Layer, q: Rows, k: Rows, v: Rows, h: Rows) -> None: ...
 
 
 class Mode(NamedTuple):
@@ -91,7 +98,7 @@ def bounded(config: ModelConfig) -> bool:
 
 
 def with_memory(
-    config: ModelConfig, memory: str | None = None, window: int | None = None, sinks: int | None = None
+    config: ModelConfig, memory: str | None = None, window: int | None = None, sinks: int | None = None, cache_type: str | None = None
 ) -> ModelConfig:
     """`config` with the memory that the user asks for in place of the file's.
 
@@ -101,6 +108,8 @@ def with_memory(
     if not isinstance(mode, str) or mode not in MODES:
         raise TcinferError(f"memory {mode!r} is not one of {', '.join(MODES)}")
     changed = mode != config.memory
+    if cache_type is not None:
+        config = replace(config, cache_type=cache_type)
     if changed and MODES[mode].needs_weights:
         raise TcinferError(
             f"this model has no weights for {mode} memory: its file says {config.memory}; "

@@ -45,6 +45,10 @@ class Chunk:
         cos, sin = self.memo(("rotate", first, len(x), most), make)
         return self.ops.rotate(x, cos, -sin if back else sin, self.config.block.rotary)
 
+    def rounded(self, x: F32) -> F32:
+        """x as the ring's type holds it."""
+        return x.astype(self.config.cache_dtype).astype(np.float32, copy=False)
+
     def linear(self, x: F32, w: dict[str, Any], name: str) -> F32:
         """x Wᵀ + b with the layer's `name`.weight and, where there is one, `name`.bias.  [T, in] -> [T, out]."""
         return self.ops.linear(x, w[name + ".weight"], w.get(name + ".bias"))

@@ -10,7 +10,7 @@ out    σ(β_h) m + (1 - σ(β_h)) local, per head, before the output projection
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,10 @@ from tcinfer.kernels.reference.matrix_memory import Writes
 from tcinfer.memory import local
 from tcinfer.memory.chunk import Chunk
 from tcinfer.memory.state import Field, Spec
+
+if TYPE_CHECKING:
+    from tcinfer.kernels.cpu.plan import Rows
+    from tcinfer.memory.layer import Layer
 
 F32 = NDArray[np.float32]
 EPS = np.float32(1e-5)
@@ -55,7 +59,24 @@ def attend(chunk: Chunk, w: dict[str, Any], state: dict[str, NDArray], q: F32, k
     if chunk.config.options.rule == "delta":
         retrieve = 1 / ((fk * before).sum(-1) + EPS)  # [T, G]
     ones = np.ones((1, T, G), np.float32)
-    read = ops.scan(state["M"][None], fq, Writes(fk, v, ones, ones, retrieve))  # [T, G, R, D]
+    read = ops.scan(state["M"][None], fq, Writes(fk, near.v, ones, ones, retrieve))  # [T, G, R, D]
     far = (read / ((fq * before[:, :, None]).sum(-1, keepdims=True) + EPS)).reshape(q.shape)
     share = ops.sigmoid(w["infini_beta"])[:, None]  # [H, 1]
     return chunk.linear(local.merge(share * far + (1 - share) * near.out), w, "attn_output")
+
+
+def plan(layer: Layer, q: Rows, k: Rows, v: Rows, h: Rows) -> None:
+    from tcinfer.kernels.cpu import infini, matrix_memory
+
+    config = layer.config
+    G, D = config.n_kv_heads, config.head_dim
+    shape = (G, config.n_heads // G, D)
+    new = layer.push(q, k, v, rounded=True)
+    near = layer.attend(new)
+    layer.settle(new, k)
+    fq, norm, writes = infini.features(
+        layer.plan, new, layer.field("z"), shape, float(EPS), config.options.rule == "delta"
+    )
+    far = matrix_memory.scan(layer.plan, layer.field("M"), 1, (*shape, D), fq, writes)
+    infini.blend(layer.plan, near, far, norm, layer.weights["infini_beta"], D)
+    layer.linear(near, "attn_output", into=layer.x)

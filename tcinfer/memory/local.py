@@ -5,11 +5,14 @@ rotated at their own position. The token at position t sees the sinks (positions
 t - window + 1 .. t, itself included; window 0 is unbounded. With sink_positions "in-cache" (StreamingLLM) the query
 meets the sinks as if it stood at min(t, n + window - 1): the same scores as keys rotated by their index in the cache,
 because only the difference of two rotations counts.
+
+Keys (rotated) and values are rounded to the ring's type as they arrive, before any use, so that it makes no difference
+which of a stream's tokens are still in the chunk and which are in the ring already.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +20,10 @@ from numpy.typing import NDArray
 from tcinfer.config import ModelConfig
 from tcinfer.memory.chunk import Chunk
 from tcinfer.memory.state import Field, Spec
+
+if TYPE_CHECKING:
+    from tcinfer.kernels.cpu.plan import Rows
+    from tcinfer.memory.layer import Layer
 
 F32 = NDArray[np.float32]
 Options = None
@@ -31,12 +38,19 @@ def tensors(config: ModelConfig, layer: int) -> dict[str, Spec]:
 def state(config: ModelConfig, layer: int, capacity: int) -> tuple[Field, ...]:
     slots = config.sinks + (config.window or capacity)
     kv = (slots, config.n_kv_heads, config.head_dim)
-    fields = (Field("k", kv), Field("v", kv))
+    fields = (Field("k", kv, config.cache_dtype), Field("v", kv, config.cache_dtype))
     return (*fields, Field("k_last", kv[1:])) if config.key_conv else fields
 
 
 def attend(chunk: Chunk, w: dict[str, Any], state: dict[str, NDArray], q: F32, k: F32, v: F32, x: F32) -> F32:
     return chunk.linear(merge(push(chunk, w, state, q, k, v).out), w, "attn_output")
+
+
+def plan(layer: Layer, q: Rows, k: Rows, v: Rows, h: Rows) -> None:
+    new = layer.push(q, k, v)
+    out = layer.attend(new)
+    layer.settle(new, k)
+    layer.linear(out, "attn_output", into=layer.x)
 
 
 def merge(heads: F32) -> F32:
@@ -62,7 +76,8 @@ class Pushed(NamedTuple):
 
     out: F32  # [T, H, D] local attention
     q: F32  # [T, H, D] rotated
-    k: F32  # [T, G, D] rotated, convolved where the model does
+    k: F32  # [T, G, D] convolved where the model does, rotated, rounded
+    v: F32  # [T, G, D] rounded
     k_plain: F32  # [T, G, D] the same before rotation
     evicted: Evicted
     k_out: F32  # [evicted.total, G, D] what left: keys as stored, rotated at their own positions
@@ -109,7 +124,8 @@ def push(chunk: Chunk, w: dict[str, Any], state: dict[str, NDArray], q: F32, k: 
         before = np.concatenate([state["k_last"][None], k[:-1]])
         state["k_last"][:] = k[-1]
         k = taps[0] * k + taps[1] * before
-    k_plain, k = k, chunk.rotate(k, first)
+    k_plain, k = k, chunk.rounded(chunk.rotate(k, first))
+    v = chunk.rounded(v)
     q_plain, q = q, chunk.rotate(q, first)
     q_sinks = None
     if n and config.sink_positions == "in-cache" and first + T > n + W:
@@ -120,7 +136,8 @@ def push(chunk: Chunk, w: dict[str, Any], state: dict[str, NDArray], q: F32, k: 
         insert(chunk, state["k"], k)
         insert(chunk, state["v"], v)
         filled = min(first + 1, n + W) if W else first + 1
-        out = chunk.ops.attention(q, state["k"][:filled], state["v"][:filled], None, n, q_sinks)
+        keys, values = (state[name][:filled].astype(np.float32, copy=False) for name in ("k", "v"))
+        out = chunk.ops.attention(q, keys, values, None, n, q_sinks)
     else:
         cached = min(first, n + W) if W else first
         keys = np.concatenate([state["k"][:cached], k])
@@ -129,7 +146,7 @@ def push(chunk: Chunk, w: dict[str, Any], state: dict[str, NDArray], q: F32, k: 
         out = chunk.ops.attention(q, keys, values, seen, n, q_sinks)
         insert(chunk, state["k"], k)
         insert(chunk, state["v"], v)
-    return Pushed(out, q, k, k_plain, leaving, k_out, v_out)
+    return Pushed(out, q, k, v, k_plain, leaving, k_out, v_out)
 
 
 def visible(config: ModelConfig, first: int, count: int, cached: int) -> NDArray[np.bool_]:

@@ -67,13 +67,16 @@ class State:
         self.buffer: NDArray[np.uint8] = room[start : start + layout.nbytes]
         self._position: NDArray[np.int64] = self.buffer[:8].view(np.int64)
         self.layers: list[dict[str, NDArray]] = []
+        addresses = []  # of every array, layer by layer
         at = ALIGNMENT
         for fields in layout.layers:
             views = {}
             for f in fields:
                 views[f.name] = self.buffer[at : at + _bytes(f)].view(f.dtype).reshape(f.shape)
+                addresses.append(views[f.name].ctypes.data)
                 at += _padded(f)
             self.layers.append(views)
+        self.addresses = np.array(addresses, np.int64)
 
     @property
     def position(self) -> int:

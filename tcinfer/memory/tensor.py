@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,10 @@ from tcinfer.kernels.reference.matrix_memory import Writes
 from tcinfer.memory import local
 from tcinfer.memory.chunk import Chunk
 from tcinfer.memory.state import Field, Spec
+
+if TYPE_CHECKING:
+    from tcinfer.kernels.cpu.plan import Rows
+    from tcinfer.memory.layer import Layer
 
 F32 = NDArray[np.float32]
 
@@ -131,7 +135,7 @@ def attend(chunk: Chunk, w: dict[str, Any], state: dict[str, NDArray], q: F32, k
     if o.normalize_q:
         queries = ops.unit(queries)
     queries = queries.reshape(*k.shape[:2], -1, k.shape[-1])  # [T, G, R, D]
-    writes = _writes(chunk, w, state, near, v, x)
+    writes = _writes(chunk, w, state, near, x)
     mix = None
     if o.slots > 1:
         writes = _route_write(chunk, w, writes.k if o.write_route == "k" else queries[:, :, 0], writes)
@@ -149,7 +153,7 @@ def attend(chunk: Chunk, w: dict[str, Any], state: dict[str, NDArray], q: F32, k
     return y + ops.sigmoid(gate) * chunk.linear(local.merge(read), w, "tc_output")
 
 
-def _writes(chunk: Chunk, w: dict[str, Any], state: dict[str, NDArray], near: local.Pushed, v: F32, x: F32) -> Writes:
+def _writes(chunk: Chunk, w: dict[str, Any], state: dict[str, NDArray], near: local.Pushed, x: F32) -> Writes:
     """The pair that each token of the chunk writes; decay and rate [timescales, T, G].
 
     Where a token writes none, decay is 1 and rate 0.
@@ -164,7 +168,7 @@ def _writes(chunk: Chunk, w: dict[str, Any], state: dict[str, NDArray], near: lo
     left = {name: near.evicted.take(state[name], term) for name, term in terms.items()}
     for name, term in terms.items():
         local.insert(chunk, state[name], term)
-    keys, values = (near.k if o.rope else near.k_plain).copy(), v.copy()
+    keys, values = (near.k if o.rope else near.k_plain).copy(), near.v.copy()
     if o.write_on_evict and out:
         written[-out:] = True
         keys[-out:] = near.k_out if o.rope else chunk.rotate(near.k_out, near.evicted.first, back=True)
@@ -217,3 +221,70 @@ def _route_read(chunk: Chunk, w: dict[str, Any], queries: F32) -> F32:
         order = np.argsort(-logits, axis=-1, kind="stable")[..., topk:]  # ties: the first slot wins
         np.put_along_axis(logits, order, np.float32(-np.inf), axis=-1)
     return np.moveaxis(chunk.ops.softmax(logits), -1, 0)
+
+
+def plan(layer: Layer, q: Rows, k: Rows, v: Rows, h: Rows) -> None:
+    from tcinfer.kernels.cpu import matrix_memory
+    from tcinfer.kernels.cpu import tensor_cache as tc
+
+    if not enabled(layer.config, layer.number):
+        local.plan(layer, q, k, v, h)
+        return
+    config, w, p = layer.config, layer.weights, layer.plan
+    o: Options = config.options
+    G, D = config.n_kv_heads, config.head_dim
+    R = config.n_heads // G
+    terms = {name: layer.project(h, w["tc_" + name.replace("_term", "_proj")]) for name in _terms(o)}
+    new = layer.push(q, k, v, rounded=o.write_on_insert, plain=o.write_on_insert and not o.rope)
+    entering, leaving = None, None
+    if o.write_on_insert:
+        entering = tc.Source((new.k if o.rope else new.k_plain) or k, new.v or v, **terms)
+    if o.write_on_evict and config.window:
+        k_out, v_out = (layer.take(n, at, new.stride, G * D) for n, at in (("k", new.k_new), ("v", new.v_new)))
+        left = {name: layer.take(name, x.address, x.stride, G) for name, x in terms.items()}
+        leaving = tc.Source(k_out, v_out, **left)
+        p.wait()
+    queries = new.q if o.rope else q
+    if o.normalize_q:
+        queries = tc.unit(p, queries, D)
+    route = None
+    if o.slots > 1 and o.write_route == "q":
+        route = queries
+    slot_keys = w.get("tc_slot_keys")
+    writes = tc.writes(
+        p,
+        (G, D, o.timescales, o.slots),
+        entering,
+        leaving,
+        (config.window, config.sinks),
+        (0, 0) if o.rope else layer.positions.leaving,
+        layer.geometry.interleaved,
+        w["tc_decay"],
+        w["tc_rate"],
+        normalize=o.normalize_k,
+        value_scale=o.value_scale,
+        rule=o.rule,
+        slot_keys=slot_keys,
+        temperature=o.router_temperature,
+        route=route,
+    )
+    mix = None
+    if o.slots > 1 or o.two_timescales:
+        routing = (o.timescales, o.slots, o.read_topk, o.router_temperature)
+        mix = tc.mix(p, queries, (G, R, D), *routing, slot_keys, w.get("tc_alpha"))
+    planes = o.timescales * o.slots
+    read = matrix_memory.scan(
+        p, layer.field("A"), planes, (G, R, D, D), queries, writes, mix, write_first=o.write_then_read
+    )
+    if o.normalize_read:
+        counts = writes._replace(v=tc.ones(p, G), retrieve=None, wedge=False)
+        norm = matrix_memory.scan(
+            p, layer.field("z"), 1, (G, R, D, 1), queries, counts, write_first=o.write_then_read
+        )
+        tc.divide(p, read, norm, D, o.normalize_read_eps)
+    logit = layer.project(h, w["tc_gate.weight"][None]) if o.token_gate else None
+    gate = tc.gate(p, w["tc_gate.bias"], logit)
+    out = layer.attend(new)
+    layer.settle(new, k, terms)
+    layer.linear(out, "attn_output", into=layer.x, wait=False)  # the same thread adds to the same columns below
+    layer.linear(read, "tc_output", into=layer.x, gate=gate)

@@ -1,0 +1,246 @@
+"""Operators that treat each row by itself: embedding, norms, activations, quantisation, angles of rotation.
+
+Each is a compiled function and, below it, the function that puts it into a plan. Equations: kernels/reference/pointwise.py
+and rotary.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType as Kind
+from numba.extending import register_jitable
+from numpy.typing import NDArray
+
+from tcinfer.kernels.cpu.jit import Operator, operator
+from tcinfer.kernels.cpu.packing import FLOATS, PACKINGS, RUN, unpacker
+from tcinfer.kernels.cpu.plan import FIRST, IDS, ROW, ROWS, SEQUENCE, SEQUENCE_OF, TABLE, Plan, Rows
+from tcinfer.kernels.cpu.simd import (
+    as_int,
+    bits_of,
+    doubles,
+    exp,
+    floats,
+    from_bits,
+    int8s,
+    int64s,
+    load_brain,
+    load_half,
+    nearest,
+    number,
+)
+from tcinfer.kernels.cpu.tiles import HEAD
+from tcinfer.kernels.reference.quants import Matrix
+
+F = np.float32
+
+
+@register_jitable
+def share(count, thread, threads):  # type: ignore[no-untyped-def]
+    """The part first .. last - 1 of `count` things that falls to one thread."""
+    return count * thread // threads, count * (thread + 1) // threads
+
+
+@register_jitable
+def position(p, row):  # type: ignore[no-untyped-def]
+    """Where in its stream a row of the pass stands."""
+    s = int64s(p[TABLE] + 8 * SEQUENCE * int64s(p[SEQUENCE_OF])[row])
+    return s[FIRST] + row - s[ROW]
+
+
+@register_jitable
+def quantise_run(x, q, head):  # type: ignore[no-untyped-def]
+    """32 float32 at x -> int8 at q, and at head: d, d Σq, d Σ(first 16), d Σ(last 16).  q = round(x / d), d = max|x| / 127."""
+    x, q, head = floats(x), int8s(q), floats(head)
+    top = np.int32(0)
+    for i in range(RUN):  # as integers: the largest of such bits is the largest magnitude, and NaN above all
+        top = max(top, bits_of(x[i]) & np.int32(0x7FFFFFFF))
+    largest = from_bits(top)
+    d = largest * F(1 / 127)
+    inverse = F(127) / largest if top > 0 else F(0)
+    low, high = np.int32(0), np.int32(0)
+    for i in range(RUN // 2):
+        n = as_int(nearest(x[i] * inverse))
+        q[i] = n
+        low += n
+    for i in range(RUN // 2, RUN):
+        n = as_int(nearest(x[i] * inverse))
+        q[i] = n
+        high += n
+    head[0], head[1], head[2], head[3] = d, d * F(low + high), d * F(low), d * F(high)
+
+
+@register_jitable
+def bytes_at(base, stride, columns, row, run):  # type: ignore[no-untyped-def]
+    """Addresses of the integers of one run of a quantised row, and of its scale and sums."""
+    at = base + row * stride
+    return at + RUN * run, at + columns + HEAD * run
+
+
+@operator
+def _quantise(a, p, thread, threads):  # type: ignore[no-untyped-def]
+    x, stride, columns, out, out_stride = a[0], a[1], a[2], a[3], a[4]
+    runs = columns // RUN
+    first, last = share(p[ROWS] * runs, thread, threads)
+    for i in range(first, last):
+        row, run = i // runs, i % runs
+        q, head = bytes_at(out, out_stride, columns, row, run)
+        quantise_run(x + row * stride + 4 * RUN * run, q, head)
+
+
+def quantised(plan: Plan, x: Rows) -> None:
+    """See to it that x.bytes is there."""
+    if x.want_bytes():
+        plan.step(_quantise, x.address, x.stride, x.columns, x.bytes, x.bytes_stride)
+
+
+@operator
+def _norm(a, p, thread, threads):  # type: ignore[no-untyped-def]
+    x, columns, y, stride, weight, bias = a[0], a[1], a[2], a[3], floats(a[4]), floats(a[5])
+    eps, layer, out, out_stride = F(number(a[6])), a[7], a[8], a[9]
+    runs = (columns + RUN - 1) // RUN
+    first, last = share(p[ROWS] * runs, thread, threads)
+    row, before = first // runs, np.int64(-1)
+    mean, scale = F(0), F(0)
+    for i in range(first, last):
+        row, run = i // runs, i % runs
+        v, w = floats(x + row * stride), floats(y + row * stride)
+        if row != before:  # each thread sums up the whole row: sooner done than waited for
+            before = row
+            mean = F(0)
+            if layer:
+                for c in range(columns):
+                    mean += v[c]
+                mean /= F(columns)
+            total = F(0)
+            for c in range(columns):
+                total += (v[c] - mean) * (v[c] - mean)
+            scale = F(1) / F(math.sqrt(total / F(columns) + eps))
+        stop = min(columns, RUN * run + RUN)
+        for c in range(RUN * run, stop):
+            w[c] = (v[c] - mean) * scale * weight[c]
+        if a[5]:
+            for c in range(RUN * run, stop):
+                w[c] += bias[c]
+        if out:
+            q, head = bytes_at(out, out_stride, columns, row, run)
+            quantise_run(y + row * stride + 4 * RUN * run, q, head)
+
+
+def norm(plan: Plan, x: Rows, weight: NDArray, bias: NDArray | None, eps: float, layer: bool) -> Rows:
+    """RMS norm, or layer norm with its mean and its bias."""
+    y = Rows(plan, x.columns)
+    parameters = plan.keep(weight), plan.keep(bias), float(eps), layer
+    step = plan.step(_norm, x.address, x.columns, y.address, y.stride, *parameters, 0, y.bytes_stride)
+    y.maker = step, 8
+    return y
+
+
+@operator
+def _swiglu(a, p, thread, threads):  # type: ignore[no-untyped-def]
+    gate, up, columns, stride, out, out_stride = a[0], a[1], a[2], a[3], a[4], a[5]
+    runs = (columns + RUN - 1) // RUN
+    first, last = share(p[ROWS] * runs, thread, threads)
+    for i in range(first, last):
+        row, run = i // runs, i % runs
+        g, u = floats(gate + row * stride + 4 * RUN * run), floats(up + row * stride + 4 * RUN * run)
+        if columns - RUN * run >= RUN:
+            for c in range(RUN):
+                u[c] *= g[c] / (F(1) + exp(-g[c]))
+        else:
+            for c in range(columns - RUN * run):
+                u[c] *= g[c] / (F(1) + exp(-g[c]))
+        if out:
+            q, head = bytes_at(out, out_stride, columns, row, run)
+            quantise_run(up + row * stride + 4 * RUN * run, q, head)
+
+
+def swiglu(plan: Plan, gate: Rows, up: Rows) -> Rows:
+    """silu(gate) · up, in place of up."""
+    step = plan.step(_swiglu, gate.address, up.address, up.columns, up.stride, 0, up.bytes_stride)
+    up.maker = step, 4
+    return up
+
+
+@operator
+def _gelu(a, p, thread, threads):  # type: ignore[no-untyped-def]
+    x, columns, stride, out, out_stride = a[0], a[1], a[2], a[3], a[4]
+    runs = (columns + RUN - 1) // RUN
+    first, last = share(p[ROWS] * runs, thread, threads)
+    for i in range(first, last):
+        row, run = i // runs, i % runs
+        v = floats(x + row * stride)
+        for c in range(RUN * run, min(columns, RUN * run + RUN)):
+            v[c] = F(0.5) * v[c] * (F(1) + F(math.erf(v[c] * F(math.sqrt(0.5)))))
+        if out:
+            q, head = bytes_at(out, out_stride, columns, row, run)
+            quantise_run(x + row * stride + 4 * RUN * run, q, head)
+
+
+def gelu(plan: Plan, x: Rows) -> Rows:
+    """The exact form, in place."""
+    step = plan.step(_gelu, x.address, x.columns, x.stride, 0, x.bytes_stride)
+    x.maker = step, 3
+    return x
+
+
+def _embed(kind: Kind) -> Operator:
+    packing = PACKINGS.get(kind)
+    unpack = unpacker(packing) if packing else None
+    size, count = (packing.dtype.itemsize, packing.count * RUN) if packing else (FLOATS[kind], 1)
+    packed, half, brain = packing is not None, kind == Kind.F16, kind == Kind.BF16
+
+    @operator(name=f"embed_{kind.name}")
+    def embed(a, p, thread, threads):  # type: ignore[no-untyped-def]
+        table, columns, x, stride, positions = a[0], a[1], a[2], a[3], a[4]
+        ids = int64s(p[IDS])
+        first, last = share(p[ROWS], thread, threads)
+        for row in range(first, last):
+            at, y = table + ids[row] * (columns // count * size), floats(x + row * stride)
+            if packed:
+                unpack(at, columns // count, x + row * stride)
+            elif half:
+                for c in range(columns):
+                    y[c] = load_half(at + 2 * c)
+            elif brain:
+                for c in range(columns):
+                    y[c] = load_brain(at + 2 * c)
+            else:
+                for c in range(columns):
+                    y[c] = floats(at)[c]
+            if positions:
+                learned = floats(positions + 4 * columns * position(p, row))
+                for c in range(columns):
+                    y[c] += learned[c]
+
+    return embed
+
+
+EMBED = {kind: _embed(kind) for kind in (*PACKINGS, *FLOATS)}
+
+
+def embed(plan: Plan, table: Matrix, positions: NDArray | None) -> Rows:
+    """The rows of the embedding that the pass's ids name, plus those of learned positions, if there are any."""
+    x = Rows(plan, table.shape[1])
+    data = np.ascontiguousarray(table.data)
+    plan.step(EMBED[table.kind], plan.keep(data), x.columns, x.address, x.stride, plan.keep(positions))
+    return x
+
+
+@operator
+def _angles(a, p, thread, threads):  # type: ignore[no-untyped-def]
+    freq, half, most, offset, cos, sin = doubles(a[0]), a[1], a[2], a[3], a[4], a[5]
+    first, last = share(p[ROWS], thread, threads)
+    for row in range(first, last):
+        at = float(min(position(p, row), most) + offset)
+        c, s = floats(cos + 4 * half * row), floats(sin + 4 * half * row)
+        for i in range(half):
+            c[i], s[i] = F(math.cos(at * freq[i])), F(math.sin(at * freq[i]))
+
+
+def angles(plan: Plan, freq: NDArray[np.float64], most: int = 2**62, offset: int = 0) -> tuple[int, int]:
+    """Addresses of cos and sin, float32 [rows, D / 2], of (position, at most `most`) + offset; computed in float64."""
+    cos, sin = (plan.room(4 * plan.capacity * len(freq)) for _ in range(2))
+    plan.step(_angles, plan.keep(freq), len(freq), most, offset, cos, sin)
+    return cos, sin

@@ -1,0 +1,442 @@
+"""Vectors and machine instructions for Numba: what its own types and loops do not reach.
+
+Two levels. `Lanes` is a vector (or a scalar) while LLVM code is being written: Python's operators emit instructions, so
+that an intrinsic reads like arithmetic. The intrinsics at the end are for compiled functions: memory by address,
+half floats, bit patterns, atomic counters. Everything is LLVM's generic code, which becomes AVX-512, AVX2 or Arm
+instructions by itself, but for one product (`dot4`) and the conversion of halves, which look at TIER.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic, register_jitable
+
+LANES = 16  # numbers in a vector: one AVX-512 register, two of AVX2, four of Arm
+I8, I16, I32, I64, F16, F32 = *(ir.IntType(n) for n in (8, 16, 32, 64)), ir.HalfType(), ir.FloatType()
+FAST = ("reassoc", "contract", "nsz", "arcp")  # sums may be reordered, but NaN and Inf stay what they are
+
+_FEATURES = set(cpu_target.target_context.codegen().magic_tuple()[2].split(","))  # of the CPU that Numba compiles for
+
+
+def _tier() -> str:
+    """The instructions that the byte products use: never tried out, because a missing one ends the process."""
+    if {"+avx512f", "+avx512bw", "+avx512vnni"} <= _FEATURES:
+        return "avx512vnni"
+    return "avx2" if {"+avx2", "+fma", "+f16c"} <= _FEATURES else "generic"
+
+
+TIER = _tier()
+HAS_HALF = TIER != "generic" or "+fullfp16" in _FEATURES  # whether `half` in LLVM code is safe here
+
+
+class Lanes:
+    """A vector or scalar under construction; a plain number stands for itself in every lane."""
+
+    def __init__(self, builder: Any, value: Any) -> None:
+        self.builder, self.value = builder, value
+
+    @property
+    def type(self) -> Any:
+        return self.value.type
+
+    @property
+    def element(self) -> Any:
+        return getattr(self.type, "element", self.type)
+
+    def _shaped(self, element: Any) -> Any:
+        return ir.VectorType(element, self.type.count) if isinstance(self.type, ir.VectorType) else element
+
+    def _with(self, other: Lanes | float) -> Any:
+        if not isinstance(other, Lanes):
+            constant = ir.Constant(self.element, other)
+            vector = isinstance(self.type, ir.VectorType)
+            return ir.Constant(self.type, [constant] * self.type.count) if vector else constant
+        if isinstance(self.type, ir.VectorType) and not isinstance(other.type, ir.VectorType):
+            return other.splat(self.type.count).value
+        return other.value
+
+    def _emit(self, name: str, other: Lanes | float) -> Lanes:
+        flags = {"flags": FAST} if name.startswith("f") else {}
+        return Lanes(self.builder, getattr(self.builder, name)(self.value, self._with(other), **flags))
+
+    def _arithmetic(self, name: str, other: Lanes | float) -> Lanes:
+        return self._emit("f" + name if self.element == F32 else name, other)
+
+    def __add__(self, other: Lanes | float) -> Lanes:
+        return self._arithmetic("add", other)
+
+    def __sub__(self, other: Lanes | float) -> Lanes:
+        return self._arithmetic("sub", other)
+
+    def __mul__(self, other: Lanes | float) -> Lanes:
+        return self._arithmetic("mul", other)
+
+    def __and__(self, other: Lanes | int) -> Lanes:
+        return self._emit("and_", other)
+
+    def __or__(self, other: Lanes | int) -> Lanes:
+        return self._emit("or_", other)
+
+    def __xor__(self, other: Lanes | int) -> Lanes:
+        return self._emit("xor", other)
+
+    def __lshift__(self, other: Lanes | int) -> Lanes:
+        return self if isinstance(other, int) and other == 0 else self._emit("shl", other)
+
+    def __rshift__(self, other: Lanes | int) -> Lanes:  # of unsigned values
+        return self if isinstance(other, int) and other == 0 else self._emit("lshr", other)
+
+    def fma(self, other: Lanes, plus: Lanes) -> Lanes:
+        """self · other + plus, rounded once."""
+        name = f"llvm.fma.v{self.type.count}f32"
+        return self.call(name, self.type, self._with(other), plus.value)
+
+    def call(self, name: str, returns: Any, *others: Any) -> Lanes:
+        """An LLVM intrinsic by name, this value being its first argument."""
+        arguments = [self.value, *others]
+        kind = ir.FunctionType(returns, [a.type for a in arguments])
+        function = cgutils.get_or_insert_function(self.builder.module, kind, name)
+        return Lanes(self.builder, self.builder.call(function, arguments))
+
+    def wide(self, signed: bool = False) -> Lanes:
+        """Bytes or halves as 32-bit integers."""
+        extend = self.builder.sext if signed else self.builder.zext
+        return Lanes(self.builder, extend(self.value, self._shaped(I32)))
+
+    def narrow(self, element: Any) -> Lanes:
+        """The low bits of integers."""
+        return Lanes(self.builder, self.builder.trunc(self.value, self._shaped(element)))
+
+    def float(self) -> Lanes:
+        """32-bit integers as the numbers they are."""
+        return Lanes(self.builder, self.builder.sitofp(self.value, self._shaped(F32)))
+
+    def bits(self, element: Any) -> Lanes:
+        """The same bits as elements of another type; their number follows from its width."""
+        count = getattr(self.type, "count", 1) * _width(self.element) // _width(element)
+        return Lanes(self.builder, self.builder.bitcast(self.value, ir.VectorType(element, count) if count > 1 else element))
+
+    def half(self) -> Lanes:
+        """16-bit floats (as integers) in float32; by integer arithmetic where the CPU has no instruction for it."""
+        if HAS_HALF:
+            return Lanes(self.builder, self.builder.fpext(self.bits(F16).value, self._shaped(F32)))
+        h = self.wide()
+        magnitude = (h & 0x7FFF) << 13
+        finite = (magnitude.bits(F32) * 2.0**112).bits(I32)
+        chosen = magnitude.below(0x7C00 << 13).select(finite, magnitude | 0x7F800000)
+        return (chosen | ((h & 0x8000) << 16)).bits(F32)
+
+    def to_half(self) -> Lanes:
+        """float32 as 16-bit floats (as integers), rounded to nearest, ties to even."""
+        if HAS_HALF:
+            return Lanes(self.builder, self.builder.fptrunc(self.value, self._shaped(F16))).bits(I16)
+        b = self.bits(I32)
+        magnitude = b & 0x7FFFFFFF
+        small = (magnitude.bits(F32) + 0.5).bits(I32) - 0x3F000000  # subnormal halves: the adder rounds
+        normal = (magnitude + ((magnitude >> 13) & 1) - ((112 << 23) - 0xFFF)) >> 13
+        finite = magnitude.below(113 << 23).select(small, normal)
+        special = magnitude.below(0x7F800001).select(magnitude * 0 + 0x7C00, magnitude * 0 + 0x7E00)
+        chosen = magnitude.below(143 << 23).select(finite, special)
+        return (chosen | ((b >> 16) & 0x8000)).narrow(I16)
+
+    def below(self, limit: int) -> Lanes:
+        """Which unsigned integers are less than `limit`."""
+        return Lanes(self.builder, self.builder.icmp_unsigned("<", self.value, self._with(limit)))
+
+    def select(self, yes: Lanes, no: Lanes) -> Lanes:
+        return Lanes(self.builder, self.builder.select(self.value, yes.value, no.value))
+
+    def splat(self, count: int = LANES) -> Lanes:
+        """A scalar in every lane."""
+        undefined = ir.Constant(ir.VectorType(self.type, count), ir.Undefined)
+        one = self.builder.insert_element(undefined, self.value, I32(0))
+        return Lanes(self.builder, self.builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, count), [0] * count)))
+
+    def shuffle(self, other: Lanes, order: list[int]) -> Lanes:
+        """Lanes of self and other (numbered on) in the order given."""
+        mask = ir.Constant(ir.VectorType(I32, len(order)), order)
+        return Lanes(self.builder, self.builder.shuffle_vector(self.value, other.value, mask))
+
+    def part(self, first: int, count: int) -> Lanes:
+        return self.shuffle(self, list(range(first, first + count)))
+
+    def lane(self, i: int) -> Lanes:
+        return Lanes(self.builder, self.builder.extract_element(self.value, I32(i)))
+
+    def dot4(self, bytes_: Lanes, signed: Lanes, full: bool) -> Lanes:
+        """self + Σ of 4 neighbours of bytes_ · signed.  self int32 [16]; both others int32 [16], seen as 4 bytes each.
+
+        bytes_ are unsigned; `full`: some may be 128 or more.
+        """
+        if TIER == "avx512vnni":
+            u, s = bytes_.bits(I8), signed.bits(I8)
+            return self.call("llvm.x86.avx512.vpdpbusd.512", self.type, u.value, s.value)
+        if TIER == "avx2":
+            return self + _halves(bytes_, signed, full)
+        total = self
+        for shift in (0, 8, 16, 24):
+            s = signed << (24 - shift)
+            s = Lanes(self.builder, self.builder.ashr(s.value, s._with(24)))
+            total = total + ((bytes_ >> shift) & 255) * s
+        return total
+
+
+def _halves(u: Lanes, s: Lanes, full: bool) -> Lanes:
+    """The byte product in AVX2: sums of two as int16 (which hold them if one of two is 0, or the bytes are small)."""
+    sums = []
+    for first in (0, 8):
+        x, part = s.part(first, 8).bits(I8), u.part(first, 8)
+        total = None
+        for mask in (0x00FF00FF, 0xFF00FF00 - 2**32) if full else (-1,):
+            pairs = (part & mask).bits(I8).call("llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 16), x.value)
+            ones = ir.Constant(ir.VectorType(I16, 16), [1] * 16)
+            four = pairs.call("llvm.x86.avx2.pmadd.wd", ir.VectorType(I32, 8), ones)
+            total = four if total is None else total + four
+        sums.append(total)
+    low, high = sums
+    assert low is not None
+    assert high is not None
+    return low.shuffle(high, list(range(16)))
+
+
+def _width(element: Any) -> int:
+    return {F32: 32, F16: 16}.get(element) or element.width
+
+
+def constant(builder: Any, element: Any, values: Any) -> Lanes:
+    """A constant vector, or zeros: values a list, or their number."""
+    values = [0] * values if isinstance(values, int) else values
+    return Lanes(builder, ir.Constant(ir.VectorType(element, len(values)), values))
+
+
+def pointer(builder: Any, address: Any, offset: Any = 0) -> Any:
+    """An LLVM pointer from an address (int64) and an offset in bytes."""
+    if offset != 0:
+        address = builder.add(address, I64(offset) if isinstance(offset, int) else offset)
+    return builder.inttoptr(address, I8.as_pointer())
+
+
+def load(builder: Any, address: Any, offset: Any, element: Any, count: int = LANES) -> Lanes:
+    """`count` elements (1: a scalar) from an address, of any alignment."""
+    want = ir.VectorType(element, count) if count > 1 else element
+    at = builder.bitcast(pointer(builder, address, offset), want.as_pointer())
+    return Lanes(builder, builder.load(at, align=1))
+
+
+def store(value: Lanes, address: Any, offset: Any = 0) -> None:
+    builder = value.builder
+    at = builder.bitcast(pointer(builder, address, offset), value.type.as_pointer())
+    builder.store(value.value, at, align=1)
+
+
+def load_some(builder: Any, address: Any, offset: Any, element: Any, lanes: Any, rest: float = 0) -> Lanes:
+    """The first `lanes` (int64) of LANES elements; the others are `rest` and their memory is not touched."""
+    vector = ir.VectorType(element, LANES)
+    at = builder.bitcast(pointer(builder, address, offset), vector.as_pointer())
+    mask, others = _mask(builder, lanes), ir.Constant(vector, [rest] * LANES)
+    kind = ir.FunctionType(vector, [at.type, I32, mask.type, vector])
+    name = f"llvm.masked.load.v{LANES}{_name(element)}.p0"
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    return Lanes(builder, builder.call(function, [at, I32(1), mask, others]))
+
+
+def store_some(value: Lanes, address: Any, offset: Any, lanes: Any) -> None:
+    """The first `lanes` (int64) elements to an address."""
+    builder = value.builder
+    at = builder.bitcast(pointer(builder, address, offset), value.type.as_pointer())
+    mask = _mask(builder, lanes)
+    kind = ir.FunctionType(ir.VoidType(), [value.type, at.type, I32, mask.type])
+    name = f"llvm.masked.store.v{LANES}{_name(value.element)}.p0"
+    builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [value.value, at, I32(1), mask])
+
+
+def _name(element: Any) -> str:
+    return {F32: "f32", F16: "f16"}.get(element) or f"i{element.width}"
+
+
+def _mask(builder: Any, lanes: Any) -> Any:
+    count = Lanes(builder, builder.trunc(lanes, I32)).splat()
+    return builder.icmp_signed("<", ir.Constant(ir.VectorType(I32, LANES), list(range(LANES))), count.value)
+
+
+def fetch_ahead(builder: Any, address: Any, offset: int) -> None:
+    """Ask for a cache line that will be read soon; any address does."""
+    at = pointer(builder, address, offset)
+    kind = ir.FunctionType(ir.VoidType(), [at.type, I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [at, I32(0), I32(3), I32(1)])
+
+
+# --- for compiled functions
+
+
+def _pointer_to(element: Any) -> Any:
+    @intrinsic
+    def view(typingctx: Any, address: Any) -> Any:
+        """The memory at an address (int64) as an array without bounds: p[i] reads and writes."""
+        want = types.CPointer(element)
+
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(want))
+
+        return want(types.int64), codegen
+
+    return view
+
+
+floats, doubles = _pointer_to(types.float32), _pointer_to(types.float64)
+int8s, int32s, int64s = _pointer_to(types.int8), _pointer_to(types.int32), _pointer_to(types.int64)
+
+
+@intrinsic
+def bits_of(typingctx: Any, x: Any) -> Any:
+    """float32 -> its bits, int32."""
+    return types.int32(types.float32), lambda context, builder, signature, a: builder.bitcast(a[0], I32)
+
+
+@intrinsic
+def from_bits(typingctx: Any, b: Any) -> Any:
+    """int32 -> the float32 of these bits."""
+    return types.float32(types.int32), lambda context, builder, signature, a: builder.bitcast(a[0], F32)
+
+
+@intrinsic
+def number(typingctx: Any, b: Any) -> Any:
+    """A float64 that travelled as an int64 among the arguments of a step."""
+    return types.float64(types.int64), lambda context, builder, signature, a: builder.bitcast(a[0], ir.DoubleType())
+
+
+@intrinsic
+def load_half(typingctx: Any, address: Any) -> Any:
+    """The 16-bit float at an address, as float32."""
+    return types.float32(types.int64), lambda context, builder, signature, a: load(builder, a[0], 0, I16, 1).half().value
+
+
+@intrinsic
+def load_brain(typingctx: Any, address: Any) -> Any:
+    """The bfloat16 at an address, as float32."""
+    return types.float32(types.int64), lambda context, builder, signature, a: (
+        (load(builder, a[0], 0, I16, 1).wide() << 16).bits(F32).value
+    )
+
+
+@intrinsic
+def store_half(typingctx: Any, address: Any, x: Any) -> Any:
+    """float32 to an address as a 16-bit float, rounded to nearest."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        store(Lanes(builder, arguments[1]).to_half(), arguments[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32), codegen
+
+
+@intrinsic
+def nearest(typingctx: Any, x: Any) -> Any:
+    """The whole number nearest to a float32, ties to even, as float32."""
+    return types.float32(types.float32), lambda context, builder, signature, a: (
+        Lanes(builder, a[0]).call("llvm.rint.f32", F32).value
+    )
+
+
+@intrinsic
+def as_int(typingctx: Any, x: Any) -> Any:
+    """A float32 within the range of int32, as int32. (Numba's own cast goes through int64, which does not vectorise.)"""
+    return types.int32(types.float32), lambda context, builder, signature, a: builder.fptosi(a[0], I32)
+
+
+@register_jitable
+def exp(x):  # type: ignore[no-untyped-def]
+    """e^x in float32 within 1e-7 of its value, in instructions that vectorise; x is taken within -87 .. 88.
+
+    x = n ln 2 + r, |r| <= ln 2 / 2; e^r by a polynomial (Cephes' coefficients), 2^n by its bits.
+    """
+    x = types.float32(-87.0) if x < types.float32(-87.0) else x  # in this form NaN stays
+    x = types.float32(88.0) if x > types.float32(88.0) else x
+    n = nearest(x * types.float32(1.4426950408889634))
+    r = x - n * types.float32(0.693359375) + n * types.float32(2.12194440e-4)
+    p = types.float32(1.9875691500e-4) * r + types.float32(1.3981999507e-3)
+    p = p * r + types.float32(8.3334519073e-3)
+    p = p * r + types.float32(4.1665795894e-2)
+    p = p * r + types.float32(1.6666665459e-1)
+    p = p * r + types.float32(5.0000001201e-1)
+    y = p * r * r + r + types.float32(1.0)
+    return y * from_bits((as_int(n) + types.int32(127)) << types.int32(23))
+
+
+@intrinsic
+def atomic_add(typingctx: Any, address: Any, value: Any) -> Any:
+    """Add to the int64 at an address, as one step for all threads; returns what it was."""
+    return types.int64(types.int64, types.int64), lambda context, builder, signature, a: builder.atomic_rmw(
+        "add", builder.inttoptr(a[0], I64.as_pointer()), a[1], "acq_rel"
+    )
+
+
+@intrinsic
+def atomic_swap(typingctx: Any, address: Any, value: Any) -> Any:
+    """Put a value into the int64 at an address; returns what it was."""
+    return types.int64(types.int64, types.int64), lambda context, builder, signature, a: builder.atomic_rmw(
+        "xchg", builder.inttoptr(a[0], I64.as_pointer()), a[1], "acq_rel"
+    )
+
+
+@intrinsic
+def atomic_load(typingctx: Any, address: Any) -> Any:
+    """The int64 at an address, as other threads have left it."""
+    return types.int64(types.int64), lambda context, builder, signature, a: builder.load_atomic(
+        builder.inttoptr(a[0], I64.as_pointer()), "acquire", 8
+    )
+
+
+@intrinsic
+def atomic_replace(typingctx: Any, address: Any, old: Any, new: Any) -> Any:
+    """If the int64 at an address is `old`, put `new` there; whether it was."""
+
+    def codegen(context: Any, builder: Any, signature: Any, a: Any) -> Any:
+        at = builder.inttoptr(a[0], I64.as_pointer())
+        return builder.extract_value(builder.cmpxchg(at, a[1], a[2], "acq_rel", "acquire"), 1)
+
+    return types.boolean(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def pause(typingctx: Any) -> Any:
+    """Tell the CPU that this thread is waiting in a loop."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if "x86" in builder.module.triple or "i686" in builder.module.triple:
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def give_way(typingctx: Any) -> Any:
+    """Let another thread have this CPU."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        name = "SwitchToThread" if sys.platform == "win32" else "sched_yield"
+        builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(I32, []), name), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def call(typingctx: Any, function: Any, a: Any, p: Any, thread: Any, threads: Any) -> Any:
+    """Call an operator by its address: function(a, p, thread, threads)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        function, *rest = arguments
+        kind = ir.FunctionType(ir.VoidType(), [x.type for x in rest])
+        builder.call(builder.inttoptr(function, kind.as_pointer()), rest)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.CPointer(types.int64), types.CPointer(types.int64), *[types.int64] * 2), codegen

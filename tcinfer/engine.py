@@ -1,0 +1,136 @@
+"""The transformer as one plan (numba backend): what Model.forward does in NumPy, step for step, in compiled operators.
+
+One plan serves a single token, a chunk of a prompt, and one token each of many sessions: only the rows differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tcinfer import memory
+from tcinfer.config import CHUNK, ModelConfig
+from tcinfer.kernels.cpu import attention, linear, rows
+from tcinfer.kernels.cpu.plan import LONG, SHORT, Plan, Rows
+from tcinfer.kernels.cpu.threads import Threads
+from tcinfer.kernels.reference.quants import Matrix
+from tcinfer.memory.layer import Layer, Positions, geometry
+from tcinfer.memory.state import State
+
+WORTH_SHARING = 2**21  # multiplications of a pass below which one thread is done before two have met
+
+
+class Engine:
+    """A model's plan, and how a pass is described to it. One pass at a time; callers wait for each other."""
+
+    def __init__(
+        self, config: ModelConfig, weights: Mapping[str, Any], freq: NDArray[np.float64] | None, threads: Threads
+    ) -> None:
+        """weights: as Model takes them; the matrices are repacked here, which takes their size in memory again."""
+        self.config, self._threads, self._lock = config, threads, Lock()
+        self._geometry = geometry(config)
+        self._plan = _plan(config, _repacked(weights, threads), weights["token_embd.weight"], freq, threads)
+        self._parts = np.empty(0, np.uint8)
+        self._gathered = np.empty(0, np.uint8)
+
+    def run(self, states: Sequence[State], counts: Sequence[int], ids: NDArray[np.int64], out_rows: int) -> NDArray:
+        """Take ids [sum of counts] into states, each its part, at most CHUNK in all, and move them on.
+
+        Several states: a token each. Returns the logits of the last `out_rows` rows, float32 [out_rows, V].
+        """
+        assert len(states) == 1 or max(counts) == 1
+        total = len(ids)
+        assert total == sum(counts) <= CHUNK
+        logits = np.empty((out_rows, self.config.vocab_size), np.float32)
+        ids = np.ascontiguousarray(ids, np.int64)
+        of = np.repeat(np.arange(len(states)), counts)
+        table = np.empty((len(states), 4), np.int64)
+        for entry, state, count, first in zip(table, states, counts, np.cumsum(counts) - counts, strict=True):
+            entry[:] = state.addresses.ctypes.data, state.position, first, count
+        long = max(counts) > attention.FEW
+        with self._lock:
+            words = self._room_for_keys(states[0].position, counts[0]) if long else self._room_for_parts(states, counts)
+            work = self._plan.work * total
+            self._plan.run(
+                threads=1 if work < WORTH_SHARING else None,
+                kind=LONG if long else SHORT,
+                rows=total,
+                ids=ids.ctypes.data,
+                sequence_of=of.ctypes.data,
+                sequences=len(states),
+                table=table.ctypes.data,
+                out_first=total - out_rows,
+                out_rows=out_rows,
+                logits=logits.ctypes.data,
+                **words,
+            )
+        for state, count in zip(states, counts, strict=True):
+            state.position += count
+        return logits
+
+    def _room_for_parts(self, states: Sequence[State], counts: Sequence[int]) -> dict[str, int]:
+        last = max(state.position + count - 1 for state, count in zip(states, counts, strict=True))
+        splits = attention.splits_of(self._geometry, last)
+        need = attention.parts_bytes(self._geometry, sum(counts), splits)
+        if need > len(self._parts):
+            self._parts = np.empty(2 * need, np.uint8)
+        return {"splits": splits, "parts": self._parts.ctypes.data}
+
+    def _room_for_keys(self, position: int, count: int) -> dict[str, int]:
+        keys = attention.gathered_keys(self._geometry, position, count)
+        need = 8 * self.config.head_dim * self.config.n_kv_heads * keys
+        if need > len(self._gathered):
+            self._gathered = np.empty(2 * need, np.uint8)
+        return {"keys": keys, "gathered": self._gathered.ctypes.data}
+
+
+def _repacked(weights: Mapping[str, Any], threads: Threads) -> dict[str, Any]:
+    """The same weights with every matrix as products read it; the embedding only where it is also the head."""
+    plan, out = Plan(1, threads), dict(weights)
+    for name, value in weights.items():
+        if isinstance(value, Matrix) and not (name == "token_embd.weight" and "output.weight" in weights):
+            out[name] = linear.repacked(plan, value)
+    plan.finish()
+    plan.run()
+    return out
+
+
+def _plan(
+    config: ModelConfig,
+    weights: Mapping[str, Any],
+    embedding: Matrix,
+    freq: NDArray[np.float64] | None,
+    threads: Threads,
+) -> Plan:
+    plan = Plan(CHUNK, threads)
+    layout, mechanism = memory.layout(config), memory.mechanism(config)
+    x = rows.embed(plan, embedding, weights.get("position_embd.weight"))
+    positions, first_field = Positions(plan, config, freq), 0
+    for i, fields in enumerate(layout.layers):
+        prefix = f"blk.{i}."
+        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        layer = Layer(plan, config, own, positions, i, fields, first_field, x)
+        first_field += len(fields)
+        h = _norm(plan, config, own, "attn_norm", x)
+        q, k, v = (layer.linear(h, name, wait=name == "attn_v") for name in ("attn_q", "attn_k", "attn_v"))
+        mechanism.plan(layer, q, k, v, h)
+        h = _norm(plan, config, own, "ffn_norm", x)
+        if config.block.mlp == "gelu":
+            h = rows.gelu(plan, layer.linear(h, "ffn_up"))
+        else:
+            gate = layer.linear(h, "ffn_gate", wait=False)
+            h = rows.swiglu(plan, gate, layer.linear(h, "ffn_up"))
+        layer.linear(h, "ffn_down", into=x)
+    h = _norm(plan, config, weights, "output_norm", x)
+    linear.linear(plan, h, weights.get("output.weight", weights["token_embd.weight"]), head=True)
+    plan.finish()
+    return plan
+
+
+def _norm(plan: Plan, config: ModelConfig, w: Mapping[str, Any], name: str, x: Rows) -> Rows:
+    layer = config.block.norm == "layer"
+    return rows.norm(plan, x, w[name + ".weight"], w.get(name + ".bias"), config.norm_eps, layer)
