@@ -103,7 +103,8 @@ def model_options(command: Any) -> Any:
             click.option(
                 "--backend", default="auto", show_default=True, metavar="NAME", help="auto, numpy, numba or cuda."
             ),
-            click.option("--threads", type=int, metavar="N", help="Threads of the matrix products."),
+            click.option("--threads", type=int, metavar="N", help="Threads; without it, one for each CPU."),
+            click.option("--cache-type", metavar="TYPE", help="Of exact keys and values: f16 (default) or f32."),
         )
     ):
         command = option(command)
@@ -120,6 +121,8 @@ def _load(options: dict[str, Any]) -> Model:
         window=options["window"],
         sinks=options["sinks"],
         threads=options["threads"],
+        cache_type=options["cache_type"],
+        notice=lambda text: click.echo(f"tcinfer: {text}", err=True),
     )
 
 
@@ -143,8 +146,6 @@ def generate(**options: Any) -> None:
     from tcinfer.progress import bar
 
     model = _load(options)
-    if model.ops.cold:
-        click.echo(f"tcinfer: {model.ops.cold}", err=True)
     session = model.session()
     ids = model.tokenizer.encode(_prompt(options["prompt"], options["file"]), bos=model.tokenizer.add_bos)
     marks = [time.monotonic()]  # start, then the end of each part of the prompt
@@ -307,3 +308,68 @@ def inspect(model: str | None) -> None:
     from tcinfer.inspect import report
 
     click.echo(report(model))
+
+
+@cli.command()
+@model_options
+@click.option("-p", "--prompt", type=int, default=512, show_default=True, metavar="N", help="Tokens of the prompt.")
+@click.option(
+    "-n", "--tokens", type=int, default=128, show_default=True, metavar="N", help="Tokens decoded one by one."
+)
+@click.option("-d", "--depth", type=int, multiple=True, metavar="N", help="Tokens of context before; may be repeated.")
+@click.option("-r", "--rounds", type=int, default=5, show_default=True, metavar="N", help="Figures are medians of N.")
+@click.option("-o", "--output", default="md", show_default=True, metavar="FORMAT", help="md or json.")
+@click.option("--soak", type=int, metavar="N", help="Instead: stream N tokens, speed and memory in ten parts.")
+@click.option("--compare", metavar="PEER", help="llama.cpp: the same file there, round by round (llama-cpp-python).")
+def bench(**options: Any) -> None:
+    """Measure speed, latency and memory, beside the machine's read bandwidth and, if asked, llama.cpp."""
+    from tcinfer import bench as measuring
+    from tcinfer.config import check_choice, check_count
+    from tcinfer.loader import bundled
+    from tcinfer.progress import bar
+
+    for name, least in (("prompt", 0), ("tokens", 1), ("rounds", 1)):
+        check_count(f"--{name}", options[name], least)
+    depths = options["depth"] or (0,)
+    for depth in depths:
+        check_count("--depth", depth, 0)
+    check_choice("--output", options["output"], ("md", "json"))
+    check_choice("--compare", options["compare"], (None, "llama.cpp"))
+    model = _load(options)
+    if options["soak"] is not None:
+        check_count("--soak", options["soak"], 1)
+        with _interruptible() as check, bar("streaming", options["soak"]) as advance:
+            text = measuring.soak(model, options["soak"], progress=lambda n: (advance(n), check()) and None)
+        click.echo(text)
+        return
+    path = options["model"] or str(bundled())
+    with _interruptible() as check, bar("measuring", options["rounds"] * len(depths)) as advance:
+        report = measuring.run(
+            path,
+            model,
+            options["prompt"],
+            options["tokens"],
+            depths,
+            options["rounds"],
+            options["compare"] is not None,
+            lambda n: (advance(n), check()) and None,
+        )
+    click.echo(report.markdown() if options["output"] == "md" else report.json())
+
+
+@cli.command()
+def warmup() -> None:
+    """Compile everything for this CPU now, so that no first run waits for it."""
+    from tcinfer.kernels import cpu
+    from tcinfer.kernels.cpu.jit import cache_folder
+    from tcinfer.progress import bar
+
+    steps = cpu.warm_up()
+    total = next(steps)
+    with bar("compiling", total) as advance:
+        for _ in steps:
+            advance(1)
+    where = cache_folder()
+    click.echo(
+        f"{total} operators ready in {where}" if where else "compiled, but there is no private folder to keep it in"
+    )

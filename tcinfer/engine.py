@@ -21,6 +21,7 @@ from tcinfer.kernels.reference.quants import Matrix
 from tcinfer.memory.layer import Layer, Positions, geometry
 from tcinfer.memory.state import State
 
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 WORTH_SHARING = 2**21  # multiplications of a pass below which one thread is done before two have met
 
 
@@ -33,7 +34,12 @@ class Engine:
         """weights: as Model takes them; the matrices are repacked here, which takes their size in memory again."""
         self.config, self._threads, self._lock = config, threads, Lock()
         self._geometry = geometry(config)
-        self._plan = _plan(config, _repacked(weights, threads), weights["token_embd.weight"], freq, threads)
+        self._plan = _plan(config, _repacked(weights, threads), weights[EMBEDDING], freq, threads)
+        self.bytes_per_token = sum(
+            value.data.nbytes
+            for name, value in weights.items()
+            if isinstance(value, Matrix) and not (name == EMBEDDING and HEAD in weights)
+        )
         self._parts = np.empty(0, np.uint8)
         self._gathered = np.empty(0, np.uint8)
 
@@ -92,7 +98,7 @@ def _repacked(weights: Mapping[str, Any], threads: Threads) -> dict[str, Any]:
     """The same weights with every matrix as products read it; the embedding only where it is also the head."""
     plan, out = Plan(1, threads), dict(weights)
     for name, value in weights.items():
-        if isinstance(value, Matrix) and not (name == "token_embd.weight" and "output.weight" in weights):
+        if isinstance(value, Matrix) and not (name == EMBEDDING and HEAD in weights):
             out[name] = linear.repacked(plan, value)
     plan.finish()
     plan.run()
@@ -126,7 +132,7 @@ def _plan(
             h = rows.swiglu(plan, gate, layer.linear(h, "ffn_up"))
         layer.linear(h, "ffn_down", into=x)
     h = _norm(plan, config, weights, "output_norm", x)
-    linear.linear(plan, h, weights.get("output.weight", weights["token_embd.weight"]), head=True)
+    linear.linear(plan, h, weights.get(HEAD, weights[EMBEDDING]), head=True)
     plan.finish()
     return plan
 

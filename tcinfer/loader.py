@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
 from os import PathLike
 from pathlib import Path
@@ -51,12 +51,16 @@ def load(
     sinks: int | None = None,
     threads: int | None = None,
     cache_type: str | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> Model:
-    """Open a GGUF model; without a path, the bundled one. The weights stay in the mapped file.
+    """Open a GGUF model; without a path, the bundled one.
+
+    The numba backend repacks the weights into memory of its own; numpy's stay in the mapped file until they are used.
 
     backend: "numpy" (the reference), "numba", "cuda", or "auto"; memory, window, sinks: in place of the file's own
     (full, window, sinks, infini or tensor; tokens; tokens beside the window); threads: of the numba backend, one for
-    each CPU unless said; cache_type: of the exact keys and values, "f16" (the default) or "f32".
+    each CPU unless said; cache_type: of the exact keys and values, "f16" (the default) or "f32"; notice: told in
+    a line what is going to take longer than usual, such as compiling for this CPU the first time.
     Raises TcinferError for a file that cannot be run exactly, or options that do not go together.
     """
     if path is not None and not isinstance(path, str | PathLike):
@@ -75,6 +79,8 @@ def load(
         words = tokenizer.from_metadata(file.metadata, config.vocab_size)
     except TcinferError as e:
         raise FileError(f"{file.path}: {e}") from e
+    if notice is not None and ops.cold:
+        notice(ops.cold)
     return Model(asked, weights, words, ops)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from tcinfer import memory
 from tcinfer.config import ModelConfig
@@ -89,11 +89,33 @@ class Model:
             self._engine = Engine(config, weights, self._freq, ops.threads)
         self.bounded = memory.bounded(config)  # whether a session's state has one size for ever
 
+    @property
+    def bytes_per_token(self) -> int | None:
+        """Bytes of the matrices that each token is multiplied with, as the file holds them (numba backend alone)."""
+        return self._engine.bytes_per_token if self._engine is not None else None
+
     def session(self) -> Session:
         """A new sequence at position 0. Raises TcinferError if its state does not fit this machine."""
         from tcinfer.session import Session  # for the reader's comfort alone: a model knows nothing of its sessions
 
         return Session(self)
+
+    def step_many(self, sessions: Sequence[Session], tokens: ArrayLike) -> F32:
+        """Feed one token to each of many sessions, sharing each pass over the weights; logits [len(sessions), V].
+
+        The same as feeding each by itself (with packed weights to float32 rounding), and much faster: reading the
+        weights is most of the cost of a token. Raises TcinferError, all sessions untouched, for a token out of range
+        or a session that is not this model's or is named twice.
+        """
+        from tcinfer.session import step_many
+
+        return step_many(self, sessions, tokens)
+
+    def step(self, states: Sequence[State], ids: NDArray[np.int64]) -> F32:
+        """One token for each of at most CHUNK states; logits [len(states), V]."""
+        if self._engine is not None:
+            return self._engine.run(states, [1] * len(states), ids, len(states))
+        return np.concatenate([self.forward(state, ids[i : i + 1]) for i, state in enumerate(states)])
 
     def forward(self, state: State, ids: NDArray[np.int64], logits: str = "last") -> F32:
         """Take ids [T] in, moving `state` on by T tokens; logits of the "last" token [1, V], of "all" [T, V], or

@@ -218,6 +218,30 @@ class Session:
             self._state = self._state.grown(memory.layout(self.model.config, capacity))
 
 
+def step_many(model: Model, sessions: Sequence[Session], tokens: ArrayLike) -> NDArray[np.float32]:
+    """See Model.step_many."""
+    sessions = list(sessions)
+    if not all(isinstance(s, Session) and s.model is model for s in sessions):
+        raise TcinferError("step_many takes sessions of this model, as it was loaded")
+    if len({id(s) for s in sessions}) < len(sessions):
+        raise TcinferError("step_many takes each session once: their tokens are independent of each other")
+    if np.shape(tokens) != (len(sessions),) or not sessions:
+        raise TcinferError(f"step_many takes one token for each of at least one session, not {np.shape(tokens)} tokens")
+    ids = np.concatenate([session._check(token) for session, token in zip(sessions, np.asarray(tokens), strict=True)])
+    out = _rows(len(sessions), model.config.vocab_size)
+    for session in sessions:
+        session._make_room(1)
+    for a in range(0, len(sessions), CHUNK):
+        part = sessions[a : a + CHUNK]
+        for session in part:
+            session._torn = True
+        with np.errstate(all="ignore"):
+            out[a : a + len(part)] = model.step([s._state for s in part], ids[a : a + len(part)])
+        for session, row in zip(part, out[a : a + len(part)], strict=True):
+            session._torn, session._logits = False, row.copy()
+    return out
+
+
 def _rows(count: int, vocab_size: int) -> NDArray[np.float32]:
     try:
         return np.empty((count, vocab_size), np.float32)

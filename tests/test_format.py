@@ -15,17 +15,18 @@ from tcinfer.config import ModelConfig
 from tcinfer.errors import TcinferError
 from tcinfer.memory import MODES, infini, tensor
 
-TENSOR = replace(SMALL, memory="tensor", window=8, options=tensor.Options())
+PLAIN = replace(SMALL, cache_type="f16")  # chosen when a file is opened, so that it does not travel in one
+TENSOR = replace(PLAIN, memory="tensor", window=8, options=tensor.Options())
 CONFIGS = {
-    "full": SMALL,
-    "learned positions": replace(SMALL, rope_dim=0),
-    "window": replace(SMALL, memory="window", window=8, name="a name"),
-    "sinks": replace(SMALL, memory="sinks", window=8, sinks=4, sink_positions="in-cache"),
-    "infini": replace(SMALL, memory="infini", window=8, options=infini.Options(rule="linear")),
+    "full": PLAIN,
+    "learned positions": replace(PLAIN, rope_dim=0),
+    "window": replace(PLAIN, memory="window", window=8, name="a name"),
+    "sinks": replace(PLAIN, memory="sinks", window=8, sinks=4, sink_positions="in-cache"),
+    "infini": replace(PLAIN, memory="infini", window=8, options=infini.Options(rule="linear")),
     "tensor": TENSOR,
     "llama block": replace(TENSOR, arch="tcllama", n_kv_heads=2, rope_scaling="linear", rope_factor=4.0, key_conv=2),
-    "plain": replace(SMALL, arch="llama", rope_base=500000.0),
-    "plain with a window": replace(SMALL, arch="qwen2", memory="window", window=16),
+    "plain": replace(PLAIN, arch="llama", rope_base=500000.0),
+    "plain with a window": replace(PLAIN, arch="qwen2", memory="window", window=16),
 }
 
 

@@ -59,7 +59,7 @@ def test_the_python_example_runs() -> None:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(code[1], {})  # the README's own text
-    assert out.getvalue().endswith(" 589888\n")
+    assert out.getvalue().endswith(" 327744\n")
 
 
 def test_the_table_of_memory_against_context_is_there() -> None:

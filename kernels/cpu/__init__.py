@@ -5,9 +5,29 @@
 operators, each with the function that puts it into a plan.
 """
 
-from tcinfer.kernels.cpu.jit import cache_folder
+import importlib
+from collections.abc import Iterator
+
+from tcinfer.kernels.cpu.jit import OPERATORS, cache_folder, prune
 from tcinfer.kernels.cpu.threads import pool
 from tcinfer.kernels.reference import Reference
+
+
+MODULES = ("attention", "bandwidth", "infini", "linear", "matrix_memory", "ring", "rows", "tensor_cache")
+
+
+def warm_up() -> Iterator[int]:
+    """Compile every operator for this CPU into the cache folder: yields how many are left, at first all of them.
+
+    Removes what earlier versions left there, if nobody has used it for a month.
+    """
+    for name in MODULES:
+        importlib.import_module(f"tcinfer.kernels.cpu.{name}")
+    prune()
+    for done, made in enumerate(OPERATORS.values()):
+        yield len(OPERATORS) - done
+        _ = made.address
+    yield 0
 
 
 class Compiled(Reference):

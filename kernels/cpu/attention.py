@@ -17,6 +17,7 @@ from numba.extending import register_jitable
 from tcinfer.kernels.cpu.jit import Operator, operator
 from tcinfer.kernels.cpu.plan import (
     COUNT,
+    EACH,
     FIELDS,
     FIRST,
     GATHERED,
@@ -26,7 +27,6 @@ from tcinfer.kernels.cpu.plan import (
     ROW,
     ROWS,
     SCRATCH,
-    EACH,
     SEQUENCE,
     SEQUENCE_OF,
     SHORT,
@@ -38,7 +38,8 @@ from tcinfer.kernels.cpu.plan import (
 from tcinfer.kernels.cpu.ring import Entering, Geometry, slot_of
 from tcinfer.kernels.cpu.rows import share
 from tcinfer.kernels.cpu.simd import LANES, exp, floats, int64s, load_half
-from tcinfer.kernels.cpu.tiles import MANY, NONE, float_tile, largest, scores
+from tcinfer.kernels.cpu.tiles import MANY, float_tile, scores
+from tcinfer.kernels.cpu.vectors import NONE, exponentials, largest, scaled
 
 F = np.float32
 FEW = 4  # rows of a sequence up to which a pass is short
@@ -70,26 +71,26 @@ def stretch(i, stop, ns, low, first, window, sinks):  # type: ignore[no-untyped-
 
 
 @register_jitable
-def product(many, two, one, w, w_stride, x, x_stride, n, count, lanes, out):  # type: ignore[no-untyped-def]
-    """out [n, 16] += x [n, count] · w [count, lanes], n rows in tiles."""
+def product(many, two, one, w, w_stride, x, x_stride, n, count, lanes, out, out_stride):  # type: ignore[no-untyped-def]
+    """out [n, 16] = x [n, count] · w [count, lanes], n rows in tiles (three of float_tile's)."""
     t = 0
     while t < n:
         left = n - t
         if left >= MANY:
-            many(w, w_stride, x + t * x_stride, x_stride, count, lanes, out + 4 * LANES * t)
+            many(w, w_stride, x + t * x_stride, x_stride, count, lanes, out + t * out_stride, out_stride)
             t += MANY
         elif left >= 2:
-            two(w, w_stride, x + t * x_stride, x_stride, count, lanes, out + 4 * LANES * t)
+            two(w, w_stride, x + t * x_stride, x_stride, count, lanes, out + t * out_stride, out_stride)
             t += 2
         else:
-            one(w, w_stride, x + t * x_stride, x_stride, count, lanes, out + 4 * LANES * t)
+            one(w, w_stride, x + t * x_stride, x_stride, count, lanes, out + t * out_stride, out_stride)
             t += 1
 
 
 def _few(kind: Kind) -> Operator:
     """Scores, maximum, sum and weighted values of one (row, key head, part), for each query head of the group."""
     score, size = scores(kind), 2 if kind == Kind.F16 else 4
-    one, two, many = (float_tile(kind, n) for n in (1, 2, MANY))
+    one, two, many = (float_tile(kind, n, add=True) for n in (1, 2, MANY))
 
     @operator(name=f"attend_few_{kind.name}")
     def attend(a, p, thread, threads):  # type: ignore[no-untyped-def]
@@ -124,13 +125,9 @@ def _few(kind: Kind) -> Operator:
                 i += n
             parts = p[PARTS] + 4 * (D + 2) * R * item
             for r in range(R):
-                s, total = floats(S + r * S_stride), F(0)
-                for j in range(stop - begin):
-                    s[j] *= scale
+                scaled(S + r * S_stride, stop - begin, scale)
                 top = largest(S + r * S_stride, stop - begin)
-                for j in range(stop - begin):
-                    s[j] = exp(s[j] - top)
-                    total += s[j]
+                total = exponentials(S + r * S_stride, stop - begin, top)
                 out = floats(parts + 4 * (D + 2) * r)
                 out[D], out[D + 1] = top, total
             o = floats(O)
@@ -144,7 +141,7 @@ def _few(kind: Kind) -> Operator:
                     c = LANES * strip
                     from_, to = v + size * (D * g + c), O + 4 * LANES * R * strip
                     weights = S + 4 * (i - begin)
-                    product(many, two, one, from_, stride, weights, S_stride, R, n, min(LANES, D - c), to)
+                    product(many, two, one, from_, stride, weights, S_stride, R, n, min(LANES, D - c), to, 4 * LANES)
                 i += n
             for r in range(R):
                 out = floats(parts + 4 * (D + 2) * r)
@@ -227,6 +224,7 @@ def _gather(a, p, thread, threads):  # type: ignore[no-untyped-def]
 
 
 _one, _two, _many = (float_tile(Kind.F32, n) for n in (1, 2, MANY))
+_one_more, _two_more, _many_more = (float_tile(Kind.F32, n, add=True) for n in (1, 2, MANY))
 
 
 @operator
@@ -239,24 +237,26 @@ def _attend_many(a, p, thread, threads):  # type: ignore[no-untyped-def]
     sequence = int64s(p[TABLE])
     start, count = sequence[FIRST], sequence[COUNT]
     ns, room, low, n = _gathered(start, count, window, sinks)
-    most = tokens * R
+    most = (tokens * R + MANY - 1) // MANY * MANY
     Q = p[SCRATCH] + thread * p[EACH]
     S, S_stride = Q + 4 * D * most, 4 * BLOCK
     O = S + S_stride * most
     tops, totals = floats(O + 4 * LANES * strips * most), floats(O + 4 * LANES * strips * most + 4 * most)
-    tile = O + 4 * LANES * strips * most + 8 * most
-    o, t16 = floats(O), floats(tile)
+    o = floats(O)
     blocks = (count + tokens - 1) // tokens
     first, last = share(blocks * G, thread, threads)
     for item in range(first, last):
         block, g = item // G, item % G
         begin, stop = block * tokens, min(count, block * tokens + tokens)
         rows = (stop - begin) * R
+        full = (rows + MANY - 1) // MANY * MANY  # with rows of zeros, so that the widest tile serves all
         for i in range(rows):
             tops[i], totals[i] = F(NONE), F(0)
         for i in range(strips * most * LANES):
             o[i] = 0
-        near = room + max(low, start + begin - window + 1 if window else 0) - low  # of the window, the first key they see
+        near = (
+            room + max(low, start + begin - window + 1 if window else 0) - low
+        )  # of the window, the first key they see
         near -= near % LANES
         j = np.int64(0) if ns else near
         while True:
@@ -274,15 +274,11 @@ def _attend_many(a, p, thread, threads):  # type: ignore[no-untyped-def]
                 y = floats(Q + 4 * D * i)
                 for c in range(D):
                     y[c] = x[c] * scale
+            for c in range(rows * D, full * D):
+                floats(Q)[c] = 0
             for b in range(0, until - j, LANES):
-                for i in range(rows * LANES):
-                    t16[i] = 0
                 keys = p[GATHERED] + 4 * D * (g * p[KEYS] + j + b)
-                product(_many, _two, _one, keys, 4 * LANES, Q, 4 * D, rows, D, LANES, tile)
-                for i in range(rows):
-                    s = floats(S + i * S_stride + 4 * b)
-                    for c in range(LANES):
-                        s[c] = t16[LANES * i + c]
+                product(_many, _two, _one, keys, 4 * LANES, Q, 4 * D, full, D, LANES, S + 4 * b, S_stride)
             wide = until - j
             for i in range(rows):
                 at = start + begin + i // R
@@ -292,7 +288,7 @@ def _attend_many(a, p, thread, threads):  # type: ignore[no-untyped-def]
                     lower = max(0, at - window + 1 - low + room - j) if window else np.int64(0)
                     upper = at + 1 - low + room - j
                 upper = min(upper, wide)
-                s, total = floats(S + i * S_stride), F(0)
+                s = floats(S + i * S_stride)
                 for c in range(min(lower, wide)):
                     s[c] = 0
                 for c in range(max(upper, 0), wide):
@@ -300,9 +296,7 @@ def _attend_many(a, p, thread, threads):  # type: ignore[no-untyped-def]
                 if lower >= upper:
                     continue
                 top = max(tops[i], largest(S + i * S_stride + 4 * lower, upper - lower))
-                for c in range(lower, upper):
-                    s[c] = exp(s[c] - top)
-                    total += s[c]
+                total = exponentials(S + i * S_stride + 4 * lower, upper - lower, top)
                 fade = exp(tops[i] - top)
                 tops[i], totals[i] = top, totals[i] * fade + total
                 for strip in range(strips):
@@ -312,7 +306,20 @@ def _attend_many(a, p, thread, threads):  # type: ignore[no-untyped-def]
                 c = LANES * strip
                 values = p[GATHERED] + 4 * (D * ((G + g) * p[KEYS] + j) + c)
                 to = O + 4 * LANES * most * strip
-                product(_many, _two, _one, values, 4 * D, S, S_stride, rows, wide, min(LANES, D - c), to)
+                product(
+                    _many_more,
+                    _two_more,
+                    _one_more,
+                    values,
+                    4 * D,
+                    S,
+                    S_stride,
+                    full,
+                    wide,
+                    min(LANES, D - c),
+                    to,
+                    4 * LANES,
+                )
             j = until
         for i in range(rows):
             y = floats(out + (begin + i // R) * q_stride + 4 * D * (g * R + i % R))
@@ -332,7 +339,7 @@ def attention(plan: Plan, geometry: Geometry, new: Entering, k_field: int, v_fie
     query = (new.q.address, far, new.q.stride)
     strips = -(-D // LANES) * LANES
     plan.scratch(4 * (H // G) * (SPLIT + LANES + strips))
-    plan.scratch(4 * max(ROWS_OF_BLOCK, H // G) * (D + BLOCK + strips + 2 + LANES))
+    plan.scratch(4 * (max(ROWS_OF_BLOCK, H // G) + MANY) * (D + BLOCK + strips + 2))
     plan.step(FEW_OF[geometry.kind], *query, k_field, v_field, new.k_new, new.v_new, *shape, when=SHORT)
     plan.step(_combine, out.address, out.stride, *shape, when=SHORT)
     half = geometry.size == 2

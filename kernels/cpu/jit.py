@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import stat
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, cached_property
@@ -19,6 +21,7 @@ from numba.core.ccallback import CFunc
 from platformdirs import user_cache_path
 
 # Sums may be reordered (that is what makes them vector instructions), but NaN and Inf stay what they are.
+UNUSED = 30 * 24 * 3600  # seconds after which another version's machine code may go
 FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
 
 
@@ -42,6 +45,15 @@ def cache_folder() -> Path | None:
         return folder if private and os.access(folder, os.W_OK) else None
     except OSError:
         return None
+
+
+def prune() -> None:
+    """Remove the folders of other versions that nobody has used for a month."""
+    own = cache_folder()
+    for folder in own.parent.glob("kernels-*") if own else ():
+        with suppress(OSError):
+            if folder != own and time.time() - max(p.stat().st_atime for p in (folder, *folder.iterdir())) > UNUSED:
+                shutil.rmtree(folder)
 
 
 class _Cache(FunctionCache):

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from tcinfer.kernels.cpu.jit import Operator, operator
 from tcinfer.kernels.cpu.packing import FLOATS, PACKINGS, RUN, interleaver
-from tcinfer.kernels.cpu.plan import ALIGNMENT, LOGITS, OUT_FIRST, OUT_ROWS, ROWS, SCRATCH, EACH, Plan, Rows
+from tcinfer.kernels.cpu.plan import ALIGNMENT, EACH, LOGITS, OUT_FIRST, OUT_ROWS, ROWS, SCRATCH, Plan, Rows
 from tcinfer.kernels.cpu.rows import quantised, share
-from tcinfer.kernels.cpu.simd import LANES, floats, int8s
+from tcinfer.kernels.cpu.simd import LANES, int8s
 from tcinfer.kernels.cpu.tiles import MANY, byte_tile, float_tile
+from tcinfer.kernels.cpu.vectors import delivered
 from tcinfer.kernels.reference.quants import Matrix
 
 
@@ -36,7 +37,6 @@ def _linear(kind: Kind) -> Operator:
             rows, y = p[OUT_ROWS], p[LOGITS]
             x += stride * p[OUT_FIRST]
         runs = columns // columns_of
-        total = floats(sums)
         first, last = share((outputs + LANES - 1) // LANES, thread, threads)
         for group in range(first, last):
             at, t = w + group * runs * size, 0
@@ -53,33 +53,14 @@ def _linear(kind: Kind) -> Operator:
                     else:
                         one(at, from_, stride, runs, sums)
                 else:
-                    for i in range(n * LANES):
-                        total[i] = 0
                     if n == MANY:
-                        many(at, size, from_, stride, runs, LANES, sums)
+                        many(at, size, from_, stride, runs, LANES, sums, 4 * LANES)
                     elif n == 2:
-                        two(at, size, from_, stride, runs, LANES, sums)
+                        two(at, size, from_, stride, runs, LANES, sums, 4 * LANES)
                     else:
-                        one(at, size, from_, stride, runs, LANES, sums)
-                for u in range(n):
-                    if bias:
-                        b = floats(bias + 4 * LANES * group)
-                        for i in range(lanes):
-                            total[LANES * u + i] += b[i]
-                    if gate:
-                        g = floats(gate)[t + u]
-                        for i in range(lanes):
-                            total[LANES * u + i] *= g
-                    out = floats(y + (t + u) * y_stride + 4 * LANES * group)
-                    if add:
-                        for i in range(lanes):
-                            out[i] += total[LANES * u + i]
-                    elif lanes == LANES:
-                        for i in range(LANES):
-                            out[i] = total[LANES * u + i]
-                    else:
-                        for i in range(lanes):
-                            out[i] = total[LANES * u + i]
+                        one(at, size, from_, stride, runs, LANES, sums, 4 * LANES)
+                shift, factor = bias + 4 * LANES * group if bias else bias, gate + 4 * t if gate else gate
+                delivered(sums, n, y + t * y_stride + 4 * LANES * group, y_stride, lanes, shift, factor, add)
                 t += n
 
     return linear

@@ -13,7 +13,7 @@ from gguf.constants import GGMLQuantizationType as Kind
 
 from tcinfer.kernels.cpu.attention import product
 from tcinfer.kernels.cpu.jit import operator
-from tcinfer.kernels.cpu.plan import COUNT, FIELDS, ROW, SCRATCH, EACH, SEQUENCE, SEQUENCES, TABLE, Plan, Rows
+from tcinfer.kernels.cpu.plan import COUNT, EACH, FIELDS, ROW, SCRATCH, SEQUENCE, SEQUENCES, TABLE, Plan, Rows
 from tcinfer.kernels.cpu.rows import share
 from tcinfer.kernels.cpu.simd import LANES, floats, int64s
 from tcinfer.kernels.cpu.tiles import MANY, float_tile
@@ -58,10 +58,8 @@ def _scan(a, p, thread, threads):  # type: ignore[no-untyped-def]
                 eta, lam = floats(rate)[(row * P + plane) * G + g], floats(decay)[(row * P + plane) * G + g]
                 for moment in range(2):
                     if moment == write_first:  # read
-                        for i in range(R * LANES):
-                            read[i] = 0
                         queries = q + 4 * D * (G * row + g) * R
-                        product(_many, _two, _one, A, 4 * E, queries, 4 * D, R, D, lanes, work + 4 * LANES)
+                        product(_many, _two, _one, A, 4 * E, queries, 4 * D, R, D, lanes, work + 4 * LANES, 4 * LANES)
                         for r in range(R):
                             share_ = floats(mix)[((row * P + plane) * G + g) * R + r] if mix else F(1)
                             if share_ != 0:
@@ -69,11 +67,12 @@ def _scan(a, p, thread, threads):  # type: ignore[no-untyped-def]
                                 for c in range(lanes):
                                     o[c] += share_ * read[LANES * r + c]
                     elif eta != 0 or lam != 1:  # write
-                        for c in range(LANES):
-                            u[c] = 0
                         again = floats(retrieve)[G * row + g] if retrieve else F(0)
-                        if again != 0:
-                            _one(A, 4 * E, k + 4 * D * (G * row + g), 4 * D, D, lanes, work)
+                        if again == 0:
+                            for c in range(LANES):
+                                u[c] = 0
+                        else:
+                            _one(A, 4 * E, k + 4 * D * (G * row + g), 4 * D, D, lanes, work, 4 * LANES)
                         for c in range(lanes):
                             u[c] = eta * (value[c] - again * u[c])
                         if lanes == LANES and not wedge:

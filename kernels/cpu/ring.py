@@ -15,7 +15,19 @@ from numpy.typing import NDArray
 
 from tcinfer.kernels.cpu.jit import operator
 from tcinfer.kernels.cpu.packing import FLOATS
-from tcinfer.kernels.cpu.plan import COUNT, FIELDS, FIRST, ROW, ROWS, SEQUENCE, SEQUENCE_OF, SEQUENCES, TABLE, Plan, Rows
+from tcinfer.kernels.cpu.plan import (
+    COUNT,
+    FIELDS,
+    FIRST,
+    ROW,
+    ROWS,
+    SEQUENCE,
+    SEQUENCE_OF,
+    SEQUENCES,
+    TABLE,
+    Plan,
+    Rows,
+)
 from tcinfer.kernels.cpu.rows import position, share
 from tcinfer.kernels.cpu.simd import floats, int8s, int64s, load_half, store_half
 
@@ -131,7 +143,10 @@ def _push(a, p, thread, threads):  # type: ignore[no-untyped-def]
                 floats(to_k)[D * g + i] = turned[i]
                 floats(to_v)[D * g + i] = value[i]
         if k_out:
-            rounded, rounded_v = floats(k_out + row * kv_stride + 4 * D * g), floats(v_out + row * kv_stride + 4 * D * g)
+            rounded, rounded_v = (
+                floats(k_out + row * kv_stride + 4 * D * g),
+                floats(v_out + row * kv_stride + 4 * D * g),
+            )
             for i in range(D):
                 rounded[i] = load_half(to_k + 2 * (D * g + i)) if half else turned[i]
                 rounded_v[i] = load_half(to_v + 2 * (D * g + i)) if half else value[i]

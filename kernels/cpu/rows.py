@@ -16,21 +16,9 @@ from numpy.typing import NDArray
 from tcinfer.kernels.cpu.jit import Operator, operator
 from tcinfer.kernels.cpu.packing import FLOATS, PACKINGS, RUN, unpacker
 from tcinfer.kernels.cpu.plan import FIRST, IDS, ROW, ROWS, SEQUENCE, SEQUENCE_OF, TABLE, Plan, Rows
-from tcinfer.kernels.cpu.simd import (
-    as_int,
-    bits_of,
-    doubles,
-    exp,
-    floats,
-    from_bits,
-    int8s,
-    int64s,
-    load_brain,
-    load_half,
-    nearest,
-    number,
-)
+from tcinfer.kernels.cpu.simd import doubles, floats, int64s, load_brain, load_half, number
 from tcinfer.kernels.cpu.tiles import HEAD
+from tcinfer.kernels.cpu.vectors import normed, quantise_run, silu_product, squares
 from tcinfer.kernels.reference.quants import Matrix
 
 F = np.float32
@@ -47,28 +35,6 @@ def position(p, row):  # type: ignore[no-untyped-def]
     """Where in its stream a row of the pass stands."""
     s = int64s(p[TABLE] + 8 * SEQUENCE * int64s(p[SEQUENCE_OF])[row])
     return s[FIRST] + row - s[ROW]
-
-
-@register_jitable
-def quantise_run(x, q, head):  # type: ignore[no-untyped-def]
-    """32 float32 at x -> int8 at q, and at head: d, d Σq, d Σ(first 16), d Σ(last 16).  q = round(x / d), d = max|x| / 127."""
-    x, q, head = floats(x), int8s(q), floats(head)
-    top = np.int32(0)
-    for i in range(RUN):  # as integers: the largest of such bits is the largest magnitude, and NaN above all
-        top = max(top, bits_of(x[i]) & np.int32(0x7FFFFFFF))
-    largest = from_bits(top)
-    d = largest * F(1 / 127)
-    inverse = F(127) / largest if top > 0 else F(0)
-    low, high = np.int32(0), np.int32(0)
-    for i in range(RUN // 2):
-        n = as_int(nearest(x[i] * inverse))
-        q[i] = n
-        low += n
-    for i in range(RUN // 2, RUN):
-        n = as_int(nearest(x[i] * inverse))
-        q[i] = n
-        high += n
-    head[0], head[1], head[2], head[3] = d, d * F(low + high), d * F(low), d * F(high)
 
 
 @register_jitable
@@ -97,35 +63,28 @@ def quantised(plan: Plan, x: Rows) -> None:
 
 @operator
 def _norm(a, p, thread, threads):  # type: ignore[no-untyped-def]
-    x, columns, y, stride, weight, bias = a[0], a[1], a[2], a[3], floats(a[4]), floats(a[5])
+    x, columns, y, stride, weight, bias = a[0], a[1], a[2], a[3], a[4], a[5]
     eps, layer, out, out_stride = F(number(a[6])), a[7], a[8], a[9]
     runs = (columns + RUN - 1) // RUN
-    first, last = share(p[ROWS] * runs, thread, threads)
-    row, before = first // runs, np.int64(-1)
-    mean, scale = F(0), F(0)
-    for i in range(first, last):
+    i, last = share(p[ROWS] * runs, thread, threads)
+    while i < last:
         row, run = i // runs, i % runs
-        v, w = floats(x + row * stride), floats(y + row * stride)
-        if row != before:  # each thread sums up the whole row: sooner done than waited for
-            before = row
-            mean = F(0)
-            if layer:
-                for c in range(columns):
-                    mean += v[c]
-                mean /= F(columns)
-            total = F(0)
+        stop = min(runs, run + last - i)
+        mean = F(0)
+        if layer:  # each thread sums up the whole row: sooner done than waited for
+            v = floats(x + row * stride)
             for c in range(columns):
-                total += (v[c] - mean) * (v[c] - mean)
-            scale = F(1) / F(math.sqrt(total / F(columns) + eps))
-        stop = min(columns, RUN * run + RUN)
-        for c in range(RUN * run, stop):
-            w[c] = (v[c] - mean) * scale * weight[c]
-        if a[5]:
-            for c in range(RUN * run, stop):
-                w[c] += bias[c]
+                mean += v[c]
+            mean /= F(columns)
+        scale = F(1) / F(math.sqrt(squares(x + row * stride, columns, mean) / F(columns) + eps))
+        at, count = 4 * RUN * run, min(columns, RUN * stop) - RUN * run
+        shift = bias + at if bias else bias
+        normed(x + row * stride + at, y + row * stride + at, count, mean, scale, weight + at, shift)
         if out:
-            q, head = bytes_at(out, out_stride, columns, row, run)
-            quantise_run(y + row * stride + 4 * RUN * run, q, head)
+            for r in range(run, stop):
+                q, head = bytes_at(out, out_stride, columns, row, r)
+                quantise_run(y + row * stride + 4 * RUN * r, q, head)
+        i += stop - run
 
 
 def norm(plan: Plan, x: Rows, weight: NDArray, bias: NDArray | None, eps: float, layer: bool) -> Rows:
@@ -140,20 +99,15 @@ def norm(plan: Plan, x: Rows, weight: NDArray, bias: NDArray | None, eps: float,
 @operator
 def _swiglu(a, p, thread, threads):  # type: ignore[no-untyped-def]
     gate, up, columns, stride, out, out_stride = a[0], a[1], a[2], a[3], a[4], a[5]
-    runs = (columns + RUN - 1) // RUN
-    first, last = share(p[ROWS] * runs, thread, threads)
-    for i in range(first, last):
-        row, run = i // runs, i % runs
-        g, u = floats(gate + row * stride + 4 * RUN * run), floats(up + row * stride + 4 * RUN * run)
-        if columns - RUN * run >= RUN:
-            for c in range(RUN):
-                u[c] *= g[c] / (F(1) + exp(-g[c]))
-        else:
-            for c in range(columns - RUN * run):
-                u[c] *= g[c] / (F(1) + exp(-g[c]))
+    # columns are shared, not rows, as in the products before: what a thread has just written is in its cache
+    first, last = share((columns + RUN - 1) // RUN, thread, threads)
+    at, count = 4 * RUN * first, min(columns, RUN * last) - RUN * first
+    for row in range(p[ROWS]):
+        silu_product(gate + row * stride + at, up + row * stride + at, count)
         if out:
-            q, head = bytes_at(out, out_stride, columns, row, run)
-            quantise_run(up + row * stride + 4 * RUN * run, q, head)
+            for run in range(first, last):
+                q, head = bytes_at(out, out_stride, columns, row, run)
+                quantise_run(up + row * stride + 4 * RUN * run, q, head)
 
 
 def swiglu(plan: Plan, gate: Rows, up: Rows) -> Rows:
@@ -166,16 +120,15 @@ def swiglu(plan: Plan, gate: Rows, up: Rows) -> Rows:
 @operator
 def _gelu(a, p, thread, threads):  # type: ignore[no-untyped-def]
     x, columns, stride, out, out_stride = a[0], a[1], a[2], a[3], a[4]
-    runs = (columns + RUN - 1) // RUN
-    first, last = share(p[ROWS] * runs, thread, threads)
-    for i in range(first, last):
-        row, run = i // runs, i % runs
+    first, last = share((columns + RUN - 1) // RUN, thread, threads)
+    for row in range(p[ROWS]):
         v = floats(x + row * stride)
-        for c in range(RUN * run, min(columns, RUN * run + RUN)):
+        for c in range(RUN * first, min(columns, RUN * last)):
             v[c] = F(0.5) * v[c] * (F(1) + F(math.erf(v[c] * F(math.sqrt(0.5)))))
         if out:
-            q, head = bytes_at(out, out_stride, columns, row, run)
-            quantise_run(x + row * stride + 4 * RUN * run, q, head)
+            for run in range(first, last):
+                q, head = bytes_at(out, out_stride, columns, row, run)
+                quantise_run(x + row * stride + 4 * RUN * run, q, head)
 
 
 def gelu(plan: Plan, x: Rows) -> Rows:

@@ -14,7 +14,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.registry import cpu_target
-from numba.extending import intrinsic, register_jitable
+from numba.extending import intrinsic
 
 LANES = 16  # numbers in a vector: one AVX-512 register, two of AVX2, four of Arm
 I8, I16, I32, I64, F16, F32 = *(ir.IntType(n) for n in (8, 16, 32, 64)), ir.HalfType(), ir.FloatType()
@@ -91,13 +91,54 @@ class Lanes:
     def __rshift__(self, other: Lanes | int) -> Lanes:  # of unsigned values
         return self if isinstance(other, int) and other == 0 else self._emit("lshr", other)
 
-    def fma(self, other: Lanes, plus: Lanes) -> Lanes:
+    def fma(self, other: Lanes | float, plus: Lanes | float) -> Lanes:
         """self · other + plus, rounded once."""
-        name = f"llvm.fma.v{self.type.count}f32"
-        return self.call(name, self.type, self._with(other), plus.value)
+        return self.call("llvm.fma", self.type, self._with(other), self._with(plus))
+
+    def exp(self) -> Lanes:
+        """e^x within 1e-7 of its value; x is taken within -87 .. 88, and NaN stays.
+
+        x = n ln 2 + r, |r| <= ln 2 / 2; e^r by a polynomial (Cephes' coefficients), 2^n by its bits.
+        """
+        x = self._held("<", -87.0)._held(">", 88.0)
+        n = (x * 1.4426950408889634).call("llvm.rint", x.type)
+        r = n.fma(2.12194440e-4, n.fma(-0.693359375, x))
+        p = r * 0.0 + 1.9875691500e-4
+        for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+            p = p.fma(r, c)
+        y = p.fma(r * r, r) + 1.0
+        return y * ((n.whole() + 127) << 23).bits(F32)
+
+    def _held(self, than: str, limit: float) -> Lanes:
+        """`limit` where self is < or > it; the comparison is false for NaN."""
+        beyond = self.builder.fcmp_ordered(than, self.value, self._with(limit))
+        return Lanes(self.builder, self.builder.select(beyond, self._with(limit), self.value))
+
+    def over(self, other: Lanes) -> Lanes:
+        """self / other."""
+        return Lanes(self.builder, self.builder.fdiv(self.value, self._with(other)))
+
+    def nearest(self) -> Lanes:
+        """The nearest whole numbers, ties to even, still float32."""
+        return self.call("llvm.rint", self.type)
+
+    def whole(self) -> Lanes:
+        """float32 within the range of int32, as int32."""
+        return Lanes(self.builder, self.builder.fptosi(self.value, self._shaped(I32)))
+
+    def reduce(self, name: str) -> Lanes:
+        """All lanes in one: "add", "umax", "fmax" or "fadd", always in the same order."""
+        if name == "fadd":
+            start = ir.Constant(F32, 0.0)
+            kind = ir.FunctionType(F32, [F32, self.type])
+            called = f"llvm.vector.reduce.fadd.{_suffix(self.type)}"
+            function = cgutils.get_or_insert_function(self.builder.module, kind, called)
+            return Lanes(self.builder, self.builder.call(function, [start, self.value], fastmath=FAST))
+        return self.call(f"llvm.vector.reduce.{name}", self.element)
 
     def call(self, name: str, returns: Any, *others: Any) -> Lanes:
-        """An LLVM intrinsic by name, this value being its first argument."""
+        """An LLVM intrinsic, this value being its first argument; "llvm.name" gets the type's suffix."""
+        name = name if name.startswith("llvm.x86") else f"{name}.{_suffix(self.type)}"
         arguments = [self.value, *others]
         kind = ir.FunctionType(returns, [a.type for a in arguments])
         function = cgutils.get_or_insert_function(self.builder.module, kind, name)
@@ -119,7 +160,9 @@ class Lanes:
     def bits(self, element: Any) -> Lanes:
         """The same bits as elements of another type; their number follows from its width."""
         count = getattr(self.type, "count", 1) * _width(self.element) // _width(element)
-        return Lanes(self.builder, self.builder.bitcast(self.value, ir.VectorType(element, count) if count > 1 else element))
+        return Lanes(
+            self.builder, self.builder.bitcast(self.value, ir.VectorType(element, count) if count > 1 else element)
+        )
 
     def half(self) -> Lanes:
         """16-bit floats (as integers) in float32; by integer arithmetic where the CPU has no instruction for it."""
@@ -155,7 +198,9 @@ class Lanes:
         """A scalar in every lane."""
         undefined = ir.Constant(ir.VectorType(self.type, count), ir.Undefined)
         one = self.builder.insert_element(undefined, self.value, I32(0))
-        return Lanes(self.builder, self.builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, count), [0] * count)))
+        return Lanes(
+            self.builder, self.builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, count), [0] * count))
+        )
 
     def shuffle(self, other: Lanes, order: list[int]) -> Lanes:
         """Lanes of self and other (numbered on) in the order given."""
@@ -202,6 +247,10 @@ def _halves(u: Lanes, s: Lanes, full: bool) -> Lanes:
     assert low is not None
     assert high is not None
     return low.shuffle(high, list(range(16)))
+
+
+def _suffix(kind: Any) -> str:
+    return f"v{kind.count}{_name(kind.element)}" if isinstance(kind, ir.VectorType) else _name(kind)
 
 
 def _width(element: Any) -> int:
@@ -314,15 +363,17 @@ def number(typingctx: Any, b: Any) -> Any:
 @intrinsic
 def load_half(typingctx: Any, address: Any) -> Any:
     """The 16-bit float at an address, as float32."""
-    return types.float32(types.int64), lambda context, builder, signature, a: load(builder, a[0], 0, I16, 1).half().value
+    return types.float32(
+        types.int64
+    ), lambda context, builder, signature, a: load(builder, a[0], 0, I16, 1).half().value
 
 
 @intrinsic
 def load_brain(typingctx: Any, address: Any) -> Any:
     """The bfloat16 at an address, as float32."""
-    return types.float32(types.int64), lambda context, builder, signature, a: (
-        (load(builder, a[0], 0, I16, 1).wide() << 16).bits(F32).value
-    )
+    return types.float32(
+        types.int64
+    ), lambda context, builder, signature, a: (load(builder, a[0], 0, I16, 1).wide() << 16).bits(F32).value
 
 
 @intrinsic
@@ -337,36 +388,9 @@ def store_half(typingctx: Any, address: Any, x: Any) -> Any:
 
 
 @intrinsic
-def nearest(typingctx: Any, x: Any) -> Any:
-    """The whole number nearest to a float32, ties to even, as float32."""
-    return types.float32(types.float32), lambda context, builder, signature, a: (
-        Lanes(builder, a[0]).call("llvm.rint.f32", F32).value
-    )
-
-
-@intrinsic
-def as_int(typingctx: Any, x: Any) -> Any:
-    """A float32 within the range of int32, as int32. (Numba's own cast goes through int64, which does not vectorise.)"""
-    return types.int32(types.float32), lambda context, builder, signature, a: builder.fptosi(a[0], I32)
-
-
-@register_jitable
-def exp(x):  # type: ignore[no-untyped-def]
-    """e^x in float32 within 1e-7 of its value, in instructions that vectorise; x is taken within -87 .. 88.
-
-    x = n ln 2 + r, |r| <= ln 2 / 2; e^r by a polynomial (Cephes' coefficients), 2^n by its bits.
-    """
-    x = types.float32(-87.0) if x < types.float32(-87.0) else x  # in this form NaN stays
-    x = types.float32(88.0) if x > types.float32(88.0) else x
-    n = nearest(x * types.float32(1.4426950408889634))
-    r = x - n * types.float32(0.693359375) + n * types.float32(2.12194440e-4)
-    p = types.float32(1.9875691500e-4) * r + types.float32(1.3981999507e-3)
-    p = p * r + types.float32(8.3334519073e-3)
-    p = p * r + types.float32(4.1665795894e-2)
-    p = p * r + types.float32(1.6666665459e-1)
-    p = p * r + types.float32(5.0000001201e-1)
-    y = p * r * r + r + types.float32(1.0)
-    return y * from_bits((as_int(n) + types.int32(127)) << types.int32(23))
+def exp(typingctx: Any, x: Any) -> Any:
+    """e^x of one float32, as Lanes.exp."""
+    return types.float32(types.float32), lambda context, builder, signature, a: Lanes(builder, a[0]).exp().value
 
 
 @intrinsic
@@ -439,4 +463,6 @@ def call(typingctx: Any, function: Any, a: Any, p: Any, thread: Any, threads: An
         builder.call(builder.inttoptr(function, kind.as_pointer()), rest)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.CPointer(types.int64), types.CPointer(types.int64), *[types.int64] * 2), codegen
+    return types.void(
+        types.int64, types.CPointer(types.int64), types.CPointer(types.int64), *[types.int64] * 2
+    ), codegen

@@ -64,7 +64,15 @@ def _writes(a, p, thread, threads):  # type: ignore[no-untyped-def]
     entering, leaving, G, D, window, sinks = a[0], a[1], a[2], a[3], a[4], a[5]
     timescales, slots, normalize, scale, temperature = a[6], a[7], a[8], F(number(a[9])), number(a[10])
     cos, sin, interleaved, decays, rates, slot_keys = a[11], a[12], a[13], floats(a[14]), floats(a[15]), a[16]
-    route, route_stride, keys, values, decay, rate, work = a[17], a[18], a[19], a[20], floats(a[21]), floats(a[22]), a[23]
+    route, route_stride, keys, values, decay, rate, work = (
+        a[17],
+        a[18],
+        a[19],
+        a[20],
+        floats(a[21]),
+        floats(a[22]),
+        a[23],
+    )
     first, last = share(p[ROWS] * G, thread, threads)
     for item in range(first, last):
         row, g = item // G, item % G

@@ -1,6 +1,6 @@
 """The inner products that everything rests on, written in vectors: 16 rows of weights by a few rows of activations.
 
-`byte_tile(packing, n)`   packed weights by activations quantised to bytes
+`byte_tile(kind, n)`     packed weights by activations quantised to bytes
 `float_tile(kind, n)`     anything in float: F32, F16 and BF16 weights, keys, values, the matrix memory
 `scores(kind)`            a query by 16 keys as they lie in the cache
 
@@ -34,8 +34,7 @@ from tcinfer.kernels.cpu.simd import (
 
 MANY = 8 if TIER == "avx512vnni" else 4  # rows of activations whose sums fit the registers at once
 AHEAD = 4096  # bytes by which weights are fetched before they are needed, where each is used once
-NONE = -1e30  # less than any score
-HEAD = 16  # bytes of scale and sums that follow the bytes of each run of activations (see rows.quantise)
+HEAD = 16  # bytes of scale and sums that follow the bytes of each run of activations (see vectors.quantise_run)
 
 
 class _Sums:
@@ -112,17 +111,20 @@ def byte_tile(kind: Kind, n: int) -> Any:
 
 
 @cache
-def float_tile(kind: Kind, n: int) -> Any:
-    """tile(w, w_stride, x, x_stride, count, lanes, out): out float32 [n, 16] += Σ_c x[t, c] · w[c, 0..15].
+def float_tile(kind: Kind, n: int, add: bool = False) -> Any:
+    """tile(w, w_stride, x, x_stride, count, lanes, out, out_stride): out float32 [n, 16] = Σ_c x[t, c] · w[c, 0..15].
 
-    w: `count` rows of `lanes` (at most 16) elements of a float kind, w_stride bytes apart; x float32 [n, count].
+    w: `count` rows of `lanes` (at most 16) elements of a float kind, w_stride bytes apart; x float32 [n, count];
+    add: to what is in `out`, which is always written in whole vectors.
     """
     unroll = {1: 4, 2: 2}.get(n, 1)  # independent sums, so that one addition does not wait for the other
 
     @intrinsic
-    def tile(typingctx: Any, w: Any, w_stride: Any, x: Any, x_stride: Any, count: Any, lanes: Any, out: Any) -> Any:
+    def tile(
+        typingctx: Any, w: Any, w_stride: Any, x: Any, x_stride: Any, count: Any, lanes: Any, out: Any, out_stride: Any
+    ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            w, w_stride, x, x_stride, count, lanes, out = arguments
+            w, w_stride, x, x_stride, count, lanes, out, out_stride = arguments
             rows = [builder.add(x, builder.mul(x_stride, I64(t))) for t in range(n)]
             sums = _Sums(builder, n * unroll)
 
@@ -153,13 +155,14 @@ def float_tile(kind: Kind, n: int) -> Any:
                 with tail:
                     columns(False)
             for t in range(n):
-                total = load(builder, out, 64 * t, F32)
-                for u in range(unroll):
+                to = builder.add(out, builder.mul(out_stride, I64(t)))
+                total = sums[t * unroll]
+                for u in range(1, unroll):
                     total = total + sums[t * unroll + u]
-                store(total, out, 64 * t)
+                store(load(builder, to, 0, F32) + total if add else total, to)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 7), codegen
+        return types.void(*[types.int64] * 8), codegen
 
     return tile
 
@@ -212,29 +215,3 @@ def scores(kind: Kind) -> Any:
         return types.void(*[types.int64] * 6), codegen
 
     return score
-
-
-@intrinsic
-def largest(typingctx: Any, x: Any, count: Any) -> Any:
-    """The largest of `count` float32 at an address, or NONE. NaN is passed over: it shows in the sum of exponentials."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        x, count = arguments
-        none = Lanes(builder, F32(NONE)).splat()
-        at = cgutils.alloca_once(builder, none.type)
-        builder.store(none.value, at)
-
-        def part(c: Any, lanes: Any) -> None:
-            address = builder.add(x, builder.mul(c, I64(4)))
-            v = load(builder, address, 0, F32)  if lanes is None else load_some(builder, address, 0, F32, lanes, NONE)
-            builder.store(v.call(f"llvm.maxnum.v{LANES}f32", v.type, builder.load(at)).value, at)
-
-        whole = builder.and_(count, I64(-LANES))
-        with cgutils.for_range_slice(builder, I64(0), whole, I64(LANES)) as (c, _):
-            part(c, None)
-        rest = builder.sub(count, whole)
-        with builder.if_then(builder.icmp_signed(">", rest, I64(0))):
-            part(whole, rest)
-        return Lanes(builder, builder.load(at)).call(f"llvm.vector.reduce.fmax.v{LANES}f32", F32).value
-
-    return types.float32(types.int64, types.int64), codegen

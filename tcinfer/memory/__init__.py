@@ -98,7 +98,11 @@ def bounded(config: ModelConfig) -> bool:
 
 
 def with_memory(
-    config: ModelConfig, memory: str | None = None, window: int | None = None, sinks: int | None = None, cache_type: str | None = None
+    config: ModelConfig,
+    memory: str | None = None,
+    window: int | None = None,
+    sinks: int | None = None,
+    cache_type: str | None = None,
 ) -> ModelConfig:
     """`config` with the memory that the user asks for in place of the file's.
 

@@ -278,9 +278,7 @@ def plan(layer: Layer, q: Rows, k: Rows, v: Rows, h: Rows) -> None:
     )
     if o.normalize_read:
         counts = writes._replace(v=tc.ones(p, G), retrieve=None, wedge=False)
-        norm = matrix_memory.scan(
-            p, layer.field("z"), 1, (G, R, D, 1), queries, counts, write_first=o.write_then_read
-        )
+        norm = matrix_memory.scan(p, layer.field("z"), 1, (G, R, D, 1), queries, counts, write_first=o.write_then_read)
         tc.divide(p, read, norm, D, o.normalize_read_eps)
     logit = layer.project(h, w["tc_gate.weight"][None]) if o.token_gate else None
     gate = tc.gate(p, w["tc_gate.bias"], logit)

@@ -1,0 +1,67 @@
+"""How fast this machine reads memory: the ceiling for decoding, which reads every weight once a token."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from tcinfer.kernels.cpu.jit import operator
+from tcinfer.kernels.cpu.plan import Plan
+from tcinfer.kernels.cpu.rows import share
+from tcinfer.kernels.cpu.simd import I32, I64, LANES, Lanes, constant, fetch_ahead, load
+from tcinfer.kernels.cpu.threads import Threads
+from tcinfer.kernels.cpu.tiles import AHEAD
+
+LINES = 4  # cache lines looked at together
+
+
+@intrinsic
+def _read(typingctx: Any, at: Any, size: Any) -> Any:
+    """Read `size` bytes (a multiple of 256); returns a number that depends on all of them."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        at, size = arguments
+        kind = constant(builder, I32, LANES).type
+        sums = [cgutils.alloca_once(builder, kind) for _ in range(LINES)]
+        for total in sums:
+            builder.store(constant(builder, I32, LANES).value, total)
+        with cgutils.for_range_slice(builder, I64(0), size, I64(64 * LINES)) as (i, _):
+            here = builder.add(at, i)
+            for line, total in enumerate(sums):
+                fetch_ahead(builder, here, AHEAD + 64 * line)
+                seen = load(builder, here, 64 * line, I32) ^ Lanes(builder, builder.load(total))
+                builder.store(seen.value, total)
+        whole = Lanes(builder, builder.load(sums[0]))
+        for total in sums[1:]:
+            whole = whole ^ Lanes(builder, builder.load(total))
+        return whole.reduce("add").value
+
+    return types.int32(types.int64, types.int64), codegen
+
+
+@operator
+def _look(a, p, thread, threads):  # type: ignore[no-untyped-def]
+    first, last = share(a[1] // 256, thread, threads)
+    a[2 + 8 * thread] = _read(a[0] + 256 * first, 256 * (last - first))
+
+
+class Bandwidth:
+    """Measures it, with the same threads and the same kind of loop as the products."""
+
+    def __init__(self, threads: Threads, size: int = 2**28) -> None:
+        """size: bytes to read, more than the caches hold."""
+        self._plan, self._size = Plan(1, threads), size
+        data = np.ones(size, np.uint8)  # written, so that every page is there
+        self._plan.step(_look, self._plan.keep(data), size, *[0] * 8 * threads.count)
+        self._plan.finish()
+        self._plan.run()
+
+    def measure(self) -> float:
+        """Bytes per second, of one reading."""
+        started = time.perf_counter()
+        self._plan.run()
+        return self._size / (time.perf_counter() - started)

@@ -1,0 +1,92 @@
+"""Tiny plans, so that tests can run one compiled operator over arrays and look at what it wrote."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from gguf.quants import quantize
+
+from tcinfer.kernels.cpu.packing import FLOATS, PACKINGS
+from tcinfer.kernels.cpu.plan import Plan, Rows
+from tcinfer.kernels.cpu.threads import pool
+from tcinfer.kernels.reference.quants import Kind, Matrix
+
+UNTOUCHED = 12345.0  # what lies behind the rows of a pass, and must lie there afterwards
+
+
+def at(address: int, *shape: int, dtype: Any = np.float32) -> np.ndarray:
+    """The memory at an address as an array."""
+    dtype = np.dtype(dtype)
+    return np.frombuffer((ctypes.c_uint8 * (math.prod(shape) * dtype.itemsize)).from_address(address), dtype).reshape(
+        shape
+    )
+
+
+class Pass(Plan):
+    """A plan for one pass of T rows: of one sequence that has taken `first` tokens, or of T sequences, a token each."""
+
+    def __init__(self, T: int, first: int | Sequence[int] = 0, threads: int = 1) -> None:
+        super().__init__(T + 1, pool(threads))  # one row more, which no operator may touch
+        self.T, self.first = T, first
+
+    def filled(self, values: np.ndarray) -> Rows:
+        """Rows [T, ..] that hold these values."""
+        rows = self.blank(values[0].size)
+        self.array(rows)[:] = values.reshape(self.T, -1)
+        return rows
+
+    def blank(self, columns: int) -> Rows:
+        return self.watched(Rows(self, columns))
+
+    def watched(self, rows: Rows) -> Rows:
+        """The rows, filled with a mark of which `run` sees whether it is still there behind them."""
+        at(rows.address, self.T + 1, rows.columns)[:] = UNTOUCHED
+        return rows
+
+    def array(self, rows: Rows) -> np.ndarray:
+        return at(rows.address, self.T, rows.columns)
+
+    def compute(self, *results: Rows, fields: Sequence[Sequence[np.ndarray]] = ((),), **words: int) -> list[np.ndarray]:
+        """Run once, and give what is in these rows.  fields: of each sequence, the arrays of its state."""
+        for rows in results:
+            if not np.array_equal(at(rows.address + self.T * rows.stride, rows.columns), [UNTOUCHED] * rows.columns):
+                self.watched(rows)
+        firsts = [self.first] if isinstance(self.first, int) else list(self.first)
+        each = self.T // len(firsts)
+        addresses = [np.array([a.ctypes.data for a in arrays] or [0], np.int64) for arrays in fields]
+        addresses *= len(firsts) // len(addresses)
+        table = np.array([[a.ctypes.data, f, each * i, each] for i, (a, f) in enumerate(zip(addresses, firsts))])
+        of = np.repeat(np.arange(len(firsts)), each)
+        self.finish()
+        self.run(rows=self.T, sequence_of=of.ctypes.data, sequences=len(firsts), table=table.ctypes.data, **words)
+        for rows in results:
+            last = at(rows.address + self.T * rows.stride, rows.columns)
+            np.testing.assert_array_equal(last, UNTOUCHED, "written behind the last row")
+        return [self.array(rows).copy() for rows in results]
+
+
+def random_matrix(kind: Kind, rows: int, columns: int, seed: int = 7) -> Matrix:
+    """Any bytes at all, with scales that are ordinary numbers."""
+    rng = np.random.default_rng(seed)
+    if kind in FLOATS:
+        data = quantize(rng.normal(size=(rows, columns)).astype(np.float32), kind)
+        return Matrix(data.view(np.uint8).reshape(rows, -1), kind, (rows, columns))
+    blocks = rng.integers(0, 256, (rows, columns * block(kind).itemsize // width(kind)), dtype=np.uint8)
+    for name in {"d", "m", "dmin"} & set(block(kind).names):
+        fields = blocks.view(block(kind))[name]
+        fields[:] = rng.normal(size=fields.shape).astype(np.float16).view(np.uint16)
+    return Matrix(blocks, kind, (rows, columns))
+
+
+def block(kind: Kind) -> np.dtype:
+    """The fields of a packed kind's block."""
+    return PACKINGS[kind].dtype
+
+
+def width(kind: Kind) -> int:
+    """Values in a block of a kind."""
+    return 1 if kind in FLOATS else 32 * PACKINGS[kind].count
