@@ -87,8 +87,7 @@ class Engine:
         return {"splits": splits, "parts": self._parts.ctypes.data}
 
     def _room_for_keys(self, position: int, count: int) -> dict[str, int]:
-        keys = attention.gathered_keys(self._geometry, position, count)
-        need = 8 * self.config.head_dim * self.config.n_kv_heads * keys
+        keys, need = attention.gathered(self._geometry, position, count)
         if need > len(self._gathered):
             self._gathered = np.empty(2 * need, np.uint8)
         return {"keys": keys, "gathered": self._gathered.ctypes.data}

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf.quants import quantize
 
 from tcinfer.config import ModelConfig
 from tcinfer.kernels.reference import Reference
@@ -75,17 +76,23 @@ def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     return {name: draw(name, spec) for name, spec in tensors(config).items() if name != "output.weight"}
 
 
-def build(config: ModelConfig, backend: str = "numpy", weights: dict[str, np.ndarray] | None = None) -> Model:
-    """A model of float32 weights (random ones by default), without a tokenizer."""
+def build(
+    config: ModelConfig,
+    backend: str = "numpy",
+    weights: dict[str, np.ndarray] | None = None,
+    kind: Kind = Kind.F32,
+    threads: int | None = None,
+) -> Model:
+    """A model of these weights (random ones by default), its matrices stored as `kind`, without a tokenizer."""
     weights = random_weights(config) if weights is None else weights
     specs = tensors(config)
     bound: dict[str, Any] = {
-        name: Matrix(values.view(np.uint8).reshape(len(values), -1), Kind.F32, values.shape)
+        name: Matrix(quantize(values, kind).view(np.uint8).reshape(len(values), -1), kind, values.shape)
         if specs[name].matrix
         else values
         for name, values in weights.items()
     }
-    return Model(config, bound, from_metadata({}, config.vocab_size), operators(backend, None))
+    return Model(config, bound, from_metadata({}, config.vocab_size), operators(backend, threads))
 
 
 def small(backend: str = "numpy", **changes: Any) -> Model:

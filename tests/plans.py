@@ -33,40 +33,43 @@ class Pass(Plan):
         super().__init__(T + 1, pool(threads))  # one row more, which no operator may touch
         self.T, self.first = T, first
 
+    def room(self, size: int) -> int:
+        """As Plan's, but full of NaN: what is read before it is written shows."""
+        address = super().room(size)
+        at(address, size, dtype=np.uint8)[:] = 255
+        return address
+
     def filled(self, values: np.ndarray) -> Rows:
-        """Rows [T, ..] that hold these values."""
-        rows = self.blank(values[0].size)
-        self.array(rows)[:] = values.reshape(self.T, -1)
+        """Rows that hold these values [T, ..]."""
+        rows = Rows(self, values[0].size)
+        at(rows.address, self.T, rows.columns)[:] = values.reshape(self.T, -1)
         return rows
-
-    def blank(self, columns: int) -> Rows:
-        return self.watched(Rows(self, columns))
-
-    def watched(self, rows: Rows) -> Rows:
-        """The rows, filled with a mark of which `run` sees whether it is still there behind them."""
-        at(rows.address, self.T + 1, rows.columns)[:] = UNTOUCHED
-        return rows
-
-    def array(self, rows: Rows) -> np.ndarray:
-        return at(rows.address, self.T, rows.columns)
 
     def compute(self, *results: Rows, fields: Sequence[Sequence[np.ndarray]] = ((),), **words: int) -> list[np.ndarray]:
         """Run once, and give what is in these rows.  fields: of each sequence, the arrays of its state."""
-        for rows in results:
-            if not np.array_equal(at(rows.address + self.T * rows.stride, rows.columns), [UNTOUCHED] * rows.columns):
-                self.watched(rows)
+        behind = [at(rows.address + self.T * rows.stride, rows.columns) for rows in results]
+        for row in behind:
+            row[:] = UNTOUCHED
         firsts = [self.first] if isinstance(self.first, int) else list(self.first)
-        each = self.T // len(firsts)
+        count = self.T // len(firsts)
         addresses = [np.array([a.ctypes.data for a in arrays] or [0], np.int64) for arrays in fields]
         addresses *= len(firsts) // len(addresses)
-        table = np.array([[a.ctypes.data, f, each * i, each] for i, (a, f) in enumerate(zip(addresses, firsts))])
-        of = np.repeat(np.arange(len(firsts)), each)
+        table = [[a.ctypes.data, f, count * i, count] for i, (a, f) in enumerate(zip(addresses, firsts, strict=True))]
         self.finish()
-        self.run(rows=self.T, sequence_of=of.ctypes.data, sequences=len(firsts), table=table.ctypes.data, **words)
-        for rows in results:
-            last = at(rows.address + self.T * rows.stride, rows.columns)
-            np.testing.assert_array_equal(last, UNTOUCHED, "written behind the last row")
-        return [self.array(rows).copy() for rows in results]
+        self.run(
+            rows=self.T,
+            sequence_of=self.keep(np.repeat(np.arange(len(firsts)), count)),
+            sequences=len(firsts),
+            table=self.keep(np.array(table)),
+            **words,
+        )
+        for row in behind:
+            np.testing.assert_array_equal(row, UNTOUCHED, "written behind the last row")
+        return [at(rows.address, self.T, rows.columns).copy() for rows in results]
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def random_matrix(kind: Kind, rows: int, columns: int, seed: int = 7) -> Matrix:

@@ -1,9 +1,11 @@
 """Softmax attention over ring and chunk. Equation: kernels/reference/attention.py.
 
-Keys are numbered as a query sees them: the sinks, then the window, oldest first. Passes of few tokens a sequence go
-through them where they lie, divided into parts of SPLIT keys whatever the number of threads, and put the parts
-together. Long ones first gather keys (transposed, 16 side by side) and values in float32, and then take blocks of
-queries through blocks of keys with a running maximum.
+A query's keys are its sinks and the positions of its window. They are taken in blocks whose borders are multiples of
+BLOCK in the stream, however the stream was fed; each block gives a maximum, a sum of exponentials and weighted values,
+and blocks are merged oldest first. So a token's attention has the same bits in any chunk and for any number of threads.
+
+Passes of few tokens a sequence share blocks among the threads and merge in a second step. Long ones gather keys (16 side
+by side) and values once in float32, and take blocks of queries through them.
 """
 
 from __future__ import annotations
@@ -38,14 +40,19 @@ from tcinfer.kernels.cpu.plan import (
 from tcinfer.kernels.cpu.ring import Entering, Geometry, slot_of
 from tcinfer.kernels.cpu.rows import share
 from tcinfer.kernels.cpu.simd import LANES, exp, floats, int64s, load_half
-from tcinfer.kernels.cpu.tiles import MANY, float_tile, scores
-from tcinfer.kernels.cpu.vectors import NONE, exponentials, largest, scaled
+from tcinfer.kernels.cpu.tiles import MANY, float_tile, side_by_side
+from tcinfer.kernels.cpu.vectors import NONE, exponentials, largest, merged, scaled
 
 F = np.float32
 FEW = 4  # rows of a sequence up to which a pass is short
-SPLIT = 128  # keys in a part
-BLOCK = 128  # keys in a block
-ROWS_OF_BLOCK = 32  # query rows (tokens times heads of a group) taken together, about
+BLOCK = 128  # positions in a block
+QUERIES = 24  # query rows (tokens times heads of a group) taken together in a long pass, about
+
+
+@register_jitable
+def padded(width):  # type: ignore[no-untyped-def]
+    """Floats of a row of `width` in whole vectors."""
+    return (width + LANES - 1) // LANES * LANES
 
 
 @register_jitable
@@ -57,17 +64,10 @@ def visible(at, window, sinks):  # type: ignore[no-untyped-def]
 
 
 @register_jitable
-def stretch(i, stop, ns, low, first, window, sinks):  # type: ignore[no-untyped-def]
-    """Keys i .. stop - 1 of a query, or the first of them that lie side by side: (their number, from the pass's own rows?,
-    slot or row).  ns, low: as `visible` gives them; first: the position of the sequence's first row."""
-    at = i if i < ns else low + i - ns
-    n = (min(ns, stop) if i < ns else stop) - i
-    if at >= first:
-        return n, True, at - first
-    n = min(n, first - at)
-    if window and at >= sinks:
-        n = min(n, window - (at - sinks) % window)
-    return n, False, slot_of(at, window, sinks)
+def blocks_of(at, window, sinks):  # type: ignore[no-untyped-def]
+    """In how many blocks the token at a position finds its keys: of sinks, and of its window."""
+    ns, low = visible(at, window, sinks)
+    return (ns + BLOCK - 1) // BLOCK, at // BLOCK - low // BLOCK + 1 if low <= at else np.int64(0)
 
 
 @register_jitable
@@ -87,21 +87,31 @@ def product(many, two, one, w, w_stride, x, x_stride, n, count, lanes, out, out_
             t += 1
 
 
+@register_jitable
+def merge(whole, top, part, part_top, width):  # type: ignore[no-untyped-def]
+    """Put a block's weighted values and sum (a row [padded(width) + 1]) on top of those before it; the new maximum."""
+    new = max(top, part_top)
+    merged(whole, part, padded(width) + 1, exp(top - new), exp(part_top - new))
+    return new
+
+
 def _few(kind: Kind) -> Operator:
-    """Scores, maximum, sum and weighted values of one (row, key head, part), for each query head of the group."""
-    score, size = scores(kind), 2 if kind == Kind.F16 else 4
-    one, two, many = (float_tile(kind, n, add=True) for n in (1, 2, MANY))
+    """One block's part for one (row, key head): for each query head of the group values, sum and maximum."""
+    turn, size = side_by_side(kind), 2 if kind == Kind.F16 else 4
+    one, two, many = (float_tile(Kind.F32, n) for n in (1, 2, MANY))
+    one_more, two_more, many_more = (float_tile(kind, n, add=True) for n in (1, 2, MANY))
 
     @operator(name=f"attend_few_{kind.name}")
     def attend(a, p, thread, threads):  # type: ignore[no-untyped-def]
         q, q_far, q_stride, k_field, v_field, k_new, v_new = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
         H, G, D, window, sinks = a[7], a[8], a[9], a[10], a[11]
-        R, splits, stride = H // G, p[SPLITS], size * G * D
-        strips = (D + LANES - 1) // LANES
-        scale = F(1 / math.sqrt(D))
+        R, splits, stride, wide = H // G, p[SPLITS], size * G * D, padded(D)
         S = p[SCRATCH] + thread * p[EACH]
-        S_stride = 4 * (SPLIT + LANES)
-        O = S + R * S_stride
+        S_stride = 4 * BLOCK
+        Q = S + R * S_stride
+        turned = Q + 4 * R * D
+        addresses = turned + 4 * LANES * wide
+        table = int64s(addresses)
         first, last = share(p[ROWS] * G * splits, thread, threads)
         for item in range(first, last):
             row, g, split = item // (G * splits), item // splits % G, item % splits
@@ -109,44 +119,49 @@ def _few(kind: Kind) -> Operator:
             fields, start, base = int64s(sequence[FIELDS]), sequence[FIRST], sequence[ROW]
             at = start + row - base
             ns, low = visible(at, window, sinks)
-            begin, stop = SPLIT * split, min(SPLIT * split + SPLIT, ns + max(0, at - low + 1))
-            if begin >= stop:
+            far, near = blocks_of(at, window, sinks)
+            if split >= far + near:
                 continue
-            i = begin
-            while i < stop:
-                n, own, where = stretch(i, stop, ns, low, start, window, sinks)
-                k = k_new + (base + where) * stride if own else fields[k_field] + where * stride
-                source = q_far if q_far and i < ns else q
-                for r in range(R):
-                    query = source + row * q_stride + 4 * D * (g * R + r)
-                    for j in range(0, n, LANES):
-                        from_ = k + j * stride + size * D * g
-                        score(query, from_, stride, D, min(LANES, n - j), S + r * S_stride + 4 * (i - begin + j))
-                i += n
-            parts = p[PARTS] + 4 * (D + 2) * R * item
+            if split < far:
+                begin, stop = BLOCK * split, min(BLOCK * split + BLOCK, ns)
+            else:
+                block = low // BLOCK + split - far
+                begin, stop = max(low, BLOCK * block), min(at + 1, BLOCK * block + BLOCK)
+            source = q_far if q_far and split < far else q
+            scaled(source + row * q_stride + 4 * D * g * R, Q, R * D, F(1 / math.sqrt(D)))
+            for j in range(begin, stop, LANES):
+                for i in range(LANES):
+                    key = min(j + i, stop - 1)
+                    if key >= start:
+                        table[i] = k_new + (base + key - start) * stride + size * D * g
+                    else:
+                        table[i] = fields[k_field] + slot_of(key, window, sinks) * stride + size * D * g
+                turn(addresses, D, turned)
+                product(many, two, one, turned, 4 * LANES, Q, 4 * D, R, D, LANES, S + 4 * (j - begin), S_stride)
+            parts = p[PARTS] + 4 * (wide + LANES) * R * item
+            o = floats(parts)
+            for i in range((wide + LANES) * R):
+                o[i] = 0
             for r in range(R):
-                scaled(S + r * S_stride, stop - begin, scale)
                 top = largest(S + r * S_stride, stop - begin)
                 total = exponentials(S + r * S_stride, stop - begin, top)
-                out = floats(parts + 4 * (D + 2) * r)
-                out[D], out[D + 1] = top, total
-            o = floats(O)
-            for j in range(strips * R * LANES):
-                o[j] = 0
-            i = begin
-            while i < stop:
-                n, own, where = stretch(i, stop, ns, low, start, window, sinks)
-                v = v_new + (base + where) * stride if own else fields[v_field] + where * stride
-                for strip in range(strips):
-                    c = LANES * strip
-                    from_, to = v + size * (D * g + c), O + 4 * LANES * R * strip
-                    weights = S + 4 * (i - begin)
-                    product(many, two, one, from_, stride, weights, S_stride, R, n, min(LANES, D - c), to, 4 * LANES)
-                i += n
-            for r in range(R):
-                out = floats(parts + 4 * (D + 2) * r)
-                for c in range(D):
-                    out[c] = o[(c // LANES * R + r) * LANES + c % LANES]
+                o[(wide + LANES) * r + wide], o[(wide + LANES) * r + wide + 1] = total, top
+            j = begin
+            while j < stop:  # values that lie side by side
+                n = stop - j
+                v = v_new + (base + j - start) * stride
+                if j < start:
+                    n = min(n, start - j)
+                    if window and j >= sinks:
+                        n = min(n, window - (j - sinks) % window)
+                    elif window:
+                        n = min(n, sinks - j)
+                    v = fields[v_field] + slot_of(j, window, sinks) * stride
+                for c in range(0, D, LANES):
+                    from_, weights, lanes = v + size * (D * g + c), S + 4 * (j - begin), min(LANES, D - c)
+                    to, step = parts + 4 * c, 4 * (wide + LANES)
+                    product(many_more, two_more, one_more, from_, stride, weights, S_stride, R, n, lanes, to, step)
+                j += n
 
     return attend
 
@@ -154,180 +169,151 @@ def _few(kind: Kind) -> Operator:
 @operator
 def _combine(a, p, thread, threads):  # type: ignore[no-untyped-def]
     out, stride, H, G, D, window, sinks = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
-    R, splits = H // G, p[SPLITS]
+    R, splits, wide = H // G, p[SPLITS], padded(D)
+    whole = p[SCRATCH] + thread * p[EACH]
+    o = floats(whole)
     first, last = share(p[ROWS] * H, thread, threads)
     for item in range(first, last):
         row, h = item // H, item % H
         sequence = int64s(p[TABLE] + 8 * SEQUENCE * int64s(p[SEQUENCE_OF])[row])
-        at = sequence[FIRST] + row - sequence[ROW]
-        ns, low = visible(at, window, sinks)
-        used = (ns + max(0, at - low + 1) + SPLIT - 1) // SPLIT
-        base = p[PARTS] + 4 * (D + 2) * (((row * G + h // R) * splits) * R + h % R)
-        step = 4 * (D + 2) * R
-        top, total = F(NONE), F(0)
-        for i in range(used):
-            x = floats(base + i * step)[D]
-            top = x if not x <= top else top
-        y = floats(out + row * stride + 4 * D * h)
-        for c in range(D):
-            y[c] = 0
-        for i in range(used):
-            part = floats(base + i * step)
-            e = exp(part[D] - top)
-            total += e * part[D + 1]
-            for c in range(D):
-                y[c] += e * part[c]
-        for c in range(D):
-            y[c] /= total
+        far, near = blocks_of(sequence[FIRST] + row - sequence[ROW], window, sinks)
+        for i in range(wide + 1):
+            o[i] = 0
+        top = F(NONE)
+        for split in range(far + near):
+            part = p[PARTS] + 4 * (wide + LANES) * (((row * G + h // R) * splits + split) * R + h % R)
+            top = merge(whole, top, part, floats(part)[wide + 1], D)
+        scaled(whole, out + row * stride + 4 * D * h, D, F(1) / o[wide])
 
 
 @register_jitable
 def _gathered(first, count, window, sinks):  # type: ignore[no-untyped-def]
-    """What the rows of a long sequence see together: sinks, room for them, first position of the window, all numbers."""
-    ns, low = visible(first, window, sinks)
-    ns = min(sinks, first + count) if window else 0
-    room = (ns + LANES - 1) // LANES * LANES
-    return ns, room, low, room + max(0, first + count - low)
+    """How the keys of a long pass lie side by side: sinks, the place where the window begins, its first position there
+    (a multiple of 16), and how many places there are."""
+    ns = min(sinks, first + count) if window else np.int64(0)
+    begin = padded(ns)
+    low = max(sinks, first - window + 1) if window else np.int64(0)
+    base = low - low % LANES
+    return ns, begin, base, begin + padded(max(0, first + count - base))
 
 
-@operator
-def _gather(a, p, thread, threads):  # type: ignore[no-untyped-def]
-    k_field, v_field, k_new, v_new, G, D, window, sinks, half = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8]
+def _gather(kind: Kind) -> Operator:
+    turn, half = side_by_side(kind), kind == Kind.F16
     size = 2 if half else 4
-    stride = size * G * D
-    sequence = int64s(p[TABLE])  # a long pass has one sequence
-    fields, start, count = int64s(sequence[FIELDS]), sequence[FIRST], sequence[COUNT]
-    ns, room, low, n = _gathered(start, count, window, sinks)
-    blocks = (n + LANES - 1) // LANES
-    first, last = share(blocks * G, thread, threads)
-    for item in range(first, last):
-        block, g = item // G, item % G
-        keys = floats(p[GATHERED] + 4 * D * (g * p[KEYS] + LANES * block))
-        values = floats(p[GATHERED] + 4 * D * ((G + g) * p[KEYS] + LANES * block))
-        for lane in range(LANES):
-            j = LANES * block + lane
-            if j >= n or ns <= j < room:  # no key: nothing may be NaN there
+
+    @operator(name=f"gather_{kind.name}")
+    def gather(a, p, thread, threads):  # type: ignore[no-untyped-def]
+        k_field, v_field, k_new, v_new, G, D, window, sinks = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]
+        stride = size * G * D
+        sequence = int64s(p[TABLE])  # a long pass has one sequence
+        fields, start, count = int64s(sequence[FIELDS]), sequence[FIRST], sequence[COUNT]
+        ns, begin, base, places = _gathered(start, count, window, sinks)
+        low = max(sinks, start - window + 1) if window else np.int64(0)
+        addresses = p[SCRATCH] + thread * p[EACH]
+        table = int64s(addresses)
+        first, last = share(places // LANES * G, thread, threads)
+        for item in range(first, last):
+            tile, g = item // G, item % G
+            values = floats(p[GATHERED] + 4 * padded(D) * G * p[KEYS] + 4 * D * (g * p[KEYS] + LANES * tile))
+            for lane in range(LANES):
+                place = LANES * tile + lane
+                at = place if place < begin else base + place - begin
+                there = at < ns if place < begin else low <= at < start + count
+                k, v = k_new + size * D * g, v_new + size * D * g  # any memory will do where no key is
+                if there and at >= start:
+                    k, v = k + (at - start) * stride, v + (at - start) * stride
+                elif there:
+                    slot = slot_of(at, window, sinks) * stride + size * D * g
+                    k, v = fields[k_field] + slot, fields[v_field] + slot
+                table[lane] = k
                 for c in range(D):
-                    keys[LANES * c + lane] = 0
-                    values[D * lane + c] = 0
-                continue
-            at = j if j < ns else low + j - room
-            k, v = k_new + (at - start) * stride, v_new + (at - start) * stride
-            if at < start:
-                slot = slot_of(at, window, sinks) * stride
-                k, v = fields[k_field] + slot, fields[v_field] + slot
-            k, v = k + size * D * g, v + size * D * g
-            for c in range(D):
-                keys[LANES * c + lane] = load_half(k + 2 * c) if half else floats(k)[c]
-            for c in range(D):
-                values[D * lane + c] = load_half(v + 2 * c) if half else floats(v)[c]
+                    value = load_half(v + 2 * c) if half else floats(v)[c]
+                    values[D * lane + c] = value if there else F(0)
+            turn(addresses, D, p[GATHERED] + 4 * padded(D) * (g * p[KEYS] + LANES * tile))
+
+    return gather
 
 
 _one, _two, _many = (float_tile(Kind.F32, n) for n in (1, 2, MANY))
-_one_more, _two_more, _many_more = (float_tile(Kind.F32, n, add=True) for n in (1, 2, MANY))
 
 
 @operator
 def _attend_many(a, p, thread, threads):  # type: ignore[no-untyped-def]
     q, q_far, q_stride, out, H, G, D, window, sinks = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8]
-    R = H // G
-    tokens = max(1, ROWS_OF_BLOCK // R)
-    strips = (D + LANES - 1) // LANES
-    scale = F(1 / math.sqrt(D))
+    R, wide = H // G, padded(D)
+    tokens = max(1, QUERIES // R)
     sequence = int64s(p[TABLE])
     start, count = sequence[FIRST], sequence[COUNT]
-    ns, room, low, n = _gathered(start, count, window, sinks)
-    most = (tokens * R + MANY - 1) // MANY * MANY
+    ns, place, base, _ = _gathered(start, count, window, sinks)
+    most, step = padded(tokens * R), 4 * (wide + LANES)
     Q = p[SCRATCH] + thread * p[EACH]
     S, S_stride = Q + 4 * D * most, 4 * BLOCK
-    O = S + S_stride * most
-    tops, totals = floats(O + 4 * LANES * strips * most), floats(O + 4 * LANES * strips * most + 4 * most)
-    o = floats(O)
+    whole = S + S_stride * most
+    part = whole + step * most
+    o, tops = floats(whole), floats(part + step * most)
+    key_heads, value_heads = p[GATHERED], p[GATHERED] + 4 * wide * G * p[KEYS]
+    far_blocks = (ns + BLOCK - 1) // BLOCK
     blocks = (count + tokens - 1) // tokens
-    first, last = share(blocks * G, thread, threads)
-    for item in range(first, last):
-        block, g = item // G, item % G
-        begin, stop = block * tokens, min(count, block * tokens + tokens)
+    for item in range(thread, blocks * G, threads):  # in turn: later queries see more
+        begin, g = item // G * tokens, item % G
+        stop = min(count, begin + tokens)
         rows = (stop - begin) * R
         full = (rows + MANY - 1) // MANY * MANY  # with rows of zeros, so that the widest tile serves all
         for i in range(rows):
-            tops[i], totals[i] = F(NONE), F(0)
-        for i in range(strips * most * LANES):
+            tops[i] = F(NONE)
+        for i in range(rows * (wide + LANES)):
             o[i] = 0
-        near = (
-            room + max(low, start + begin - window + 1 if window else 0) - low
-        )  # of the window, the first key they see
-        near -= near % LANES
-        j = np.int64(0) if ns else near
-        while True:
-            far = j < room and ns > 0
+        earliest = max(sinks, start + begin - window + 1) if window else np.int64(0)
+        near = earliest // BLOCK
+        for block in range(near - far_blocks, (start + stop - 1) // BLOCK + 1):
+            far = block < near
             if far:
-                until = min(j + BLOCK, room)
+                begins = (block - near + far_blocks) * BLOCK
+                ends, at_place = min(begins + BLOCK, ns), begins
             else:
-                j = max(j, near)
-                if j >= room + start + stop - low:
-                    break
-                until = min(j + BLOCK, room + start + stop - low)
-            source = q_far if far and q_far else q
-            for i in range(rows):
-                x = floats(source + (begin + i // R) * q_stride + 4 * D * (g * R + i % R))
-                y = floats(Q + 4 * D * i)
-                for c in range(D):
-                    y[c] = x[c] * scale
-            for c in range(rows * D, full * D):
-                floats(Q)[c] = 0
-            for b in range(0, until - j, LANES):
-                keys = p[GATHERED] + 4 * D * (g * p[KEYS] + j + b)
-                product(_many, _two, _one, keys, 4 * LANES, Q, 4 * D, full, D, LANES, S + 4 * b, S_stride)
-            wide = until - j
+                begins = max(block * BLOCK, max(base, earliest - earliest % LANES))
+                ends, at_place = min(block * BLOCK + BLOCK, start + stop), place + begins - base
+            if block == near - far_blocks or block == near:
+                source = q_far if far and q_far else q
+                for i in range(stop - begin):
+                    x = source + (begin + i) * q_stride + 4 * D * g * R
+                    scaled(x, Q + 4 * D * R * i, R * D, F(1 / math.sqrt(D)))
+                for c in range(rows * D, full * D):
+                    floats(Q)[c] = 0
+            for j in range(0, ends - begins, LANES):
+                keys = key_heads + 4 * wide * (g * p[KEYS] + at_place + j)
+                product(_many, _two, _one, keys, 4 * LANES, Q, 4 * D, full, D, LANES, S + 4 * j, S_stride)
             for i in range(rows):
                 at = start + begin + i // R
-                if far:
-                    lower, upper = np.int64(0), min(ns, at + 1) - j
-                else:
-                    lower = max(0, at - window + 1 - low + room - j) if window else np.int64(0)
-                    upper = at + 1 - low + room - j
-                upper = min(upper, wide)
+                low = max(sinks, at - window + 1) if window else np.int64(0)
+                lower = 0 if far else max(low - begins, 0)
+                upper = min(ends, at + 1) - begins
                 s = floats(S + i * S_stride)
-                for c in range(min(lower, wide)):
+                for c in range(min(lower, ends - begins)):
                     s[c] = 0
-                for c in range(max(upper, 0), wide):
+                for c in range(max(upper, 0), ends - begins):
                     s[c] = 0
-                if lower >= upper:
-                    continue
-                top = max(tops[i], largest(S + i * S_stride + 4 * lower, upper - lower))
-                total = exponentials(S + i * S_stride + 4 * lower, upper - lower, top)
-                fade = exp(tops[i] - top)
-                tops[i], totals[i] = top, totals[i] * fade + total
-                for strip in range(strips):
-                    for c in range(LANES):
-                        o[(strip * most + i) * LANES + c] *= fade
-            for strip in range(strips):
-                c = LANES * strip
-                values = p[GATHERED] + 4 * (D * ((G + g) * p[KEYS] + j) + c)
-                to = O + 4 * LANES * most * strip
-                product(
-                    _many_more,
-                    _two_more,
-                    _one_more,
-                    values,
-                    4 * D,
-                    S,
-                    S_stride,
-                    full,
-                    wide,
-                    min(LANES, D - c),
-                    to,
-                    4 * LANES,
-                )
-            j = until
+                last = floats(part + i * step)
+                last[wide + 1] = F(NONE)
+                if lower < upper:
+                    top = largest(S + i * S_stride + 4 * lower, upper - lower)
+                    last[wide] = exponentials(S + i * S_stride + 4 * lower, upper - lower, top)
+                    last[wide + 1] = top
+            for c in range(0, D, LANES):
+                values = value_heads + 4 * (D * (g * p[KEYS] + at_place) + c)
+                lanes, n = min(LANES, D - c), ends - begins
+                # one vector of a row after the other: sums and maxima stand behind them
+                product(_many, _two, _one, values, 4 * D, S, S_stride, full, n, lanes, part + 4 * c, step)
+            for i in range(rows):
+                top = floats(part + i * step)[wide + 1]
+                if top > F(NONE):
+                    tops[i] = merge(whole + i * step, tops[i], part + i * step, top, D)
         for i in range(rows):
-            y = floats(out + (begin + i // R) * q_stride + 4 * D * (g * R + i % R))
-            for c in range(D):
-                y[c] = o[(c // LANES * most + i) * LANES + c % LANES] / totals[i]
+            y = out + (begin + i // R) * q_stride + 4 * D * (g * R + i % R)
+            scaled(whole + i * step, y, D, F(1) / o[(wide + LANES) * i + wide])
 
 
-FEW_OF = {kind: _few(kind) for kind in (Kind.F16, Kind.F32)}
+FEW_OF, GATHER = ({kind: make(kind) for kind in (Kind.F16, Kind.F32)} for make in (_few, _gather))
 
 
 def attention(plan: Plan, geometry: Geometry, new: Entering, k_field: int, v_field: int) -> Rows:
@@ -336,31 +322,34 @@ def attention(plan: Plan, geometry: Geometry, new: Entering, k_field: int, v_fie
     out = Rows(plan, H * D)
     far = new.q_far.address if new.q_far else 0
     shape = (H, G, D, window, sinks)
-    query = (new.q.address, far, new.q.stride)
-    strips = -(-D // LANES) * LANES
-    plan.scratch(4 * (H // G) * (SPLIT + LANES + strips))
-    plan.scratch(4 * (max(ROWS_OF_BLOCK, H // G) + MANY) * (D + BLOCK + strips + 2))
-    plan.step(FEW_OF[geometry.kind], *query, k_field, v_field, new.k_new, new.v_new, *shape, when=SHORT)
+    query, cache = (new.q.address, far, new.q.stride), (k_field, v_field, new.k_new, new.v_new)
+    R, wide = H // G, -(-D // LANES) * LANES
+    plan.scratch(4 * R * (BLOCK + D) + 4 * LANES * wide + 8 * LANES)
+    plan.scratch(4 * (max(QUERIES, R) + LANES) * (D + BLOCK + 2 * (wide + LANES) + 1))
+    plan.step(FEW_OF[geometry.kind], *query, *cache, *shape, when=SHORT)
     plan.step(_combine, out.address, out.stride, *shape, when=SHORT)
-    half = geometry.size == 2
-    plan.step(_gather, k_field, v_field, new.k_new, new.v_new, G, D, window, sinks, half, when=LONG)
+    plan.step(GATHER[geometry.kind], *cache, G, D, window, sinks, when=LONG)
     plan.step(_attend_many, *query, out.address, *shape, when=LONG)
     return out
 
 
-def parts_bytes(geometry: Geometry, rows: int, splits: int) -> int:
-    """Of the parts of a short pass."""
-    return 4 * (geometry.head_dim + 2) * geometry.heads * rows * splits
-
-
-def gathered_keys(geometry: Geometry, first: int, count: int) -> int:
-    """Keys that a long pass gathers, and room for a vector at the end."""
-    window, sinks = geometry.window, geometry.sinks
-    low = max(sinks, first - window + 1) if window else 0
-    return sinks + 2 * LANES + first + count - low + LANES
-
-
 def splits_of(geometry: Geometry, position: int) -> int:
-    """Parts of the attention of the token at a position."""
-    keys = position + 1 if not geometry.window else min(position + 1, geometry.window + geometry.sinks)
-    return -(-keys // SPLIT)
+    """Blocks in which the token at a position, or any before it, finds its keys, at most."""
+    window, sinks = geometry.window, geometry.sinks
+    if not window:
+        return position // BLOCK + 1
+    return -(-sinks // BLOCK) + min(position, window + BLOCK - 1) // BLOCK + 1
+
+
+def parts_bytes(geometry: Geometry, rows: int, splits: int) -> int:
+    """Of what the blocks of a short pass give."""
+    return 4 * (-(-geometry.head_dim // LANES) * LANES + LANES) * geometry.heads * rows * splits
+
+
+def gathered(geometry: Geometry, first: int, count: int) -> tuple[int, int]:
+    """Places for keys in a long pass, and bytes of all of them."""
+    window, sinks, D = geometry.window, geometry.sinks, geometry.head_dim
+    low = max(sinks, first - window + 1) if window else 0
+    places = sinks + max(0, first + count - low) + 3 * LANES
+    places -= places % LANES
+    return places, 4 * geometry.kv_heads * places * (-(-D // LANES) * LANES + D)

@@ -17,6 +17,8 @@ from tcinfer.kernels.cpu.tiles import MANY, byte_tile, float_tile
 from tcinfer.kernels.cpu.vectors import delivered
 from tcinfer.kernels.reference.quants import Matrix
 
+NEAR = 2**15  # bytes of weights that stay in the first cache while all rows of a chunk go by
+
 
 def _linear(kind: Kind) -> Operator:
     """y = x Wᵀ + b, or with `gate` float32 [rows]: gate (x Wᵀ + b); put into y, or added to it."""
@@ -38,29 +40,31 @@ def _linear(kind: Kind) -> Operator:
             x += stride * p[OUT_FIRST]
         runs = columns // columns_of
         first, last = share((outputs + LANES - 1) // LANES, thread, threads)
-        for group in range(first, last):
-            at, t = w + group * runs * size, 0
-            lanes = min(LANES, outputs - LANES * group)
+        together = max(1, NEAR // (runs * size)) if rows > MANY else 1
+        for block in range(first, last, together):
+            t = 0
             while t < rows:
                 left = rows - t
                 n = MANY if left >= MANY else 2 if left >= 2 else 1
                 from_ = x + t * stride
-                if packed:
-                    if n == MANY:
-                        many(at, from_, stride, runs, sums)
-                    elif n == 2:
-                        two(at, from_, stride, runs, sums)
-                    else:
-                        one(at, from_, stride, runs, sums)
-                else:
-                    if n == MANY:
+                for group in range(block, min(last, block + together)):
+                    at = w + group * runs * size
+                    if packed:
+                        if n == MANY:
+                            many(at, from_, stride, runs, sums)
+                        elif n == 2:
+                            two(at, from_, stride, runs, sums)
+                        else:
+                            one(at, from_, stride, runs, sums)
+                    elif n == MANY:
                         many(at, size, from_, stride, runs, LANES, sums, 4 * LANES)
                     elif n == 2:
                         two(at, size, from_, stride, runs, LANES, sums, 4 * LANES)
                     else:
                         one(at, size, from_, stride, runs, LANES, sums, 4 * LANES)
-                shift, factor = bias + 4 * LANES * group if bias else bias, gate + 4 * t if gate else gate
-                delivered(sums, n, y + t * y_stride + 4 * LANES * group, y_stride, lanes, shift, factor, add)
+                    shift, factor = bias + 4 * LANES * group if bias else bias, gate + 4 * t if gate else gate
+                    lanes, to = min(LANES, outputs - LANES * group), y + t * y_stride + 4 * LANES * group
+                    delivered(sums, n, to, y_stride, lanes, shift, factor, add)
                 t += n
 
     return linear

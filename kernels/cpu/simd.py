@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 
 LANES = 16  # numbers in a vector: one AVX-512 register, two of AVX2, four of Arm
 I8, I16, I32, I64, F16, F32 = *(ir.IntType(n) for n in (8, 16, 32, 64)), ir.HalfType(), ir.FloatType()
-FAST = ("reassoc", "contract", "nsz", "arcp")  # sums may be reordered, but NaN and Inf stay what they are
+FAST = ("reassoc", "contract", "nsz", "arcp")  # the lanes of a sum may be added in any (but always the same) order
 
 _FEATURES = set(cpu_target.target_context.codegen().magic_tuple()[2].split(","))  # of the CPU that Numba compiles for
 
@@ -35,7 +35,10 @@ HAS_HALF = TIER != "generic" or "+fullfp16" in _FEATURES  # whether `half` in LL
 
 
 class Lanes:
-    """A vector or scalar under construction; a plain number stands for itself in every lane."""
+    """A vector or scalar under construction; a plain number stands for itself in every lane.
+
+    Every operation is done exactly as it is written, so that two operators that write the same get the same bits.
+    """
 
     def __init__(self, builder: Any, value: Any) -> None:
         self.builder, self.value = builder, value
@@ -61,8 +64,7 @@ class Lanes:
         return other.value
 
     def _emit(self, name: str, other: Lanes | float) -> Lanes:
-        flags = {"flags": FAST} if name.startswith("f") else {}
-        return Lanes(self.builder, getattr(self.builder, name)(self.value, self._with(other), **flags))
+        return Lanes(self.builder, getattr(self.builder, name)(self.value, self._with(other)))
 
     def _arithmetic(self, name: str, other: Lanes | float) -> Lanes:
         return self._emit("f" + name if self.element == F32 else name, other)

@@ -2,9 +2,10 @@
 
 `byte_tile(kind, n)`     packed weights by activations quantised to bytes
 `float_tile(kind, n)`     anything in float: F32, F16 and BF16 weights, keys, values, the matrix memory
-`scores(kind)`            a query by 16 keys as they lie in the cache
+`side_by_side(kind)`      16 keys as they lie in the cache, turned so that they can be such weights
 
-Each makes an intrinsic for compiled functions; all arguments are addresses, strides in bytes, and counts.
+Each makes an intrinsic for compiled functions; all arguments are addresses, strides in bytes, and counts. A sum is added
+up in the same order whatever n is: a token gets the same bits alone, in a prompt, and beside other sessions.
 """
 
 from __future__ import annotations
@@ -115,9 +116,8 @@ def float_tile(kind: Kind, n: int, add: bool = False) -> Any:
     """tile(w, w_stride, x, x_stride, count, lanes, out, out_stride): out float32 [n, 16] = Σ_c x[t, c] · w[c, 0..15].
 
     w: `count` rows of `lanes` (at most 16) elements of a float kind, w_stride bytes apart; x float32 [n, count];
-    add: to what is in `out`, which is always written in whole vectors.
+    add: on top of what is in `out`. Summed column by column, and `out` is always written in whole vectors.
     """
-    unroll = {1: 4, 2: 2}.get(n, 1)  # independent sums, so that one addition does not wait for the other
 
     @intrinsic
     def tile(
@@ -126,28 +126,22 @@ def float_tile(kind: Kind, n: int, add: bool = False) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             w, w_stride, x, x_stride, count, lanes, out, out_stride = arguments
             rows = [builder.add(x, builder.mul(x_stride, I64(t))) for t in range(n)]
-            sums = _Sums(builder, n * unroll)
-
-            def column(c: Any, which: int, whole: bool) -> None:
-                at = builder.add(w, builder.mul(c, w_stride))
-                kind_ = element(kind)
-                stored = load(builder, at, 0, kind_) if whole else load_some(builder, at, 0, kind_, lanes)
-                if n == 1 and which == 0:
-                    fetch_ahead(builder, at, AHEAD)
-                values = to_float(stored, kind)
-                for t in range(n):
-                    x_c = load(builder, builder.add(rows[t], builder.mul(c, I64(4))), 0, F32, 1).splat()
-                    sums[t * unroll + which] = values.fma(x_c, sums[t * unroll + which])
+            outs = [builder.add(out, builder.mul(out_stride, I64(t))) for t in range(n)]
+            sums = _Sums(builder, n)
+            for t in range(n if add else 0):
+                sums[t] = load(builder, outs[t], 0, F32)
 
             def columns(whole: bool) -> None:
-                together = builder.sdiv(count, I64(unroll))
-                with cgutils.for_range(builder, together) as loop:
-                    first = builder.mul(loop.index, I64(unroll))
-                    for u in range(unroll):
-                        column(builder.add(first, I64(u)), u, whole)
-                if unroll > 1:
-                    with cgutils.for_range_slice(builder, builder.mul(together, I64(unroll)), count, I64(1)) as (c, _):
-                        column(c, 0, whole)
+                with cgutils.for_range(builder, count) as loop:
+                    at = builder.add(w, builder.mul(loop.index, w_stride))
+                    if n == 1:
+                        fetch_ahead(builder, at, AHEAD)
+                    what = element(kind)
+                    stored = load(builder, at, 0, what) if whole else load_some(builder, at, 0, what, lanes)
+                    values = to_float(stored, kind)
+                    for t in range(n):
+                        x_c = load(builder, rows[t], builder.mul(loop.index, I64(4)), F32, 1).splat()
+                        sums[t] = values.fma(x_c, sums[t])
 
             with builder.if_else(builder.icmp_signed("==", lanes, I64(LANES))) as (full, tail):
                 with full:
@@ -155,11 +149,7 @@ def float_tile(kind: Kind, n: int, add: bool = False) -> Any:
                 with tail:
                     columns(False)
             for t in range(n):
-                to = builder.add(out, builder.mul(out_stride, I64(t)))
-                total = sums[t * unroll]
-                for u in range(1, unroll):
-                    total = total + sums[t * unroll + u]
-                store(load(builder, to, 0, F32) + total if add else total, to)
+                store(sums[t], outs[t])
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 8), codegen
@@ -168,50 +158,44 @@ def float_tile(kind: Kind, n: int, add: bool = False) -> Any:
 
 
 @cache
-def scores(kind: Kind) -> Any:
-    """score(q, k, k_stride, width, rows, out): out float32 [16] = q · k_i for keys i = 0 .. rows - 1 (the rest: any).
+def side_by_side(kind: Kind) -> Any:
+    """turn(table, width, out): out float32 [width, 16] from 16 rows [width] of a float kind, whose addresses the table has.
 
-    q float32 [width]; keys of a float kind, k_stride bytes apart. Sixteen sums side by side, added up across lanes by
-    a tree of shuffles.
+    Written in whole groups of 16 columns. Each such square is turned in four rounds, in which vectors at a distance of
+    8, 4, 2 and 1 exchange halves, quarters, and so on.
     """
-    size = FLOATS[kind]
 
     @intrinsic
-    def score(typingctx: Any, q: Any, k: Any, k_stride: Any, width: Any, rows: Any, out: Any) -> Any:
+    def turn(typingctx: Any, table: Any, width: Any, out: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            q, k, k_stride, width, rows, out = arguments
-            last = builder.sub(rows, I64(1))
-            keys = []
-            for i in range(LANES):
-                inside = builder.icmp_signed("<", I64(i), last)
-                keys.append(builder.add(k, builder.mul(k_stride, builder.select(inside, I64(i), last))))
-            sums = _Sums(builder, LANES)
+            table, width, out = arguments
+            rows = [load(builder, table, 8 * i, I64, 1).value for i in range(LANES)]
 
-            def part(c: Any, lanes: Any) -> None:
-                def get(address: Any, bytes_: int, kind_: Any) -> Lanes:
-                    at = builder.add(address, builder.mul(c, I64(bytes_)))
-                    return load(builder, at, 0, kind_) if lanes is None else load_some(builder, at, 0, kind_, lanes)
-
-                x = get(q, 4, F32)
-                for i in range(LANES):
-                    sums[i] = to_float(get(keys[i], size, element(kind)), kind).fma(x, sums[i])
+            def square(c: Any, lanes: Any) -> None:
+                vectors = []
+                for row in rows:
+                    at, what = builder.mul(c, I64(FLOATS[kind])), element(kind)
+                    whole = lanes is None
+                    stored = load(builder, row, at, what) if whole else load_some(builder, row, at, what, lanes)
+                    vectors.append(to_float(stored, kind))
+                for distance in (8, 4, 2, 1):
+                    low = [i if not i & distance else i - distance + LANES for i in range(LANES)]
+                    high = [i + distance if not i & distance else i + LANES for i in range(LANES)]
+                    for i in range(LANES):
+                        if not i & distance:
+                            a, b = vectors[i], vectors[i + distance]
+                            vectors[i], vectors[i + distance] = a.shuffle(b, low), a.shuffle(b, high)
+                for i, v in enumerate(vectors):
+                    store(v, builder.add(out, builder.mul(c, I64(4 * LANES))), 4 * LANES * i)
 
             whole = builder.and_(width, I64(-LANES))
             with cgutils.for_range_slice(builder, I64(0), whole, I64(LANES)) as (c, _):
-                part(c, None)
+                square(c, None)
             rest = builder.sub(width, whole)
             with builder.if_then(builder.icmp_signed(">", rest, I64(0))):
-                part(whole, rest)
-            level = [sums[i] for i in range(LANES)]
-            half = LANES // 2
-            while len(level) > 1:
-                low = [i for i in range(2 * LANES) if i % (2 * half) < half]
-                high = [i for i in range(2 * LANES) if i % (2 * half) >= half]
-                level = [a.shuffle(b, low) + a.shuffle(b, high) for a, b in zip(level[::2], level[1::2], strict=True)]
-                half //= 2
-            store(level[0], out)
+                square(whole, rest)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 6), codegen
+        return types.void(*[types.int64] * 3), codegen
 
-    return score
+    return turn

@@ -95,20 +95,38 @@ def _masked(v: Lanes, lanes: Any) -> Lanes:
 
 
 @intrinsic
-def scaled(typingctx: Any, x: Any, count: Any, by: Any) -> Any:
-    """x *= by, in place."""
+def scaled(typingctx: Any, x: Any, y: Any, count: Any, by: Any) -> Any:
+    """y = x · by."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        x, count, by = arguments
+        x, y, count, by = arguments
         factor = Lanes(builder, by).splat()
 
         def body(offset: Any, lanes: Any) -> None:
-            _put(_get(builder, x, offset, lanes) * factor, x, offset, lanes)
+            _put(_get(builder, x, offset, lanes) * factor, y, offset, lanes)
 
         _each(builder, count, body)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.float32), codegen
+    return types.void(*[types.int64] * 3, types.float32), codegen
+
+
+@intrinsic
+def merged(typingctx: Any, x: Any, y: Any, count: Any, fade: Any, grow: Any) -> Any:
+    """x = x · fade + y · grow, in place."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, y, count, fade, grow = arguments
+        old, new = Lanes(builder, fade).splat(), Lanes(builder, grow).splat()
+
+        def body(offset: Any, lanes: Any) -> None:
+            part = _get(builder, y, offset, lanes) * new
+            _put(_get(builder, x, offset, lanes).fma(old, part), x, offset, lanes)
+
+        _each(builder, count, body)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3, types.float32, types.float32), codegen
 
 
 @intrinsic
