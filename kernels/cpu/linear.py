@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from tcinfer.kernels.cpu.jit import Operator, operator
 from tcinfer.kernels.cpu.packing import FLOATS, PACKINGS, RUN, interleaver
 from tcinfer.kernels.cpu.plan import ALIGNMENT, EACH, LOGITS, OUT_FIRST, OUT_ROWS, ROWS, SCRATCH, Plan, Rows
-from tcinfer.kernels.cpu.rows import quantised, share
-from tcinfer.kernels.cpu.simd import LANES, int8s
+from tcinfer.kernels.cpu.rows import quantised, quantised_twice, share
+from tcinfer.kernels.cpu.simd import LANES, floats, int8s
 from tcinfer.kernels.cpu.tiles import MANY, byte_tile, float_tile
 from tcinfer.kernels.cpu.vectors import delivered
 from tcinfer.kernels.reference.quants import Matrix
@@ -35,9 +35,13 @@ def _linear(kind: Kind) -> Operator:
         w, x, stride, columns, outputs, y, y_stride, bias, gate = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8]
         add, head = a[9], a[10]
         rows, sums = p[ROWS], p[SCRATCH] + thread * p[EACH]
-        if head:  # only the rows whose logits are wanted
+        if head:  # only the rows whose logits are wanted; if packed, two rows of activations for each
             rows, y = p[OUT_ROWS], p[LOGITS]
-            x += stride * p[OUT_FIRST]
+            if packed:
+                rows *= 2
+            else:
+                x += stride * p[OUT_FIRST]
+        total = floats(sums)
         runs = columns // columns_of
         first, last = share((outputs + LANES - 1) // LANES, thread, threads)
         together = max(1, NEAR // (runs * size)) if rows > MANY else 1
@@ -62,9 +66,15 @@ def _linear(kind: Kind) -> Operator:
                         two(at, size, from_, stride, runs, LANES, sums, 4 * LANES)
                     else:
                         one(at, size, from_, stride, runs, LANES, sums, 4 * LANES)
+                    done, to = n, t
+                    if packed and head:
+                        done, to = n // 2, t // 2
+                        for u in range(done):
+                            for i in range(LANES):
+                                total[LANES * u + i] = total[2 * LANES * u + i] + total[2 * LANES * u + LANES + i]
                     shift, factor = bias + 4 * LANES * group if bias else bias, gate + 4 * t if gate else gate
-                    lanes, to = min(LANES, outputs - LANES * group), y + t * y_stride + 4 * LANES * group
-                    delivered(sums, n, to, y_stride, lanes, shift, factor, add)
+                    lanes, at = min(LANES, outputs - LANES * group), y + to * y_stride + 4 * LANES * group
+                    delivered(sums, done, at, y_stride, lanes, shift, factor, add)
                 t += n
 
     return linear
@@ -148,12 +158,14 @@ def linear(
 ) -> Rows:
     """x Wᵀ + b. into: rows that it is added to; gate: a factor for each row; head: the pass's logits.
 
-    A packed matrix is multiplied by rows quantised to bytes; F32, F16 and BF16 by the float32 rows.
+    A packed matrix is multiplied by rows quantised to bytes, and the head's by rows quantised twice, once more for what
+    the first time left over: that costs little, for the few rows there are, and is a quarter of the error of the logits.
+    F32, F16 and BF16 are multiplied by the float32 rows.
     """
     outputs, columns = w.shape
     assert columns == x.columns
     packed = w.kind in PACKINGS
-    if packed:
+    if packed and not head:
         quantised(plan, x)
     y = into or (Rows(plan, 0 if head else outputs))
     y_stride = 4 * outputs if head else y.stride
@@ -162,7 +174,7 @@ def linear(
     plan.step(
         LINEAR[w.kind],
         plan.keep(w.data),
-        x.bytes if packed else x.address,
+        quantised_twice(plan, x) if packed and head else x.bytes if packed else x.address,
         x.bytes_stride if packed else x.stride,
         columns,
         outputs,

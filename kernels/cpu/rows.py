@@ -15,10 +15,24 @@ from numpy.typing import NDArray
 
 from tcinfer.kernels.cpu.jit import Operator, operator
 from tcinfer.kernels.cpu.packing import FLOATS, PACKINGS, RUN, unpacker
-from tcinfer.kernels.cpu.plan import FIRST, IDS, ROW, ROWS, SEQUENCE, SEQUENCE_OF, TABLE, Plan, Rows
+from tcinfer.kernels.cpu.plan import (
+    EACH,
+    FIRST,
+    IDS,
+    OUT_FIRST,
+    OUT_ROWS,
+    ROW,
+    ROWS,
+    SCRATCH,
+    SEQUENCE,
+    SEQUENCE_OF,
+    TABLE,
+    Plan,
+    Rows,
+)
 from tcinfer.kernels.cpu.simd import doubles, floats, int64s, load_brain, load_half, number
 from tcinfer.kernels.cpu.tiles import HEAD
-from tcinfer.kernels.cpu.vectors import normed, quantise_run, silu_product, squares
+from tcinfer.kernels.cpu.vectors import left_over, normed, quantise_run, silu_product, squares
 from tcinfer.kernels.reference.quants import Matrix
 
 F = np.float32
@@ -53,6 +67,30 @@ def _quantise(a, p, thread, threads):  # type: ignore[no-untyped-def]
         row, run = i // runs, i % runs
         q, head = bytes_at(out, out_stride, columns, row, run)
         quantise_run(x + row * stride + 4 * RUN * run, q, head)
+
+
+@operator
+def _quantise_twice(a, p, thread, threads):  # type: ignore[no-untyped-def]
+    x, stride, columns, out, out_stride = a[0], a[1], a[2], a[3], a[4]
+    runs, rest = columns // RUN, p[SCRATCH] + thread * p[EACH]
+    first, last = share(p[OUT_ROWS] * runs, thread, threads)
+    for i in range(first, last):
+        row, run = i // runs, i % runs
+        values = x + (p[OUT_FIRST] + row) * stride + 4 * RUN * run
+        q, head = bytes_at(out, out_stride, columns, 2 * row, run)
+        quantise_run(values, q, head)
+        left_over(values, q, head, rest)
+        q, head = bytes_at(out, out_stride, columns, 2 * row + 1, run)
+        quantise_run(rest, q, head)
+
+
+def quantised_twice(plan: Plan, x: Rows) -> int:
+    """Address of the rows whose logits are wanted, each as two rows of x.bytes_stride: it quantised, and what that left
+    over quantised again."""
+    out = plan.room(2 * plan.capacity * x.bytes_stride)
+    plan.scratch(4 * RUN)
+    plan.step(_quantise_twice, x.address, x.stride, x.columns, out, x.bytes_stride)
+    return out
 
 
 def quantised(plan: Plan, x: Rows) -> None:

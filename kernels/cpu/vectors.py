@@ -213,6 +213,21 @@ def quantise_run(typingctx: Any, x: Any, q: Any, head: Any) -> Any:
 
 
 @intrinsic
+def left_over(typingctx: Any, x: Any, q: Any, head: Any, out: Any) -> Any:
+    """out = x - d q, 32 float32: what `quantise_run` could not say."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, q, head, out = arguments
+        d = load(builder, head, 0, F32, 1).splat() * -1.0
+        for i in range(RUN // LANES):
+            n = load(builder, q, LANES * i, I8).wide(signed=True).float()
+            store(n.fma(d, load(builder, x, 4 * LANES * i, F32)), out, 4 * LANES * i)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen
+
+
+@intrinsic
 def delivered(
     typingctx: Any, sums: Any, n: Any, out: Any, stride: Any, lanes: Any, bias: Any, gate: Any, add: Any
 ) -> Any:
