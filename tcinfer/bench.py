@@ -20,6 +20,7 @@ from tcinfer.model import Model
 from tcinfer.session import Session
 
 SEED = 0
+OURS = "tcinfer"
 DEEPEST_PEER = 16_384  # tokens of context up to which a growing cache is built for comparison
 
 
@@ -51,6 +52,8 @@ class Measured:
 
     def spread(self, what: str) -> float:
         """Half the distance between the quartiles, as a part of the median."""
+        if not getattr(self, what):
+            return float("nan")
         low, high = np.percentile(getattr(self, what), (25, 75))
         return float((high - low) / 2 / self.median(what))
 
@@ -77,48 +80,56 @@ class Report:
         """Ours over the better of the peers at the same depth, for prompt and decode."""
         out = {}
         for what in ("prompt", "decode"):
-            peers = [r.median(what) for r in self.rows if r.depth == row.depth and r.name != OURS]
+            peers = [r.median(what) for r in self.rows if r.depth == row.depth and r.name != OURS and getattr(r, what)]
             if peers:
                 out[what] = row.median(what) / max(peers)
         return out
 
     def markdown(self) -> str:
+        """A line on the machine, and a table; columns that nothing was measured for are left out."""
+        compared = any(row.name != OURS for row in self.rows)
+        columns: dict[str, list[str]] = {}
+        for row in self.rows:
+            ours, ratios = row.name == OURS, self.ratios(row)
+            p50, p90, p99 = np.percentile(row.latencies, (50, 90, 99))
+            cells = {
+                "": row.name,
+                "depth": f"{row.depth:,}",
+                f"prompt {self.prompt} tok/s": _with_spread(row, "prompt", 0) if self.prompt else None,
+                "decode tok/s": _with_spread(row, "decode", 1),
+                "ms p50 / p90 / p99": f"{p50:.2f} / {p90:.2f} / {p99:.2f}",
+                "of bandwidth": f"{self.of_bandwidth(row):.2f}",
+                "state MB": f"{row.state_bytes / 1e6:,.1f}" if ours else "",
+                "resident MB": f"{row.resident_bytes / 1e6:,.0f}" if ours else "",
+                "against the better llama.cpp": (_ratios(ratios) if ours else "") if compared else None,
+            }
+            for name, cell in cells.items():
+                if cell is not None:
+                    columns.setdefault(name, []).append(cell)
         lines = [
             f"{self.model}, {self.memory} memory, {self.threads} threads, {self.tier}; reads "
             f"{self.bandwidth / 1e9:.1f} GB/s; {self.weight_bytes / 1e6:.1f} MB of weights a token",
             "",
-            f"| | depth | prompt {self.prompt} tok/s | decode tok/s | ms p50 / p90 / p99 | of bandwidth | state MB | "
-            "resident MB | prompt, decode against the best peer |",
-            "|---|---:|---:|---:|---:|---:|---:|---:|---|",
+            "| " + " | ".join(columns) + " |",
+            "|---" + "|---:" * (len(columns) - 1) + "|",
         ]
-        for row in self.rows:
-            p50, p90, p99 = np.percentile(row.latencies, (50, 90, 99))
-            ours = row.name == OURS
-            ratios = self.ratios(row) if ours else {}
-            cells = [
-                row.name,
-                f"{row.depth:,}",
-                f"{row.median('prompt'):,.0f} ± {row.spread('prompt'):.0%}",
-                f"{row.median('decode'):,.1f} ± {row.spread('decode'):.0%}",
-                f"{p50:.2f} / {p90:.2f} / {p99:.2f}",
-                f"{self.of_bandwidth(row):.2f}",
-                f"{row.state_bytes / 1e6:,.1f}" if ours else "",
-                f"{row.resident_bytes / 1e6:,.0f}" if ours else "",
-                ", ".join(f"{value:.2f}x" for value in ratios.values()),
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-        return "\n".join(lines)
+        return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in zip(*columns.values(), strict=True)])
 
     def json(self) -> str:
         rows = []
         for row in self.rows:
             figures = {"of_bandwidth": self.of_bandwidth(row), "ratios": self.ratios(row) if row.name == OURS else {}}
-            medians = {f"{what}_median": row.median(what) for what in ("prompt", "decode")}
+            medians = {f"{what}_median": row.median(what) for what in ("prompt", "decode") if getattr(row, what)}
             rows.append(asdict(row) | medians | figures)
         return json.dumps({**asdict(self), "rows": rows})
 
 
-OURS = "tcinfer"
+def _with_spread(row: Measured, what: str, digits: int) -> str:
+    return f"{row.median(what):,.{digits}f} ± {row.spread(what):.0%}"
+
+
+def _ratios(ratios: dict[str, float]) -> str:
+    return ", ".join(f"{what} {value:.2f}x" for what, value in ratios.items())
 
 
 class _Ours:
@@ -151,7 +162,13 @@ class _LlamaCpp:
             raise TcinferError("--compare llama.cpp needs llama-cpp-python: pip install llama-cpp-python") from None
         self.name = f"llama.cpp{', flash attention' if flash else ''}"
         self._api, self._ids, self._depth = llama_cpp, ids, 0
-        options = {"n_ctx": context, "n_batch": 512, "n_ubatch": 512, "flash_attn": flash, "verbose": False}
+        options: dict[str, Any] = {
+            "n_ctx": context,
+            "n_batch": 512,
+            "n_ubatch": 512,
+            "flash_attn": flash,
+            "verbose": False,
+        }
         self._model = llama_cpp.Llama(path, n_threads=threads, n_threads_batch=threads, **options)
         self._context = self._model._ctx.ctx
         self._batch = llama_cpp.llama_batch_init(512, 0, 1)
@@ -202,32 +219,34 @@ def run(
     peer: bool = False,
     progress: Callable[[int], None] = lambda n: None,
 ) -> Report:
-    """Measure reading a prompt and decoding at each depth, `rounds` times. progress: told of each round at each depth."""
+    """Measure reading a prompt and decoding at each depth, `rounds` times; progress is told of each."""
     from tcinfer.kernels.cpu.bandwidth import Bandwidth
     from tcinfer.kernels.cpu.simd import TIER
 
     if model.bytes_per_token is None:
         raise TcinferError("bench measures the numba backend")
-    bandwidth, reads = Bandwidth(model.ops.threads), []
-    ids, rows = _ids(model), []
-    for depth in depths:
-        runners: list[Runner] = [_Ours(model)]
+    ids, rows, reads = _ids(model), [], []
+    ours, mine = [_Ours(model) for _ in depths], []
+    for depth, own in zip(depths, ours, strict=True):  # first, while this process holds nothing else
+        own.start(depth)
+        mine.append(Measured(OURS, depth, state_bytes=own.session.nbytes, resident_bytes=resident()))
+    bandwidth = Bandwidth(model.ops.threads, model.bytes_per_token)
+    for depth, own, first in zip(depths, ours, mine, strict=True):
+        runners: list[Runner] = [own]
         if peer and depth <= DEEPEST_PEER:
             context = depth + max(prompt, tokens) + 1
             threads = model.ops.threads.count
             runners += [_LlamaCpp(path, context, threads, flash, ids) for flash in (False, True)]
-        found = [Measured(runner.name, depth) for runner in runners]
-        for runner in runners:
+        found = [first, *(Measured(runner.name, depth) for runner in runners[1:])]
+        for runner in runners[1:]:
             runner.start(depth)
+        for runner in runners:
             runner.feed(ids(8))  # what is done once is done now
         for _ in range(rounds):
             reads.append(bandwidth.measure())
             for runner, row in zip(runners, found, strict=True):
                 _round(runner, row, ids(max(prompt, tokens)), prompt, tokens)
             progress(1)
-        ours = runners[0]
-        assert isinstance(ours, _Ours)
-        found[0].state_bytes, found[0].resident_bytes = ours.session.nbytes, resident()
         rows += found
     return Report(
         path,

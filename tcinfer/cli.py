@@ -339,7 +339,7 @@ def bench(**options: Any) -> None:
     if options["soak"] is not None:
         check_count("--soak", options["soak"], 1)
         with _interruptible() as check, bar("streaming", options["soak"]) as advance:
-            text = measuring.soak(model, options["soak"], progress=lambda n: (advance(n), check()) and None)
+            text = measuring.soak(model, options["soak"], progress=_both(advance, check))
         click.echo(text)
         return
     path = options["model"] or str(bundled())
@@ -352,9 +352,19 @@ def bench(**options: Any) -> None:
             depths,
             options["rounds"],
             options["compare"] is not None,
-            lambda n: (advance(n), check()) and None,
+            _both(advance, check),
         )
     click.echo(report.markdown() if options["output"] == "md" else report.json())
+
+
+def _both(advance: Callable[[int], None], check: Callable[[], None]) -> Callable[[int], None]:
+    """Progress that Ctrl-C can end."""
+
+    def progress(n: int) -> None:
+        advance(n)
+        check()
+
+    return progress
 
 
 @cli.command()

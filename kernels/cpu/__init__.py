@@ -12,7 +12,6 @@ from tcinfer.kernels.cpu.jit import OPERATORS, cache_folder, prune
 from tcinfer.kernels.cpu.threads import pool
 from tcinfer.kernels.reference import Reference
 
-
 MODULES = ("attention", "bandwidth", "infini", "linear", "matrix_memory", "ring", "rows", "tensor_cache")
 
 

@@ -4,8 +4,8 @@ A query's keys are its sinks and the positions of its window. They are taken in 
 BLOCK in the stream, however the stream was fed; each block gives a maximum, a sum of exponentials and weighted values,
 and blocks are merged oldest first. So a token's attention has the same bits in any chunk and for any number of threads.
 
-Passes of few tokens a sequence share blocks among the threads and merge in a second step. Long ones gather keys (16 side
-by side) and values once in float32, and take blocks of queries through them.
+Passes of few tokens a sequence share blocks among the threads and merge in a second step. Long ones gather keys (16
+side by side) and values once in float32, and take blocks of queries through them.
 """
 
 from __future__ import annotations

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 from numba.core import cgutils, types
-from numba.extending import intrinsic
 
 from tcinfer.kernels.cpu.jit import operator
 from tcinfer.kernels.cpu.plan import Plan
 from tcinfer.kernels.cpu.rows import share
-from tcinfer.kernels.cpu.simd import I32, I64, LANES, Lanes, constant, fetch_ahead, load
+from tcinfer.kernels.cpu.simd import I32, I64, LANES, Lanes, constant, fetch_ahead, intrinsic, load
 from tcinfer.kernels.cpu.threads import Threads
 from tcinfer.kernels.cpu.tiles import AHEAD
 
+LEAST = 2**26  # bytes, below which one reading is too short to be measured
 LINES = 4  # cache lines looked at together
 
 
@@ -52,8 +52,9 @@ def _look(a, p, thread, threads):  # type: ignore[no-untyped-def]
 class Bandwidth:
     """Measures it, with the same threads and the same kind of loop as the products."""
 
-    def __init__(self, threads: Threads, size: int = 2**28) -> None:
-        """size: bytes to read, more than the caches hold."""
+    def __init__(self, threads: Threads, size: int) -> None:
+        """size: bytes to read, at least: those of the weights, so that caches help both or neither."""
+        size = max(LEAST, -(-size // 2**20) * 2**20)
         self._plan, self._size = Plan(1, threads), size
         data = np.ones(size, np.uint8)  # written, so that every page is there
         self._plan.step(_look, self._plan.keep(data), size, *[0] * 8 * threads.count)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Kind
@@ -85,8 +85,8 @@ LINEAR = {kind: _linear(kind) for kind in (*PACKINGS, *FLOATS)}
 
 def _interleave(kind: Kind) -> Operator:
     packing = PACKINGS.get(kind)
-    interleave = interleaver(packing) if packing else None
-    columns_of = packing.count * RUN if packing else 1
+    interleave: Any = interleaver(packing) if packing else None
+    columns_of = packing.per_block * RUN if packing else 1
     size = packing.dtype.itemsize if packing else FLOATS[kind]
     packed = packing is not None
 
@@ -159,7 +159,7 @@ def linear(
     """x Wᵀ + b. into: rows that it is added to; gate: a factor for each row; head: the pass's logits.
 
     A packed matrix is multiplied by rows quantised to bytes, and the head's by rows quantised twice, once more for what
-    the first time left over: that costs little, for the few rows there are, and is a quarter of the error of the logits.
+    the first time left over: it costs little, for the few rows there are, and was a quarter of the error of the logits.
     F32, F16 and BF16 are multiplied by the float32 rows.
     """
     outputs, columns = w.shape

@@ -24,9 +24,8 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType as Kind
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.extending import intrinsic
 
-from tcinfer.kernels.cpu.simd import F32, I8, I16, I32, I64, LANES, Lanes, constant, load, store
+from tcinfer.kernels.cpu.simd import F32, I8, I16, I32, I64, LANES, Lanes, constant, intrinsic, load, store
 
 RUN = 32  # columns that are packed, and whose activations are quantised, together
 
@@ -135,7 +134,7 @@ class Packing(NamedTuple):
 
     dtype: np.dtype
     runs: Callable[[Block], list[Run]]
-    count: int  # runs in a block
+    per_block: int  # runs
     bits: int  # of an integer: 4, 5, 6 or 8
     offset: int  # subtracted from the integers, where there is no minimum
     minimum: bool = False
@@ -261,7 +260,7 @@ def _each_block(builder: Any, packing: Packing, row: Any, blocks: Any) -> Any:
     """The loop over a row's blocks: yields (number of the first run, the block's runs) once, the loop being open."""
     with cgutils.for_range(builder, blocks) as loop:
         address = builder.add(row, builder.mul(loop.index, I64(packing.dtype.itemsize)))
-        yield builder.mul(loop.index, I64(packing.count)), packing.runs(Block(builder, address, packing.dtype))
+        yield builder.mul(loop.index, I64(packing.per_block)), packing.runs(Block(builder, address, packing.dtype))
 
 
 def unpacker(packing: Packing) -> Any:

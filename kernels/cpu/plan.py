@@ -52,7 +52,7 @@ class Step:
 
 
 class Rows:
-    """A float32 matrix of the pass, one row a token.  `bytes`: the same quantised for packed weights, made on demand."""
+    """A float32 matrix of the pass, one row a token.  `bytes`: the same quantised for packed weights, if asked for."""
 
     def __init__(self, plan: Plan, columns: int) -> None:
         self.plan, self.columns = plan, columns

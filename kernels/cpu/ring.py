@@ -165,7 +165,7 @@ def push(
     rounded: bool,
     plain: bool,
 ) -> Entering:
-    """Convolve, rotate and round.  near, far: angles (rows.angles), or (0, 0); rounded, plain: make k, v and k_plain."""
+    """Convolve, rotate, round.  near, far: angles (rows.angles), or (0, 0); rounded, plain: make k, v and k_plain."""
     H, G, D, size = geometry.heads, geometry.kv_heads, geometry.head_dim, geometry.size
     stride = size * G * D
     q_out, q_far = Rows(plan, H * D), Rows(plan, H * D) if far[0] else None

@@ -1,12 +1,13 @@
 """Operators that treat each row by itself: embedding, norms, activations, quantisation, angles of rotation.
 
-Each is a compiled function and, below it, the function that puts it into a plan. Equations: kernels/reference/pointwise.py
-and rotary.py.
+Each is a compiled function and, below it, the function that puts it into a plan. Equations: pointwise.py and
+rotary.py in kernels/reference/.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Kind
@@ -178,8 +179,8 @@ def gelu(plan: Plan, x: Rows) -> Rows:
 
 def _embed(kind: Kind) -> Operator:
     packing = PACKINGS.get(kind)
-    unpack = unpacker(packing) if packing else None
-    size, count = (packing.dtype.itemsize, packing.count * RUN) if packing else (FLOATS[kind], 1)
+    unpack: Any = unpacker(packing) if packing else None
+    size, count = (packing.dtype.itemsize, packing.per_block * RUN) if packing else (FLOATS[kind], 1)
     packed, half, brain = packing is not None, kind == Kind.F16, kind == Kind.BF16
 
     @operator(name=f"embed_{kind.name}")

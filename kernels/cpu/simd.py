@@ -14,7 +14,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.registry import cpu_target
-from numba.extending import intrinsic
+from numba.extending import intrinsic as numba_intrinsic
 
 LANES = 16  # numbers in a vector: one AVX-512 register, two of AVX2, four of Arm
 I8, I16, I32, I64, F16, F32 = *(ir.IntType(n) for n in (8, 16, 32, 64)), ir.HalfType(), ir.FloatType()
@@ -32,6 +32,11 @@ def _tier() -> str:
 
 TIER = _tier()
 HAS_HALF = TIER != "generic" or "+fullfp16" in _FEATURES  # whether `half` in LLVM code is safe here
+
+
+def intrinsic(function: Any) -> Any:
+    """Numba's own, untyped: compiled functions call it without its first argument."""
+    return numba_intrinsic(function)
 
 
 class Lanes:

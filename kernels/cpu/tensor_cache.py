@@ -132,8 +132,9 @@ def writes(
 ) -> Writes:
     """The pair of each row: what leaves the window, else what enters; where neither is given, none.
 
-    shape: G, D, timescales, slots; window: tokens, sinks; back: angles by which leaving keys are turned back, or (0, 0);
-    decays, rates: logits [timescales, G]; slot_keys [G, slots, D]; route: rows [G, D] that choose the slot, or the keys.
+    shape: G, D, timescales, slots; window: tokens, sinks; back: angles by which leaving keys are turned back, or
+    (0, 0); decays, rates: logits [timescales, G]; slot_keys [G, slots, D]; route: rows [G, D] that choose the slot, or
+    the keys.
     """
     G, D, timescales, slots = shape
     planes = timescales * slots

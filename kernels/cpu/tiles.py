@@ -4,8 +4,8 @@
 `float_tile(kind, n)`     anything in float: F32, F16 and BF16 weights, keys, values, the matrix memory
 `side_by_side(kind)`      16 keys as they lie in the cache, turned so that they can be such weights
 
-Each makes an intrinsic for compiled functions; all arguments are addresses, strides in bytes, and counts. A sum is added
-up in the same order whatever n is: a token gets the same bits alone, in a prompt, and beside other sessions.
+Each makes an intrinsic for compiled functions; all arguments are addresses, strides in bytes, and counts. A sum is
+added up in the same order whatever n is: a token gets the same bits alone, in a prompt, and beside other sessions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 from gguf.constants import GGMLQuantizationType as Kind
 from numba.core import cgutils, types
-from numba.extending import intrinsic
 
 from tcinfer.kernels.cpu.packing import FLOATS, PACKINGS, RUN, element, to_float
 from tcinfer.kernels.cpu.simd import (
@@ -28,6 +27,7 @@ from tcinfer.kernels.cpu.simd import (
     Lanes,
     constant,
     fetch_ahead,
+    intrinsic,
     load,
     load_some,
     store,
@@ -159,10 +159,10 @@ def float_tile(kind: Kind, n: int, add: bool = False) -> Any:
 
 @cache
 def side_by_side(kind: Kind) -> Any:
-    """turn(table, width, out): out float32 [width, 16] from 16 rows [width] of a float kind, whose addresses the table has.
+    """turn(table, width, out): out float32 [width, 16] from 16 rows [width] of a float kind.
 
-    Written in whole groups of 16 columns. Each such square is turned in four rounds, in which vectors at a distance of
-    8, 4, 2 and 1 exchange halves, quarters, and so on.
+    table: the addresses of the rows. Written in whole groups of 16 columns. Each such square is turned in four rounds,
+    in which vectors at a distance of 8, 4, 2 and 1 exchange halves, quarters, and so on.
     """
 
     @intrinsic

@@ -1,6 +1,7 @@
 """What is done to long rows of numbers, written in vectors: each an intrinsic over addresses and a count.
 
-LLVM vectorises plain loops too, but not those with a maximum, and with short ones it spends more on checks than on work.
+LLVM vectorises plain loops too, but not those with a maximum, and with short ones it spends more on checks than on
+work.
 """
 
 from __future__ import annotations
@@ -9,10 +10,22 @@ from collections.abc import Callable
 from typing import Any
 
 from numba.core import cgutils, types
-from numba.extending import intrinsic
 
 from tcinfer.kernels.cpu.packing import RUN
-from tcinfer.kernels.cpu.simd import F32, I8, I32, I64, LANES, Lanes, constant, load, load_some, store, store_some
+from tcinfer.kernels.cpu.simd import (
+    F32,
+    I8,
+    I32,
+    I64,
+    LANES,
+    Lanes,
+    constant,
+    intrinsic,
+    load,
+    load_some,
+    store,
+    store_some,
+)
 
 NONE = -1e30  # less than any score
 
@@ -187,7 +200,7 @@ def silu_product(typingctx: Any, gate: Any, up: Any, count: Any) -> Any:
 
 @intrinsic
 def quantise_run(typingctx: Any, x: Any, q: Any, head: Any) -> Any:
-    """32 float32 -> int8 at q, and d, d Σq, d Σ(first 16), d Σ(last 16) at head.  q = round(x · 127 / max|x|), d = max|x| / 127.
+    """32 float32 -> int8 q = round(x / d), d = max|x| / 127; and at head d, d Σq, d Σ(first 16), d Σ(last 16).
 
     The largest magnitude is found among bit patterns, where NaN is above all; it makes d NaN.
     """

@@ -12,8 +12,8 @@ A mechanism is a module of pure functions over (weights, state); it keeps nothin
                             input), gives [T, C] out, output projection included, and moves `state` on by T tokens.
                             Any split of a stream into chunks gives the same answers.
     plan(layer, q, k, v, h)
-                            the same as steps of a plan, for the numba backend (layer: memory/layer.py): rows in, and the
-                            output added to layer.x
+                            the same as steps of a plan, for the numba backend (layer: memory/layer.py): rows in,
+                            and the output added to layer.x
 
 To add one: write the file, name it in MODES.
 """
