@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 PATIENCE = 1.0  # seconds
 
@@ -13,28 +14,30 @@ PATIENCE = 1.0  # seconds
 @contextmanager
 def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yields advance(n). The bar appears after a second and goes away at the end."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal or not sys.stderr.isatty():
-        yield lambda n: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=console, transient=True)
-    task = progress.add_task(what, total=total)
-    started = time.monotonic()
-    shown = False
+    shown: list[tuple[Any, Any]] = []  # the bar and its task, once it is there
+    started, done = time.monotonic(), 0
 
     def advance(n: int) -> None:
-        nonlocal shown
-        progress.advance(task, n)
-        if not shown and time.monotonic() - started > PATIENCE:
-            progress.start()
-            shown = True
+        nonlocal done
+        done += n
+        if not shown and time.monotonic() - started > PATIENCE and sys.stderr.isatty():
+            shown.append(_started(what, total))
+        for progress, task in shown:
+            progress.update(task, completed=done)
 
     try:
         yield advance
     finally:
-        if shown:
+        for progress, _ in shown:
             progress.stop()
+
+
+def _started(what: str, total: int) -> tuple[Any, Any]:
+    from rich.console import Console  # only now: its import takes longer than most of what a bar is for
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = progress.add_task(what, total=total)
+    progress.start()
+    return progress, task

@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Iterator
 
 from tcinfer.kernels.cpu.jit import OPERATORS, cache_folder, prune
-from tcinfer.kernels.cpu.threads import pool
+from tcinfer.kernels.cpu.threads import pool, prepare
 from tcinfer.kernels.reference import Reference
 
 MODULES = ("attention", "bandwidth", "infini", "linear", "matrix_memory", "ring", "rows", "tensor_cache")
@@ -23,6 +23,7 @@ def warm_up() -> Iterator[int]:
     for name in MODULES:
         importlib.import_module(f"tcinfer.kernels.cpu.{name}")
     prune()
+    prepare()
     for done, made in enumerate(OPERATORS.values()):
         yield len(OPERATORS) - done
         _ = made.address

@@ -33,7 +33,7 @@ from tcinfer.kernels.cpu.plan import (
 )
 from tcinfer.kernels.cpu.simd import doubles, floats, int64s, load_brain, load_half, number
 from tcinfer.kernels.cpu.tiles import HEAD
-from tcinfer.kernels.cpu.vectors import left_over, normed, quantise_run, silu_product, squares
+from tcinfer.kernels.cpu.vectors import gelu_of, left_over, normed, quantise_run, silu_product, squares
 from tcinfer.kernels.reference.quants import Matrix
 
 F = np.float32
@@ -161,9 +161,7 @@ def _gelu(a, p, thread, threads):  # type: ignore[no-untyped-def]
     x, columns, stride, out, out_stride = a[0], a[1], a[2], a[3], a[4]
     first, last = share((columns + RUN - 1) // RUN, thread, threads)
     for row in range(p[ROWS]):
-        v = floats(x + row * stride)
-        for c in range(RUN * first, min(columns, RUN * last)):
-            v[c] = F(0.5) * v[c] * (F(1) + F(math.erf(v[c] * F(math.sqrt(0.5)))))
+        gelu_of(x + row * stride + 4 * RUN * first, min(columns, RUN * last) - RUN * first)
         if out:
             for run in range(first, last):
                 q, head = bytes_at(out, out_stride, columns, row, run)

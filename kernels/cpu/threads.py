@@ -98,11 +98,19 @@ def _work(shared: int, worker: int) -> None:
         _run(job[STEPS], job[COUNT], job[PASS], worker, job[THREADS], shared, job[BASE])
 
 
+def prepare() -> None:
+    """Compile what runs plans, for the thread that asks: compiling is not for several at once."""
+    _run.compile(f"int64({', '.join(['int64'] * 7)})")
+    _start.compile(f"int64({', '.join(['int64'] * 7)})")
+    _work.compile("void(int64, int64)")
+
+
 class Threads:
     """`count` threads, the caller's own included; started when first needed, and anew in a forked process."""
 
     def __init__(self, count: int | None) -> None:
         """count: None is one for each CPU that this process may use."""
+        prepare()
         self.count = count or _cpus()
         self._owner: int | None = None
 
@@ -128,7 +136,6 @@ class Threads:
         self._shared = block[skip:]
         self._lock = threading.Lock()
         self._wake = [threading.Semaphore(0) for _ in range(self.count)]
-        _work.compile("void(int64, int64)")  # in this thread: compiling is not for several at once
         for worker in range(1, self.count):
             threading.Thread(
                 target=_live, args=(self._wake[worker], self._shared, worker), name=f"tcinfer-{worker}", daemon=True

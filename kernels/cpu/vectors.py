@@ -6,6 +6,7 @@ work.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -196,6 +197,23 @@ def silu_product(typingctx: Any, gate: Any, up: Any, count: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def gelu_of(typingctx: Any, x: Any, count: Any) -> Any:
+    """x = x/2 · (1 + erf(x/√2)), in place."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, count = arguments
+
+        def body(offset: Any, lanes: Any) -> None:
+            v = _get(builder, x, offset, lanes)
+            _put(v * 0.5 * ((v * math.sqrt(0.5)).erf() + 1.0), x, offset, lanes)
+
+        _each(builder, count, body)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
 
 
 @intrinsic
