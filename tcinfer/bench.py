@@ -21,6 +21,7 @@ from tcinfer.session import Session
 
 SEED = 0
 OURS = "tcinfer"
+SETTLING = 0.1  # seconds in which the threads of what ran before stop waiting for more
 DEEPEST_PEER = 16_384  # tokens of context up to which a growing cache is built for comparison
 
 
@@ -245,6 +246,7 @@ def run(
         for _ in range(rounds):
             reads.append(bandwidth.measure())
             for runner, row in zip(runners, found, strict=True):
+                time.sleep(SETTLING)
                 _round(runner, row, ids(max(prompt, tokens)), prompt, tokens)
             progress(1)
         rows += found

@@ -103,8 +103,8 @@ class Model:
     def step_many(self, sessions: Sequence[Session], tokens: ArrayLike) -> F32:
         """Feed one token to each of many sessions, sharing each pass over the weights; logits [len(sessions), V].
 
-        The same as feeding each by itself (with packed weights to float32 rounding), and much faster: reading the
-        weights is most of the cost of a token. Raises TcinferError, all sessions untouched, for a token out of range
+        The same as feeding each by itself, bit for bit, and much faster: reading the weights is most of the cost of a
+        token. Raises TcinferError, all sessions untouched, for a token out of range
         or a session that is not this model's or is named twice.
         """
         from tcinfer.session import step_many

@@ -108,6 +108,12 @@ def as_bytes(x: np.ndarray) -> np.ndarray:
     return (np.rint(runs * inverse) * (largest * np.float32(1 / 127))).reshape(x.shape)
 
 
+def as_bytes_twice(x: np.ndarray) -> np.ndarray:
+    """x as the head sees it: what the first bytes leave over is rounded to bytes again."""
+    once = as_bytes(x)
+    return once + as_bytes(x - once)
+
+
 class ByBytes(Reference):
     """The reference with those same activations: the two agree within 1e-6, and so tell wrong answers from coarse ones.
 
@@ -115,8 +121,15 @@ class ByBytes(Reference):
     then differs by a whole step, the logits by a per cent or less, and so does all that comes after in that session.
     """
 
+    def __init__(self, model: Model) -> None:
+        """model: whose operators they become."""
+        super().__init__()
+        self.head, model.ops = model._head, self
+
     def linear(self, x: np.ndarray, w: Matrix, bias: np.ndarray | None = None) -> np.ndarray:
-        return super().linear(x if w.kind in FLOATS else as_bytes(x), w, bias)
+        if w.kind not in FLOATS:
+            x = as_bytes_twice(x) if w is self.head else as_bytes(x)
+        return super().linear(x, w, bias)
 
 
 def tcinfer(*arguments: str, **options: Any) -> subprocess.CompletedProcess:

@@ -33,7 +33,7 @@ def once(path: Path, make: Callable[[Path], object]) -> Path:
         part.unlink(missing_ok=True)
         make(part)
         part.replace(path)
-        print(f"{path}: {path.stat().st_size / 1e6:.0f} MB")
+        print(f"{path}: {path.stat().st_size / 1e6:.0f} MB", file=sys.stderr)
     return path
 
 
@@ -126,15 +126,14 @@ def make_llama2048(folder: Path, source: Path) -> list[Path]:
     return list(paths.values())
 
 
-def main() -> None:
+def make(folder: Path) -> dict[str, Path]:
+    """All of them, by their names without the ending; those that are there already are kept."""
     from conftest import smollm2
 
     logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)  # no line for every tensor
-    folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    make_smollm2(folder, smollm2())
-    make_llama2048(folder, smollm2())
+    return {path.stem: path for path in make_smollm2(folder, smollm2()) + make_llama2048(folder, smollm2())}
 
 
 if __name__ == "__main__":
-    main()
+    make(Path(sys.argv[1]))

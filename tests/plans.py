@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import quantize
 
-from tcinfer.kernels.cpu.packing import FLOATS, PACKINGS
 from tcinfer.kernels.cpu.plan import Plan, Rows
 from tcinfer.kernels.cpu.threads import pool
 from tcinfer.kernels.reference.quants import Kind, Matrix
@@ -42,8 +42,12 @@ class Pass(Plan):
     def filled(self, values: np.ndarray) -> Rows:
         """Rows that hold these values [T, ..]."""
         rows = Rows(self, values[0].size)
-        at(rows.address, self.T, rows.columns)[:] = values.reshape(self.T, -1)
+        self.array(rows)[:] = values.reshape(self.T, -1)
         return rows
+
+    def array(self, rows: Rows) -> np.ndarray:
+        """What is in some rows, [T, columns]."""
+        return at(rows.address, self.T, rows.columns)
 
     def compute(self, *results: Rows, fields: Sequence[Sequence[np.ndarray]] = ((),), **words: int) -> list[np.ndarray]:
         """Run once, and give what is in these rows.  fields: of each sequence, the arrays of its state."""
@@ -65,31 +69,38 @@ class Pass(Plan):
         )
         for row in behind:
             np.testing.assert_array_equal(row, UNTOUCHED, "written behind the last row")
-        return [at(rows.address, self.T, rows.columns).copy() for rows in results]
+        return [self.array(rows).copy() for rows in results]
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+# The 16-bit floats of a packed block, by their first byte: scale and, in some kinds, minimum or its scale.
+SCALES = {
+    Kind.Q8_0: (0,), Kind.Q4_0: (0,), Kind.Q5_0: (0,), Kind.Q4_1: (0, 2), Kind.Q5_1: (0, 2),
+    Kind.Q4_K: (0, 2), Kind.Q5_K: (0, 2), Kind.Q6_K: (208,),
+}  # fmt: skip
+
+
 def random_matrix(kind: Kind, rows: int, columns: int, seed: int = 7) -> Matrix:
     """Any bytes at all, with scales that are ordinary numbers."""
     rng = np.random.default_rng(seed)
-    if kind in FLOATS:
+    if kind not in SCALES:
         data = quantize(rng.normal(size=(rows, columns)).astype(np.float32), kind)
         return Matrix(data.view(np.uint8).reshape(rows, -1), kind, (rows, columns))
-    blocks = rng.integers(0, 256, (rows, columns * block(kind).itemsize // width(kind)), dtype=np.uint8)
-    for name in {"d", "m", "dmin"} & set(block(kind).names):
-        fields = blocks.view(block(kind))[name]
-        fields[:] = rng.normal(size=fields.shape).astype(np.float16).view(np.uint16)
-    return Matrix(blocks, kind, (rows, columns))
+    values, size = GGML_QUANT_SIZES[kind]
+    w = Matrix(rng.integers(0, 256, (rows, columns // values * size), dtype=np.uint8), kind, (rows, columns))
+    for i in range(len(SCALES[kind])):
+        field = scales(w, i)
+        field[:] = rng.normal(size=field.shape)
+    return w
 
 
-def block(kind: Kind) -> np.dtype:
-    """The fields of a packed kind's block."""
-    return PACKINGS[kind].dtype
-
-
-def width(kind: Kind) -> int:
-    """Values in a block of a kind."""
-    return 1 if kind in FLOATS else 32 * PACKINGS[kind].count
+def scales(w: Matrix, which: int) -> np.ndarray:
+    """A view of one of SCALES of each block of a matrix, float16 [rows, blocks]."""
+    blocks = w.data.reshape(len(w.data), -1, GGML_QUANT_SIZES[w.kind][1])
+    first = SCALES[w.kind][which]
+    return np.lib.stride_tricks.as_strided(
+        w.data.reshape(-1)[first : first + 2].view(np.float16), blocks.shape[:2], blocks.strides[:2]
+    )

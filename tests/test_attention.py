@@ -63,8 +63,8 @@ def attended(D, G, R, window, sinks, far, kind, first, T, seed, spoil=None) -> t
         parts = p.room(attention.parts_bytes(geometry, T, splits))
         words = {"kind": SHORT, "splits": splits, "parts": parts}
     else:
-        keys = attention.gathered_keys(geometry, first, T)
-        words = {"kind": LONG, "keys": keys, "gathered": p.room(8 * D * G * keys)}
+        places, size = attention.gathered(geometry, first, T)
+        words = {"kind": LONG, "keys": places, "gathered": p.room(size)}
     (got,) = p.compute(out, fields=[ring], **words)
     want = []
     for t, now in enumerate(range(first, first + T)):
@@ -84,13 +84,17 @@ def test_attention(sight: dict) -> None:
 SIGHT = {"D": 24, "G": 2, "R": 3, "window": 40, "sinks": 4, "far": False, "kind": Kind.F16, "first": 100, "seed": 0}
 
 
-@pytest.mark.parametrize("T", [1, 30])
-@pytest.mark.parametrize("where", [2, 90, 100])
+@pytest.mark.parametrize(("first", "T"), [(100, 30), (125, 4)])  # long and short, both into the next block of 128
+@pytest.mark.parametrize("where", [2, 90, 127, 128])
 @pytest.mark.parametrize("which", [0, 1])
-def test_what_is_no_number_shows_in_attention(T: int, where: int, which: int) -> None:
-    """A NaN in a key or a value that every row sees; the other key head's queries do not hear of it."""
-    got, _ = attended(**SIGHT, T=T, spoil=(which, where))
-    assert np.isnan(got[:, 3:, -1]).all()
+def test_what_is_no_number_shows_in_attention(first: int, T: int, where: int, which: int) -> None:
+    """A NaN in a key or a value, for the rows that see it; the other key head's queries do not hear of it."""
+    with np.errstate(invalid="ignore"):
+        got, want = attended(**SIGHT | {"first": first, "T": T}, spoil=(which, where))
+    seen = np.array([where < SIGHT["sinks"] or at - SIGHT["window"] < where <= at for at in range(first, first + T)])
+    assert seen.any()
+    assert np.isnan(want[seen, 3:, -1]).all()
+    assert np.isnan(got[seen, 3:, -1]).all()
     assert np.isfinite(got[:, :3]).all()
 
 
@@ -121,20 +125,19 @@ def test_attention_of_many_sequences_is_that_of_each(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", [Kind.F16, Kind.F32], ids=lambda kind: kind.name)
-def test_scores_of_sixteen_keys(kind: Kind) -> None:
-    score = tiles.scores(kind)
+def test_sixteen_keys_side_by_side(kind: Kind) -> None:
+    turn = tiles.side_by_side(kind)
 
     @numba.njit
-    def run(q, k, stride, width, rows, out):
-        score(q, k, stride, width, rows, out)
+    def run(table, D, out):
+        turn(table, D, out)
 
     for D in (1, 2, 8, 15, 16, 17, 24, 64, 80, 129):
-        q, stored = normal(D, D), normal(1, 16, D + 3).astype(np.float16 if kind == Kind.F16 else F)
-        for count in (1, 2, 7, 16):
-            k, out = stored.copy(), np.empty(16, F)
-            k[count:], k[:, D:] = math.nan, math.nan  # no keys, and what belongs to other heads
-            run(q.ctypes.data, k.ctypes.data, k.strides[0], D, count, out.ctypes.data)
-            close(out[:count], k[:count, :D].astype(F) @ q)
+        rows, out = normal(D, 16, D + 3).astype(np.float16 if kind == Kind.F16 else F), np.full((D + 31, 16), 7, F)
+        table = np.array([row.ctypes.data for row in rows[::-1]])
+        run(table.ctypes.data, D, out.ctypes.data)
+        np.testing.assert_array_equal(out[:D], rows[::-1, :D].T.astype(F))
+        assert (out[-(-D // 16) * 16 :] == 7).all()
 
 
 def test_the_largest_and_the_sum_of_exponentials() -> None:

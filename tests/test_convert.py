@@ -88,12 +88,12 @@ def test_outtypes(outtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         if n in exact:
             assert tensor.data.tobytes() == checkpoint_read.tensors[n].load().tobytes()
     reference, compiled = (tcinfer.load(file.path, backend=name, cache_type="f32") for name in ("numpy", "numba"))
-    reference.ops = ByBytes()
+    ByBytes(reference)
     differences = []
     for ids in IDS.reshape(-1, 5):
         want, got = (model.session().feed(ids, all_logits=True) for model in (reference, compiled))
         differences.append(np.abs(got - want).max() / np.abs(want).max())
-    assert np.median(differences) < 1e-5
+    assert np.median(differences) < 1e-4
     assert max(differences) < (1e-4 if outtype.upper() in [kind.name for kind in FLOATS] else 5e-2)
 
 

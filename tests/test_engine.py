@@ -13,7 +13,6 @@ from tcinfer import engine
 from tcinfer.config import CHUNK, ModelConfig
 from tcinfer.errors import TcinferError
 from tcinfer.kernels.reference.quants import Kind
-from tcinfer.memory import tensor
 from tcinfer.model import Model
 from tcinfer.session import Session
 
@@ -54,13 +53,28 @@ def test_models_of_packed_weights(name: str, kind: Kind) -> None:
     """Short sequences: in most no activation lies in the middle of two steps, and the answers are the same."""
     config = other_shape(name, head_dim=16, n_heads=6, n_kv_heads=2 - (name[:4] == "full"), rope_scaling="none")
     reference, compiled = (build(config, b, weights_of(config), kind) for b in ("numpy", "numba"))
-    reference.ops = ByBytes()
+    ByBytes(reference)
     differences = []
     for ids in np.resize(IDS, (12, 5)):
         want = reference.session().feed(ids, all_logits=True)
         differences += [difference(feed(compiled.session(), ids, parts), want) for parts in ([], [1, 2, 1])]
-    assert np.median(differences) < 1e-5
+    assert np.median(differences) < 1e-4
     assert max(differences) < 5e-2
+
+
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.Q8_0], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("name", CASES)
+def test_any_chunks_give_the_same_bits(name: str, kind: Kind) -> None:
+    """Past the ends of two blocks of attention; another last bit could become a whole step of an activation."""
+    config = other_shape(name, cache_type="f16")
+    model, ids = build(config, "numba", weights_of(config), kind), np.resize(IDS, 290)
+    wanted: list[np.ndarray] = []
+    for lengths in ([256], [1] * 290, [100, 1, 1, 30, 4, 3, 1], [5, 123, 2, 1, 1, 1, 4]):
+        session = model.session()
+        got = [feed(session, ids, lengths), session._state.buffer]
+        wanted = wanted or got
+        for a, b in zip(got, wanted, strict=True):
+            np.testing.assert_array_equal(a, b, str(lengths[:5]))
 
 
 # Many sessions at once
@@ -75,16 +89,10 @@ def at_many_positions(model: Model, counts: list[int]) -> list[Session]:
     return sessions
 
 
-def projects(config: ModelConfig) -> bool:
-    """Whether the mechanism multiplies with small float32 matrices of its own."""
-    o = config.options
-    return isinstance(o, tensor.Options) and o.layers and (o.token_gate or o.token_rate or o.token_decay)
-
-
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.Q8_0], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("name", CASES)
 def test_many_sessions_at_once_are_each_alone(name: str, kind: Kind) -> None:
-    """Bit for bit; but float weights are summed up in another order where several rows are multiplied together."""
+    """Bit for bit, wherever in its stream each of them stands."""
     config = other_shape(name)
     model = build(config, "numba", weights_of(config), kind)
     counts = [0, 1, 6, 7, 9, 30, 141, 3, 2, 11]
@@ -93,9 +101,7 @@ def test_many_sessions_at_once_are_each_alone(name: str, kind: Kind) -> None:
         tokens = IDS[10 * step : 10 * step + 10]
         got = model.step_many(together, tokens)
         want = np.stack([session.feed(token) for session, token in zip(alone, tokens, strict=True)])
-        assert difference(got, want) < 1e-5
-        if kind == Kind.Q8_0 and not projects(config):
-            np.testing.assert_array_equal(got, want)
+        np.testing.assert_array_equal(got, want)
     assert [s.position for s in together] == [count + 3 for count in counts]
 
 

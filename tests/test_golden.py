@@ -30,6 +30,15 @@ def test_golden(name: str, feed: str, backend: str, convert_golden) -> None:
             assert relative(memory_of(state, memory, golden[key].shape), golden[key]) < LIMIT[backend]
 
 
+@pytest.mark.skipif(not NAMES, reason="../shared/golden is not here")
+@pytest.mark.parametrize("name", NAMES)
+def test_golden_with_keys_and_values_in_half(name: str, backend: str, convert_golden) -> None:
+    golden = np.load(shared("golden", name, "golden.npz"))
+    logits = load(convert_golden(name), backend=backend).session().feed(golden["tokens"], all_logits=True)
+    error = relative(logits, golden["logits"])
+    assert 0 < error < 5e-3
+
+
 def memory_of(state: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
     """A layer's memory in the golden files' shape: A0 is the fast one, A1 the slow; [H, D, D] or [H, S, D, D]."""
     if not name.startswith("A"):

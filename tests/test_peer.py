@@ -72,14 +72,17 @@ def test_smollm2_logits_against_llama_cpp(reference, passage: str) -> None:
 
 
 def test_smollm2_numba_against_the_reference_at_once_and_one_by_one(reference) -> None:
+    """Activations in bytes cost a little, which 30 layers show as such cosines; how tokens are fed costs nothing."""
     ids, want = reference
     model = tcinfer.load(smollm2(), backend="numba")
-    at_once = model.session().feed(ids[:128], all_logits=True)
+    got = model.session().feed(ids[:128], all_logits=True)
+    cosine = (got * want[:128]).sum(1) / np.linalg.norm(got, axis=1) / np.linalg.norm(want[:128], axis=1)
+    top1 = (got.argmax(1) == want[:128].argmax(1)).mean()
+    print(f"top-1 agreement {top1:.4f}, median cosine {np.median(cosine):.6f}, least {cosine.min():.6f}")
+    assert top1 >= 0.93
+    assert np.median(cosine) >= 0.9997
     session = model.session()
-    singly = np.stack([session.feed(i) for i in ids[:64]])
-    scale = np.abs(want).max()
-    assert np.abs(at_once - want[:128]).max() / scale < 1e-4
-    assert np.abs(singly - want[:64]).max() / scale < 1e-4
+    np.testing.assert_array_equal(np.stack([session.feed(i) for i in ids[:64]]), got[:64])
 
 
 def test_smollm2_sinks_hold_far_beyond_the_window(reference) -> None:

@@ -294,7 +294,7 @@ def _attend_many(a, p, thread, threads):  # type: ignore[no-untyped-def]
                 for c in range(max(upper, 0), ends - begins):
                     s[c] = 0
                 last = floats(part + i * step)
-                last[wide + 1] = F(NONE)
+                last[wide + 1], last[wide + 2] = F(NONE), F(lower < upper)
                 if lower < upper:
                     top = largest(S + i * S_stride + 4 * lower, upper - lower)
                     last[wide] = exponentials(S + i * S_stride + 4 * lower, upper - lower, top)
@@ -305,9 +305,9 @@ def _attend_many(a, p, thread, threads):  # type: ignore[no-untyped-def]
                 # one vector of a row after the other: sums and maxima stand behind them
                 product(_many, _two, _one, values, 4 * D, S, S_stride, full, n, lanes, part + 4 * c, step)
             for i in range(rows):
-                top = floats(part + i * step)[wide + 1]
-                if top > F(NONE):
-                    tops[i] = merge(whole + i * step, tops[i], part + i * step, top, D)
+                last = floats(part + i * step)
+                if last[wide + 2] != 0:  # the row sees something of this block
+                    tops[i] = merge(whole + i * step, tops[i], part + i * step, last[wide + 1], D)
         for i in range(rows):
             y = out + (begin + i // R) * q_stride + 4 * D * (g * R + i % R)
             scaled(whole + i * step, y, D, F(1) / o[(wide + LANES) * i + wide])

@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import stat
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -32,18 +33,18 @@ def cache_folder() -> Path | None:
     Numba's cache holds pickles, so nobody else may write there; and it does not notice when a function that another
     one calls has changed, so the folder is named by the text of all kernels.
     """
-    text = hashlib.sha256(numba.__version__.encode())
+    text = hashlib.sha256(f"{sys.implementation.cache_tag} {numba.__version__}".encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         text.update(source.read_bytes())
-    folder = user_cache_path("tcinfer", appauthor=False) / f"kernels-{text.hexdigest()[:16]}"
     try:
+        folder = user_cache_path("tcinfer", appauthor=False) / f"kernels-{text.hexdigest()[:16]}"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
         private = not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and (
             not hasattr(os, "getuid") or status.st_uid == os.getuid()
         )
         return folder if private and os.access(folder, os.W_OK) else None
-    except OSError:
+    except (OSError, RuntimeError):  # no home
         return None
 
 

@@ -12,6 +12,7 @@ import threading
 from typing import Any
 
 import numpy as np
+from numba import types
 
 from tcinfer.kernels.cpu.jit import compiled
 from tcinfer.kernels.cpu.simd import (
@@ -26,13 +27,14 @@ from tcinfer.kernels.cpu.simd import (
 )
 
 PATIENCE = 200  # pauses (some 10 us) after which a waiting thread gives way
+WAKING = 1000  # looks at a worker that was woken, giving way in between, before it is woken again
 LINGER = 4000  # pauses after which a worker without work goes to sleep
 
 # Words of the shared block, each on a cache line of its own: the job, the count of arrivals at barriers, the workers.
 LINE = 8
 JOB, ARRIVALS, WORKERS = 0, LINE, 2 * LINE
 STEPS, COUNT, PASS, THREADS, BASE = range(5)  # of the job
-ASLEEP, AWAKE, GO = range(3)  # of a worker
+ASLEEP, AWAKE, HELD, GO = range(4)  # of a worker
 
 # Words of a step of a plan
 STEP = 4
@@ -70,21 +72,45 @@ def _run(steps: int, count: int, pass_: int, thread: int, threads: int, shared: 
 
 
 @compiled
-def _start(shared: int, steps: int, count: int, pass_: int, threads: int, base: int, asleep: int) -> int:
-    """Hand a job to workers 1 .. threads - 1; writes which of them sleep to `asleep` and returns how many."""
-    job, out, n = int64s(shared + 8 * JOB), int64s(asleep), 0
+def _run_together(shared: int, steps: int, count: int, pass_: int, threads: int, asleep: int, patience: int) -> int:
+    """A whole pass on workers 1 .. threads - 1 and this thread, if none of the workers sleeps.
+
+    Workers are held first, so that none goes to sleep while the others are looked at; then they are given the job. All in
+    one call, because an interruption between two would leave a job half handed out. A worker that sleeps is waited for
+    during `patience` pauses; if it still does, its number is written to `asleep`, and how many do is returned.
+    """
+    out, n = int64s(asleep), 0
+    for worker in range(1, threads):
+        state, spins = shared + 8 * (WORKERS + LINE * worker), 0
+        while atomic_load(state) != HELD and not atomic_replace(state, AWAKE, HELD):
+            spins += 1
+            if spins > patience:
+                out[n] = worker
+                n += 1
+                break
+            give_way()
+    if n:
+        return n
+    job, base = int64s(shared + 8 * JOB), atomic_load(shared + 8 * ARRIVALS)
     job[STEPS], job[COUNT], job[PASS], job[THREADS], job[BASE] = steps, count, pass_, threads, base
     for worker in range(1, threads):
-        if atomic_swap(shared + 8 * (WORKERS + LINE * worker), GO) == ASLEEP:
-            out[n] = worker
-            n += 1
-    return n
+        atomic_swap(shared + 8 * (WORKERS + LINE * worker), GO)
+    _run(steps, count, pass_, 0, threads, shared, base)
+    return 0
+
+
+@compiled
+def _let_go(shared: int, threads: int) -> None:
+    """Workers that were held for a job that did not come may sleep."""
+    for worker in range(1, threads):
+        atomic_replace(shared + 8 * (WORKERS + LINE * worker), HELD, AWAKE)
 
 
 @compiled
 def _work(shared: int, worker: int) -> None:
     """Do jobs until there has been none for a while."""
     state, job = shared + 8 * (WORKERS + LINE * worker), int64s(shared + 8 * JOB)
+    atomic_replace(state, ASLEEP, AWAKE)
     while True:
         spins = 0
         while atomic_load(state) != GO:
@@ -100,9 +126,8 @@ def _work(shared: int, worker: int) -> None:
 
 def prepare() -> None:
     """Compile what runs plans, for the thread that asks: compiling is not for several at once."""
-    _run.compile(f"int64({', '.join(['int64'] * 7)})")
-    _start.compile(f"int64({', '.join(['int64'] * 7)})")
-    _work.compile("void(int64, int64)")
+    for function, arguments in ((_run, 7), (_run_together, 7), (_let_go, 2), (_work, 2)):
+        function.compile(tuple([types.int64] * arguments))
 
 
 class Threads:
@@ -115,39 +140,58 @@ class Threads:
         self._owner: int | None = None
 
     def run(self, steps: np.ndarray, pass_: np.ndarray, threads: int) -> None:
-        """Run a plan's steps (int64 [n, STEP]) over a pass, on `threads` of the threads. One caller at a time."""
+        """Run a plan's steps (int64 [n, STEP]) over a pass on `threads` threads; callers wait for each other."""
+        job = (steps.ctypes.data, len(steps), pass_.ctypes.data)
         if threads <= 1:
-            _run(steps.ctypes.data, len(steps), pass_.ctypes.data, 0, 1, 0, 0)
+            _run(*job, 0, 1, 0, 0)
             return
         if self._owner != os.getpid():
             self._open()
         with self._lock:
-            asleep = np.empty(threads, np.int64)
-            shared, base = self._shared.ctypes.data, int(self._shared[ARRIVALS])
-            job = (steps.ctypes.data, len(steps), pass_.ctypes.data)
-            n = _start(shared, *job, threads, base, asleep.ctypes.data)
-            for worker in asleep[:n]:
-                self._wake[worker].release()
-            _run(*job, 0, threads, shared, base)
+            shared, asleep = self._shared.ctypes.data, np.empty(threads, np.int64)
+            try:
+                patience = 0
+                while n := _run_together(shared, *job, threads, asleep.ctypes.data, patience):
+                    for worker in asleep[:n]:
+                        self._wake[worker].set()
+                    patience = WAKING
+            except BaseException:  # Ctrl-C, before the job was handed out or after it was done
+                _let_go(shared, threads)
+                raise
 
     def _open(self) -> None:
-        block = np.zeros(WORKERS + LINE * (self.count + 1), np.int64)
-        skip = -block.ctypes.data % 64 // 8
-        self._shared = block[skip:]
-        self._lock = threading.Lock()
-        self._wake = [threading.Semaphore(0) for _ in range(self.count)]
-        for worker in range(1, self.count):
-            threading.Thread(
-                target=_live, args=(self._wake[worker], self._shared, worker), name=f"tcinfer-{worker}", daemon=True
-            ).start()
-        self._owner = os.getpid()
+        with _opening:
+            if self._owner == os.getpid():
+                return
+            block = np.zeros(WORKERS + LINE * (self.count + 1), np.int64)
+            self._shared = block[-block.ctypes.data % 64 // 8 :]
+            self._lock = threading.Lock()
+            self._wake = [threading.Event() for _ in range(self.count)]
+            for worker in range(1, self.count):
+                threading.Thread(
+                    target=_live, args=(self._wake[worker], self._shared, worker), name=f"tcinfer-{worker}", daemon=True
+                ).start()
+            self._owner = os.getpid()
 
 
-def _live(wake: threading.Semaphore, shared: np.ndarray, worker: int) -> None:
+def _live(wake: threading.Event, shared: np.ndarray, worker: int) -> None:
     while True:
-        wake.acquire()
+        wake.wait()
+        wake.clear()
         _work(shared.ctypes.data, worker)
 
+
+_opening = threading.Lock()
+
+
+def _forked() -> None:
+    """In a child process, whose parent may have held the lock in a thread that is not here."""
+    global _opening
+    _opening = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 _pools: dict[int, Threads] = {}
 
