@@ -21,6 +21,7 @@ from tcinfer.session import Session
 
 SEED = 0
 OURS = "tcinfer"
+WARMING = 64  # tokens before each round that are not timed: clocks rise, caches fill
 SETTLING = 0.1  # seconds in which the threads of what ran before stop waiting for more
 DEEPEST_PEER = 16_384  # tokens of context up to which a growing cache is built for comparison
 
@@ -235,18 +236,18 @@ def run(
     for depth, own, first in zip(depths, ours, mine, strict=True):
         runners: list[Runner] = [own]
         if peer and depth <= DEEPEST_PEER:
-            context = depth + max(prompt, tokens) + 1
+            context = depth + max(prompt, tokens, WARMING) + 1
             threads = model.ops.threads.count
             runners += [_LlamaCpp(path, context, threads, flash, ids) for flash in (False, True)]
         found = [first, *(Measured(runner.name, depth) for runner in runners[1:])]
         for runner in runners[1:]:
             runner.start(depth)
-        for runner in runners:
-            runner.feed(ids(8))  # what is done once is done now
         for _ in range(rounds):
             reads.append(bandwidth.measure())
             for runner, row in zip(runners, found, strict=True):
                 time.sleep(SETTLING)
+                runner.back()
+                runner.feed(ids(WARMING))
                 _round(runner, row, ids(max(prompt, tokens)), prompt, tokens)
             progress(1)
         rows += found

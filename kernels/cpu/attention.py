@@ -38,14 +38,14 @@ from tcinfer.kernels.cpu.plan import (
     Rows,
 )
 from tcinfer.kernels.cpu.ring import Entering, Geometry, slot_of
-from tcinfer.kernels.cpu.rows import share
+from tcinfer.kernels.cpu.rows import claim, share
 from tcinfer.kernels.cpu.simd import LANES, exp, floats, int64s, load_half
 from tcinfer.kernels.cpu.tiles import MANY, float_tile, side_by_side
 from tcinfer.kernels.cpu.vectors import NONE, exponentials, largest, merged, scaled
 
 F = np.float32
 FEW = 4  # rows of a sequence up to which a pass is short
-BLOCK = 128  # positions in a block
+BLOCK = 256  # positions in a block
 QUERIES = 24  # query rows (tokens times heads of a group) taken together in a long pass, about
 
 
@@ -102,7 +102,7 @@ def _few(kind: Kind) -> Operator:
     one_more, two_more, many_more = (float_tile(kind, n, add=True) for n in (1, 2, MANY))
 
     @operator(name=f"attend_few_{kind.name}")
-    def attend(a, p, thread, threads):  # type: ignore[no-untyped-def]
+    def attend(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
         q, q_far, q_stride, k_field, v_field, k_new, v_new = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
         H, G, D, window, sinks = a[7], a[8], a[9], a[10], a[11]
         R, splits, stride, wide = H // G, p[SPLITS], size * G * D, padded(D)
@@ -167,7 +167,7 @@ def _few(kind: Kind) -> Operator:
 
 
 @operator
-def _combine(a, p, thread, threads):  # type: ignore[no-untyped-def]
+def _combine(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
     out, stride, H, G, D, window, sinks = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
     R, splits, wide = H // G, p[SPLITS], padded(D)
     whole = p[SCRATCH] + thread * p[EACH]
@@ -202,7 +202,7 @@ def _gather(kind: Kind) -> Operator:
     size = 2 if half else 4
 
     @operator(name=f"gather_{kind.name}")
-    def gather(a, p, thread, threads):  # type: ignore[no-untyped-def]
+    def gather(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
         k_field, v_field, k_new, v_new, G, D, window, sinks = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]
         stride = size * G * D
         sequence = int64s(p[TABLE])  # a long pass has one sequence
@@ -238,7 +238,7 @@ _one, _two, _many = (float_tile(Kind.F32, n) for n in (1, 2, MANY))
 
 
 @operator
-def _attend_many(a, p, thread, threads):  # type: ignore[no-untyped-def]
+def _attend_many(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
     q, q_far, q_stride, out, H, G, D, window, sinks = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8]
     R, wide = H // G, padded(D)
     tokens = max(1, QUERIES // R)
@@ -254,7 +254,8 @@ def _attend_many(a, p, thread, threads):  # type: ignore[no-untyped-def]
     key_heads, value_heads = p[GATHERED], p[GATHERED] + 4 * wide * G * p[KEYS]
     far_blocks = (ns + BLOCK - 1) // BLOCK
     blocks = (count + tokens - 1) // tokens
-    for item in range(thread, blocks * G, threads):  # in turn: later queries see more
+    item, until = claim(taken, blocks * G, 1, threads)
+    while item < until:
         begin, g = item // G * tokens, item % G
         stop = min(count, begin + tokens)
         rows = (stop - begin) * R
@@ -311,6 +312,9 @@ def _attend_many(a, p, thread, threads):  # type: ignore[no-untyped-def]
         for i in range(rows):
             y = out + (begin + i // R) * q_stride + 4 * D * (g * R + i % R)
             scaled(whole + i * step, y, D, F(1) / o[(wide + LANES) * i + wide])
+        item += 1
+        if item == until:
+            item, until = claim(taken, blocks * G, 1, threads)
 
 
 FEW_OF, GATHER = ({kind: make(kind) for kind in (Kind.F16, Kind.F32)} for make in (_few, _gather))

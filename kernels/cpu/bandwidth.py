@@ -44,7 +44,7 @@ def _read(typingctx: Any, at: Any, size: Any) -> Any:
 
 
 @operator
-def _look(a, p, thread, threads):  # type: ignore[no-untyped-def]
+def _look(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
     first, last = share(a[1] // 256, thread, threads)
     a[2 + 8 * thread] = _read(a[0] + 256 * first, 256 * (last - first))
 

@@ -29,7 +29,7 @@ def _feature(x):  # type: ignore[no-untyped-def]
 
 
 @operator
-def _features(a, p, thread, threads):  # type: ignore[no-untyped-def]
+def _features(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
     q, k, field, G, R, D, eps, delta = a[0], a[1], a[2], a[3], a[4], a[5], F(number(a[6])), a[7]
     fq, fk, retrieve, norm = a[8], a[9], floats(a[10]), floats(a[11])
     first, last = share(p[SEQUENCES] * G, thread, threads)
@@ -70,7 +70,7 @@ def features(
 
 
 @operator
-def _blend(a, p, thread, threads):  # type: ignore[no-untyped-def]
+def _blend(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
     near, far, norm, betas, H, D = a[0], a[1], floats(a[2]), floats(a[3]), a[4], a[5]
     first, last = share(p[ROWS] * H, thread, threads)
     for i in range(first, last):

@@ -106,14 +106,15 @@ def compiled(function: Callable) -> Any:
 
 
 WORDS = types.CPointer(types.int64)
-SIGNATURE = ((WORDS, WORDS, types.int64, types.int64), types.void)
+SIGNATURE = ((WORDS, WORDS, types.int64, types.int64, types.int64), types.void)
 
 
 class Operator:
-    """A compiled function(a, p, thread, threads) that plans call by its address; compiled when that is first asked for.
+    """A compiled function(a, p, thread, threads, taken) that plans call by its address; compiled when that is first asked for.
 
     a: the arguments of one step of a plan, int64; p: what the pass is about (see plan.Pass); the function does the
-    share of the work that falls to `thread` of `threads`.
+    share of the work that falls to `thread` of `threads`; taken: the address of a count, 0 at the start, by which
+    threads can share out the work as they go (see rows.claim).
     """
 
     def __init__(self, function: Callable, name: str) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tcinfer.kernels.cpu.jit import Operator, operator
 from tcinfer.kernels.cpu.packing import FLOATS, PACKINGS, RUN, interleaver
 from tcinfer.kernels.cpu.plan import ALIGNMENT, EACH, LOGITS, OUT_FIRST, OUT_ROWS, ROWS, SCRATCH, Plan, Rows
-from tcinfer.kernels.cpu.rows import quantised, quantised_twice, share
+from tcinfer.kernels.cpu.rows import claim, quantised, quantised_twice, share
 from tcinfer.kernels.cpu.simd import LANES, floats, int8s
 from tcinfer.kernels.cpu.tiles import MANY, byte_tile, float_tile
 from tcinfer.kernels.cpu.vectors import delivered
@@ -31,7 +31,7 @@ def _linear(kind: Kind) -> Operator:
         size, columns_of = LANES * FLOATS[kind], 1
 
     @operator(name=f"linear_{kind.name}")
-    def linear(a, p, thread, threads):  # type: ignore[no-untyped-def]
+    def linear(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
         w, x, stride, columns, outputs, y, y_stride, bias, gate = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8]
         add, head = a[9], a[10]
         rows, sums = p[ROWS], p[SCRATCH] + thread * p[EACH]
@@ -43,9 +43,12 @@ def _linear(kind: Kind) -> Operator:
                 x += stride * p[OUT_FIRST]
         total = floats(sums)
         runs = columns // columns_of
-        first, last = share((outputs + LANES - 1) // LANES, thread, threads)
+        groups = (outputs + LANES - 1) // LANES
         together = max(1, NEAR // (runs * size)) if rows > MANY else 1
-        for block in range(first, last, together):
+        # few rows wait for memory, which is read best in one long stretch; many keep the thread busy
+        least = 1 if rows > MANY else (groups + threads - 1) // threads
+        block, last = claim(taken, groups, least, threads)
+        while block < last:
             t = 0
             while t < rows:
                 left = rows - t
@@ -76,6 +79,9 @@ def _linear(kind: Kind) -> Operator:
                     lanes, at = min(LANES, outputs - LANES * group), y + to * y_stride + 4 * LANES * group
                     delivered(sums, done, at, y_stride, lanes, shift, factor, add)
                 t += n
+            block += together
+            if block >= last:
+                block, last = claim(taken, groups, least, threads)
 
     return linear
 
@@ -91,7 +97,7 @@ def _interleave(kind: Kind) -> Operator:
     packed = packing is not None
 
     @operator(name=f"interleave_{kind.name}")
-    def repack(a, p, thread, threads):  # type: ignore[no-untyped-def]
+    def repack(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
         w, rows, columns, out, group_bytes = a[0], a[1], a[2], a[3], a[4]
         blocks = columns // columns_of
         first, last = share((rows + LANES - 1) // LANES, thread, threads)

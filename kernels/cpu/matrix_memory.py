@@ -34,7 +34,7 @@ class Writes(NamedTuple):
 
 
 @operator
-def _scan(a, p, thread, threads):  # type: ignore[no-untyped-def]
+def _scan(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
     field, P, G, R, D, E = a[0], a[1], a[2], a[3], a[4], a[5]
     q, k, v, decay, rate, retrieve, mix, out = a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13]
     wedge, write_first = a[14], a[15]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tcinfer.kernels.cpu.jit import Operator
 from tcinfer.kernels.cpu.packing import RUN
-from tcinfer.kernels.cpu.threads import KIND_OF_PASS, Threads
+from tcinfer.kernels.cpu.threads import ARGUMENTS, KIND_OF_PASS, OPERATOR, STEP, WAIT, WHEN, Threads
 from tcinfer.kernels.cpu.tiles import HEAD
 
 # Words of a pass, int64. Addresses where nothing else is said.
@@ -126,11 +126,9 @@ class Plan:
         """Compile what is not compiled yet, and fix the steps."""
         arguments = [np.array(step.arguments or [0], np.int64) for step in self.steps]
         self.kept += arguments
-        rows = [
-            (step.operator.address, a.ctypes.data, step.wait, step.when)
-            for step, a in zip(self.steps, arguments, strict=True)
-        ]
-        steps = np.array(rows, np.int64).reshape(len(rows), 4)
+        steps = np.zeros((len(self.steps), STEP), np.int64)
+        for row, step, a in zip(steps, self.steps, arguments, strict=True):
+            row[[OPERATOR, ARGUMENTS, WAIT, WHEN]] = step.operator.address, a.ctypes.data, step.wait, step.when
         pass_ = np.zeros(PASS, np.int64)
         pass_[SCRATCH], pass_[EACH] = self.room(self.threads.count * self._scratch), self._scratch
         pass_[KIND_OF_PASS] = ALWAYS

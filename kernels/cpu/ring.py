@@ -88,7 +88,7 @@ def slot_of(at, window, sinks):  # type: ignore[no-untyped-def]
 
 
 @operator
-def _push(a, p, thread, threads):  # type: ignore[no-untyped-def]
+def _push(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
     q, q_stride, k, v, kv_stride = a[0], a[1], a[2], a[3], a[4]
     H, G, D, half, interleaved = a[5], a[6], a[7], a[8], a[9]
     cos, sin, cos_far, sin_far = a[10], a[11], a[12], a[13]
@@ -188,7 +188,7 @@ def _at(rows: Rows | None) -> int:
 
 
 @operator
-def _take(a, p, thread, threads):  # type: ignore[no-untyped-def]
+def _take(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
     field, new, stride, width, half, window, sinks, out = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]
     size = 2 if half else 4
     first, last = share(p[ROWS], thread, threads)
@@ -217,7 +217,7 @@ def take(plan: Plan, geometry: Geometry, field: int, new: int, stride: int, widt
 
 
 @operator
-def _insert(a, p, thread, threads):  # type: ignore[no-untyped-def]
+def _insert(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
     field, new, stride, size, window, sinks = a[0], a[1], a[2], a[3], a[4], a[5]
     first, last = share(p[ROWS], thread, threads)
     for row in range(first, last):
@@ -236,7 +236,7 @@ def insert(plan: Plan, geometry: Geometry, field: int, new: int, stride: int, si
 
 
 @operator
-def _keep_last(a, p, thread, threads):  # type: ignore[no-untyped-def]
+def _keep_last(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
     field, x, stride, width = a[0], a[1], a[2], a[3]
     first, last = share(p[SEQUENCES], thread, threads)
     for i in range(first, last):

@@ -31,18 +31,31 @@ from tcinfer.kernels.cpu.plan import (
     Plan,
     Rows,
 )
-from tcinfer.kernels.cpu.simd import doubles, floats, int64s, load_brain, load_half, number
+from tcinfer.kernels.cpu.simd import atomic_add, doubles, floats, int64s, load_brain, load_half, number
 from tcinfer.kernels.cpu.tiles import HEAD
 from tcinfer.kernels.cpu.vectors import gelu_of, left_over, normed, quantise_run, silu_product, squares
 from tcinfer.kernels.reference.quants import Matrix
 
 F = np.float32
+CLAIMS = 4  # parts of a step's work for each thread
 
 
 @register_jitable
 def share(count, thread, threads):  # type: ignore[no-untyped-def]
     """The part first .. last - 1 of `count` things that falls to one thread."""
     return count * thread // threads, count * (thread + 1) // threads
+
+
+@register_jitable
+def claim(taken, count, least, threads):  # type: ignore[no-untyped-def]
+    """The next part first .. last - 1 of `count` things that no thread has taken; empty when there is none.
+
+    Threads are not equally fast (another process, another kind of core), so each takes several parts, `least` things or
+    more at a time. Who does what makes no difference to the result.
+    """
+    size = count if threads == 1 else max(least, count // (CLAIMS * threads))
+    first = atomic_add(taken, size)
+    return min(first, count), min(first + size, count)
 
 
 @register_jitable
@@ -60,18 +73,20 @@ def bytes_at(base, stride, columns, row, run):  # type: ignore[no-untyped-def]
 
 
 @operator
-def _quantise(a, p, thread, threads):  # type: ignore[no-untyped-def]
+def _quantise(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
     x, stride, columns, out, out_stride = a[0], a[1], a[2], a[3], a[4]
     runs = columns // RUN
-    first, last = share(p[ROWS] * runs, thread, threads)
-    for i in range(first, last):
-        row, run = i // runs, i % runs
-        q, head = bytes_at(out, out_stride, columns, row, run)
-        quantise_run(x + row * stride + 4 * RUN * run, q, head)
+    first, last = claim(taken, p[ROWS] * runs, 32, threads)
+    while first < last:
+        for i in range(first, last):
+            row, run = i // runs, i % runs
+            q, head = bytes_at(out, out_stride, columns, row, run)
+            quantise_run(x + row * stride + 4 * RUN * run, q, head)
+        first, last = claim(taken, p[ROWS] * runs, 32, threads)
 
 
 @operator
-def _quantise_twice(a, p, thread, threads):  # type: ignore[no-untyped-def]
+def _quantise_twice(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
     x, stride, columns, out, out_stride = a[0], a[1], a[2], a[3], a[4]
     runs, rest = columns // RUN, p[SCRATCH] + thread * p[EACH]
     first, last = share(p[OUT_ROWS] * runs, thread, threads)
@@ -101,11 +116,11 @@ def quantised(plan: Plan, x: Rows) -> None:
 
 
 @operator
-def _norm(a, p, thread, threads):  # type: ignore[no-untyped-def]
+def _norm(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
     x, columns, y, stride, weight, bias = a[0], a[1], a[2], a[3], a[4], a[5]
     eps, layer, out, out_stride = F(number(a[6])), a[7], a[8], a[9]
     runs = (columns + RUN - 1) // RUN
-    i, last = share(p[ROWS] * runs, thread, threads)
+    i, last = claim(taken, p[ROWS] * runs, 32, threads)
     while i < last:
         row, run = i // runs, i % runs
         stop = min(runs, run + last - i)
@@ -124,6 +139,8 @@ def _norm(a, p, thread, threads):  # type: ignore[no-untyped-def]
                 q, head = bytes_at(out, out_stride, columns, row, r)
                 quantise_run(y + row * stride + 4 * RUN * r, q, head)
         i += stop - run
+        if i == last:
+            i, last = claim(taken, p[ROWS] * runs, 32, threads)
 
 
 def norm(plan: Plan, x: Rows, weight: NDArray, bias: NDArray | None, eps: float, layer: bool) -> Rows:
@@ -136,17 +153,19 @@ def norm(plan: Plan, x: Rows, weight: NDArray, bias: NDArray | None, eps: float,
 
 
 @operator
-def _swiglu(a, p, thread, threads):  # type: ignore[no-untyped-def]
+def _swiglu(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
     gate, up, columns, stride, out, out_stride = a[0], a[1], a[2], a[3], a[4], a[5]
     # columns are shared, not rows, as in the products before: what a thread has just written is in its cache
-    first, last = share((columns + RUN - 1) // RUN, thread, threads)
-    at, count = 4 * RUN * first, min(columns, RUN * last) - RUN * first
-    for row in range(p[ROWS]):
-        silu_product(gate + row * stride + at, up + row * stride + at, count)
-        if out:
-            for run in range(first, last):
-                q, head = bytes_at(out, out_stride, columns, row, run)
-                quantise_run(up + row * stride + 4 * RUN * run, q, head)
+    first, last = claim(taken, (columns + RUN - 1) // RUN, 8, threads)
+    while first < last:
+        at, count = 4 * RUN * first, min(columns, RUN * last) - RUN * first
+        for row in range(p[ROWS]):
+            silu_product(gate + row * stride + at, up + row * stride + at, count)
+            if out:
+                for run in range(first, last):
+                    q, head = bytes_at(out, out_stride, columns, row, run)
+                    quantise_run(up + row * stride + 4 * RUN * run, q, head)
+        first, last = claim(taken, (columns + RUN - 1) // RUN, 8, threads)
 
 
 def swiglu(plan: Plan, gate: Rows, up: Rows) -> Rows:
@@ -157,15 +176,17 @@ def swiglu(plan: Plan, gate: Rows, up: Rows) -> Rows:
 
 
 @operator
-def _gelu(a, p, thread, threads):  # type: ignore[no-untyped-def]
+def _gelu(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
     x, columns, stride, out, out_stride = a[0], a[1], a[2], a[3], a[4]
-    first, last = share((columns + RUN - 1) // RUN, thread, threads)
-    for row in range(p[ROWS]):
-        gelu_of(x + row * stride + 4 * RUN * first, min(columns, RUN * last) - RUN * first)
-        if out:
-            for run in range(first, last):
-                q, head = bytes_at(out, out_stride, columns, row, run)
-                quantise_run(x + row * stride + 4 * RUN * run, q, head)
+    first, last = claim(taken, (columns + RUN - 1) // RUN, 8, threads)
+    while first < last:
+        for row in range(p[ROWS]):
+            gelu_of(x + row * stride + 4 * RUN * first, min(columns, RUN * last) - RUN * first)
+            if out:
+                for run in range(first, last):
+                    q, head = bytes_at(out, out_stride, columns, row, run)
+                    quantise_run(x + row * stride + 4 * RUN * run, q, head)
+        first, last = claim(taken, (columns + RUN - 1) // RUN, 8, threads)
 
 
 def gelu(plan: Plan, x: Rows) -> Rows:
@@ -182,7 +203,7 @@ def _embed(kind: Kind) -> Operator:
     packed, half, brain = packing is not None, kind == Kind.F16, kind == Kind.BF16
 
     @operator(name=f"embed_{kind.name}")
-    def embed(a, p, thread, threads):  # type: ignore[no-untyped-def]
+    def embed(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
         table, columns, x, stride, positions = a[0], a[1], a[2], a[3], a[4]
         ids = int64s(p[IDS])
         first, last = share(p[ROWS], thread, threads)
@@ -219,7 +240,7 @@ def embed(plan: Plan, table: Matrix, positions: NDArray | None) -> Rows:
 
 
 @operator
-def _angles(a, p, thread, threads):  # type: ignore[no-untyped-def]
+def _angles(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
     freq, half, most, offset, cos, sin = doubles(a[0]), a[1], a[2], a[3], a[4], a[5]
     first, last = share(p[ROWS], thread, threads)
     for row in range(first, last):

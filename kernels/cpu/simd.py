@@ -482,8 +482,8 @@ def give_way(typingctx: Any) -> Any:
 
 
 @intrinsic
-def call(typingctx: Any, function: Any, a: Any, p: Any, thread: Any, threads: Any) -> Any:
-    """Call an operator by its address: function(a, p, thread, threads)."""
+def call(typingctx: Any, function: Any, a: Any, p: Any, thread: Any, threads: Any, taken: Any) -> Any:
+    """Call an operator by its address: function(a, p, thread, threads, taken)."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         function, *rest = arguments
@@ -492,5 +492,5 @@ def call(typingctx: Any, function: Any, a: Any, p: Any, thread: Any, threads: An
         return context.get_dummy_value()
 
     return types.void(
-        types.int64, types.CPointer(types.int64), types.CPointer(types.int64), *[types.int64] * 2
+        types.int64, types.CPointer(types.int64), types.CPointer(types.int64), *[types.int64] * 3
     ), codegen

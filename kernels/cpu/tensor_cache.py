@@ -60,7 +60,7 @@ class Source(NamedTuple):
 
 
 @operator
-def _writes(a, p, thread, threads):  # type: ignore[no-untyped-def]
+def _writes(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
     entering, leaving, G, D, window, sinks = a[0], a[1], a[2], a[3], a[4], a[5]
     timescales, slots, normalize, scale, temperature = a[6], a[7], a[8], F(number(a[9])), number(a[10])
     cos, sin, interleaved, decays, rates, slot_keys = a[11], a[12], a[13], floats(a[14]), floats(a[15]), a[16]
@@ -162,7 +162,7 @@ def writes(
 
 
 @operator
-def _ones(a, p, thread, threads):  # type: ignore[no-untyped-def]
+def _ones(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
     x, columns = floats(a[0]), a[1]
     first, last = share(p[ROWS] * columns, thread, threads)
     for i in range(first, last):
@@ -176,7 +176,7 @@ def ones(plan: Plan, columns: int) -> Rows:
 
 
 @operator
-def _unit(a, p, thread, threads):  # type: ignore[no-untyped-def]
+def _unit(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
     x, y, width, per_row = a[0], a[1], a[2], a[3]
     first, last = share(p[ROWS] * per_row, thread, threads)
     for i in range(first, last):
@@ -194,7 +194,7 @@ def unit(plan: Plan, x: Rows, width: int) -> Rows:
 
 
 @operator
-def _mix(a, p, thread, threads):  # type: ignore[no-untyped-def]
+def _mix(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
     q, G, R, D, timescales, slots, topk, temperature = a[0], a[1], a[2], a[3], a[4], a[5], a[6], number(a[7])
     slot_keys, alpha, mix = a[8], a[9], floats(a[10])
     work = a[11]
@@ -246,7 +246,7 @@ def mix(
 
 
 @operator
-def _divide(a, p, thread, threads):  # type: ignore[no-untyped-def]
+def _divide(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
     x, by, width, per_row, eps = a[0], floats(a[1]), a[2], a[3], F(number(a[4]))
     first, last = share(p[ROWS] * per_row, thread, threads)
     for i in range(first, last):
@@ -261,7 +261,7 @@ def divide(plan: Plan, x: Rows, by: Rows, width: int, eps: float) -> None:
 
 
 @operator
-def _gate(a, p, thread, threads):  # type: ignore[no-untyped-def]
+def _gate(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
     x, bias, fixed = floats(a[0]), floats(a[1])[0], a[2]
     first, last = share(p[ROWS], thread, threads)
     for row in range(first, last):

@@ -37,8 +37,8 @@ STEPS, COUNT, PASS, THREADS, BASE = range(5)  # of the job
 ASLEEP, AWAKE, HELD, GO = range(4)  # of a worker
 
 # Words of a step of a plan
-STEP = 4
-OPERATOR, ARGUMENTS, WAIT, WHEN = range(STEP)
+STEP = 8  # a cache line
+OPERATOR, ARGUMENTS, WAIT, WHEN, TAKEN = range(5)  # TAKEN: how much of its work threads have claimed
 KIND_OF_PASS = 0  # word of a pass: a step runs if its WHEN has this bit
 
 
@@ -64,7 +64,7 @@ def _run(steps: int, count: int, pass_: int, thread: int, threads: int, shared: 
     for i in range(count):
         step = int64s(steps + 8 * STEP * i)
         if step[WHEN] & kind:
-            call(step[OPERATOR], int64s(step[ARGUMENTS]), p, thread, threads)
+            call(step[OPERATOR], int64s(step[ARGUMENTS]), p, thread, threads, steps + 8 * (STEP * i + TAKEN))
             if threads > 1 and (step[WAIT] or i == count - 1):
                 goal += threads
                 _barrier(shared, goal)
@@ -72,12 +72,25 @@ def _run(steps: int, count: int, pass_: int, thread: int, threads: int, shared: 
 
 
 @compiled
+def _clear(steps: int, count: int) -> None:
+    """Nothing of the steps' work is claimed yet."""
+    for i in range(count):
+        int64s(steps + 8 * STEP * i)[TAKEN] = 0
+
+
+@compiled
+def _run_alone(steps: int, count: int, pass_: int) -> None:
+    _clear(steps, count)
+    _run(steps, count, pass_, 0, 1, 0, 0)
+
+
+@compiled
 def _run_together(shared: int, steps: int, count: int, pass_: int, threads: int, asleep: int, patience: int) -> int:
     """A whole pass on workers 1 .. threads - 1 and this thread, if none of the workers sleeps.
 
-    Workers are held first, so that none goes to sleep while the others are looked at; then they are given the job. All in
-    one call, because an interruption between two would leave a job half handed out. A worker that sleeps is waited for
-    during `patience` pauses; if it still does, its number is written to `asleep`, and how many do is returned.
+    Workers are held first, so that none goes to sleep while the others are looked at; then they are given the job. All
+    in one call, because an interruption between two would leave a job half handed out. A worker that sleeps is looked
+    at `patience` times; if it still does, its number is written to `asleep`, and how many do is returned.
     """
     out, n = int64s(asleep), 0
     for worker in range(1, threads):
@@ -93,6 +106,7 @@ def _run_together(shared: int, steps: int, count: int, pass_: int, threads: int,
         return n
     job, base = int64s(shared + 8 * JOB), atomic_load(shared + 8 * ARRIVALS)
     job[STEPS], job[COUNT], job[PASS], job[THREADS], job[BASE] = steps, count, pass_, threads, base
+    _clear(steps, count)
     for worker in range(1, threads):
         atomic_swap(shared + 8 * (WORKERS + LINE * worker), GO)
     _run(steps, count, pass_, 0, threads, shared, base)
@@ -126,7 +140,7 @@ def _work(shared: int, worker: int) -> None:
 
 def prepare() -> None:
     """Compile what runs plans, for the thread that asks: compiling is not for several at once."""
-    for function, arguments in ((_run, 7), (_run_together, 7), (_let_go, 2), (_work, 2)):
+    for function, arguments in ((_run_alone, 3), (_run_together, 7), (_let_go, 2), (_work, 2)):
         function.compile(tuple([types.int64] * arguments))
 
 
@@ -143,7 +157,7 @@ class Threads:
         """Run a plan's steps (int64 [n, STEP]) over a pass on `threads` threads; callers wait for each other."""
         job = (steps.ctypes.data, len(steps), pass_.ctypes.data)
         if threads <= 1:
-            _run(*job, 0, 1, 0, 0)
+            _run_alone(*job)
             return
         if self._owner != os.getpid():
             self._open()

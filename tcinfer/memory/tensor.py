@@ -284,5 +284,5 @@ def plan(layer: Layer, q: Rows, k: Rows, v: Rows, h: Rows) -> None:
     gate = tc.gate(p, w["tc_gate.bias"], logit)
     out = layer.attend(new)
     layer.settle(new, k, terms)
-    layer.linear(out, "attn_output", into=layer.x, wait=False)  # the same thread adds to the same columns below
+    layer.linear(out, "attn_output", into=layer.x)
     layer.linear(read, "tc_output", into=layer.x, gate=gate)
