@@ -221,36 +221,33 @@ def run(
     peer: bool = False,
     progress: Callable[[int], None] = lambda n: None,
 ) -> Report:
-    """Measure reading a prompt and decoding at each depth, `rounds` times; progress is told of each."""
+    """Measure reading a prompt and decoding at each depth, `rounds` times; progress is told of each figure."""
+    if model.bytes_per_token is None:
+        raise TcinferError("bench measures the numba backend")
     from tcinfer.kernels.cpu.bandwidth import Bandwidth
     from tcinfer.kernels.cpu.simd import TIER
 
-    if model.bytes_per_token is None:
-        raise TcinferError("bench measures the numba backend")
-    ids, rows, reads = _ids(model), [], []
-    ours, mine = [_Ours(model) for _ in depths], []
-    for depth, own in zip(depths, ours, strict=True):  # first, while this process holds nothing else
+    ids, reads = _ids(model), []
+    runs: list[tuple[Runner, Measured]] = []
+    for depth in depths:  # first, while this process holds nothing else
+        own = _Ours(model)
         own.start(depth)
-        mine.append(Measured(OURS, depth, state_bytes=own.session.nbytes, resident_bytes=resident()))
-    bandwidth = Bandwidth(model.ops.threads, model.bytes_per_token)
-    for depth, own, first in zip(depths, ours, mine, strict=True):
-        runners: list[Runner] = [own]
-        if peer and depth <= DEEPEST_PEER:
+        runs.append((own, Measured(OURS, depth, state_bytes=own.session.nbytes, resident_bytes=resident())))
+    for depth in depths if peer else ():
+        for flash in (False, True) if depth <= DEEPEST_PEER else ():
             context = depth + max(prompt, tokens, WARMING) + 1
-            threads = model.ops.threads.count
-            runners += [_LlamaCpp(path, context, threads, flash, ids) for flash in (False, True)]
-        found = [first, *(Measured(runner.name, depth) for runner in runners[1:])]
-        for runner in runners[1:]:
-            runner.start(depth)
-        for _ in range(rounds):
-            reads.append(bandwidth.measure())
-            for runner, row in zip(runners, found, strict=True):
-                time.sleep(SETTLING)
-                runner.back()
-                runner.feed(ids(WARMING))
-                _round(runner, row, ids(max(prompt, tokens)), prompt, tokens)
+            other = _LlamaCpp(path, context, model.ops.threads.count, flash, ids)
+            other.start(depth)
+            runs.append((other, Measured(other.name, depth)))
+    bandwidth = Bandwidth(model.ops.threads, model.bytes_per_token)
+    for _ in range(rounds):
+        reads.append(bandwidth.measure())
+        for runner, row in runs:
+            time.sleep(SETTLING)
+            runner.back()
+            runner.feed(ids(WARMING))
+            _round(runner, row, ids(max(prompt, tokens)), prompt, tokens)
             progress(1)
-        rows += found
     return Report(
         path,
         model.config.memory,
@@ -260,7 +257,7 @@ def run(
         model.bytes_per_token,
         prompt,
         tokens,
-        rows,
+        sorted((row for _, row in runs), key=lambda row: row.depth),
     )
 
 

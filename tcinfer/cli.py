@@ -343,7 +343,8 @@ def bench(**options: Any) -> None:
         click.echo(text)
         return
     path = options["model"] or str(bundled())
-    with _interruptible() as check, bar("measuring", options["rounds"] * len(depths)) as advance:
+    figures = options["rounds"] * len(depths) * (3 if options["compare"] else 1)
+    with _interruptible() as check, bar("measuring", figures) as advance:
         report = measuring.run(
             path,
             model,
@@ -370,9 +371,12 @@ def _both(advance: Callable[[int], None], check: Callable[[], None]) -> Callable
 @cli.command()
 def warmup() -> None:
     """Compile everything for this CPU now, so that no first run waits for it."""
+    from tcinfer.loader import operators
+    from tcinfer.progress import bar
+
+    operators("numba", None)  # or the reason why there is none
     from tcinfer.kernels import cpu
     from tcinfer.kernels.cpu.jit import cache_folder
-    from tcinfer.progress import bar
 
     steps = cpu.warm_up()
     total = next(steps)

@@ -5,6 +5,7 @@ One plan serves a single token, a chunk of a prompt, and one token each of many 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from threading import Lock
 from typing import Any
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from tcinfer import memory
 from tcinfer.config import CHUNK, ModelConfig
 from tcinfer.kernels.cpu import attention, linear, rows
-from tcinfer.kernels.cpu.plan import LONG, SHORT, Plan, Rows
+from tcinfer.kernels.cpu.plan import COUNT, FIELDS, FIRST, LONG, ROW, SEQUENCE, SHORT, Plan, Rows
 from tcinfer.kernels.cpu.threads import Threads
 from tcinfer.kernels.reference.quants import Matrix
 from tcinfer.memory.layer import Layer, Positions, geometry
@@ -32,7 +33,7 @@ class Engine:
         self, config: ModelConfig, weights: Mapping[str, Any], freq: NDArray[np.float64] | None, threads: Threads
     ) -> None:
         """weights: as Model takes them; the matrices are repacked here, which takes their size in memory again."""
-        self.config, self._threads, self._lock = config, threads, Lock()
+        self.config, self._threads, self._lock, self._owner = config, threads, Lock(), os.getpid()
         self._geometry = geometry(config)
         self._plan = _plan(config, _repacked(weights, threads), weights[EMBEDDING], freq, threads)
         self.bytes_per_token = sum(
@@ -54,10 +55,12 @@ class Engine:
         logits = np.empty((out_rows, self.config.vocab_size), np.float32)
         ids = np.ascontiguousarray(ids, np.int64)
         of = np.repeat(np.arange(len(states)), counts)
-        table = np.empty((len(states), 4), np.int64)
+        table = np.empty((len(states), SEQUENCE), np.int64)
         for entry, state, count, first in zip(table, states, counts, np.cumsum(counts) - counts, strict=True):
-            entry[:] = state.addresses.ctypes.data, state.position, first, count
+            entry[[FIELDS, FIRST, ROW, COUNT]] = state.addresses.ctypes.data, state.position, first, count
         long = max(counts) > attention.FEW
+        if self._owner != os.getpid():  # forked, perhaps while another thread held the lock
+            self._owner, self._lock = os.getpid(), Lock()
         with self._lock:
             words = self._room_for_keys(states[0].position, counts[0]) if long else self._room_for_parts(states, counts)
             work = self._plan.work * total
@@ -115,6 +118,7 @@ def _plan(
     layout, mechanism = memory.layout(config), memory.mechanism(config)
     x = rows.embed(plan, embedding, weights.get("position_embd.weight"))
     positions, first_field = Positions(plan, config, freq), 0
+    plan.hold()
     for i, fields in enumerate(layout.layers):
         prefix = f"blk.{i}."
         own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
@@ -130,6 +134,7 @@ def _plan(
             gate = layer.linear(h, "ffn_gate", wait=False)
             h = rows.swiglu(plan, gate, layer.linear(h, "ffn_up"))
         layer.linear(h, "ffn_down", into=x)
+        plan.reuse()
     h = _norm(plan, config, weights, "output_norm", x)
     linear.linear(plan, h, weights.get(HEAD, weights[EMBEDDING]), head=True)
     plan.finish()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from plans import Pass, normal
 from test_reference import REFERENCE, close
 
-from tcinfer.kernels.cpu import attention, simd, tiles, vectors
+from tcinfer.kernels.cpu import attention, machine, tiles, vectors
 from tcinfer.kernels.cpu.plan import LONG, SHORT
 from tcinfer.kernels.cpu.ring import Entering, Geometry
 from tcinfer.kernels.reference.quants import Kind
@@ -163,7 +163,7 @@ def test_exp_over_its_whole_range() -> None:
     @numba.njit
     def run(x, y):
         for i in range(len(x)):
-            y[i] = simd.exp(x[i])
+            y[i] = machine.exp(x[i])
 
     x = np.concatenate([np.linspace(-87, 88, 100_001), normal(0, 100_000) / 10]).astype(F)
     y = np.empty_like(x)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import SMALL, ByBytes, build
+from conftest import SMALL, ByBytes, build, small
 from test_memory import CASES, config_of, difference, feed, weights_of
 
 from tcinfer import engine
@@ -154,3 +154,15 @@ def test_any_number_of_threads_gives_the_same_bits(name: str, kind: Kind, monkey
         wanted = wanted or got
         for a, b in zip(got, wanted, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("sinks", [600, 1000])
+def test_many_sinks_while_the_stream_is_still_among_them(sinks: int) -> None:
+    """More sinks than two blocks of attention hold, a window beside them, and chunks that end before it begins."""
+    changes = {"memory": "sinks", "window": 40, "sinks": sinks}
+    ids = np.random.default_rng(0).integers(0, 50, sinks + 60)
+    want = small("numpy", **changes).session().feed(ids, all_logits=True)
+    session = small("numba", **changes).session()
+    parts = np.split(ids, [5, 300, 310, 590])
+    got = np.concatenate([session.feed(part, all_logits=True) for part in parts])
+    assert np.abs(got - want).max() < 2e-5 * np.abs(want).max()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from plans import SCALES, Pass, at, normal, random_matrix, scales
 from test_reference import REFERENCE, close, memory_arguments, run
 
-from tcinfer.kernels.cpu import linear, matrix_memory, rows, simd, tiles
+from tcinfer.kernels.cpu import linear, machine, matrix_memory, rows, tiles
 from tcinfer.kernels.cpu.plan import Rows
 from tcinfer.kernels.reference.matrix_memory import Writes, scan_recurrent
 from tcinfer.kernels.reference.quants import KINDS, Kind, Matrix
@@ -62,7 +62,7 @@ def test_numbers_are_rounded_to_16_bits_as_numpy_rounds_them() -> None:
     @numba.njit
     def run(x, address):
         for i in range(len(x)):
-            simd.store_half(address + 2 * i, x[i])
+            machine.store_half(address + 2 * i, x[i])
 
     halves = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(F)
     halves = halves[np.isfinite(halves)]

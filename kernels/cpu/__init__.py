@@ -1,8 +1,8 @@
 """The Numba backend: whole passes as plans of compiled operators (plan.py).
 
-`simd` and `tiles` hold vectors and inner products, `packing` the layouts of weights, `jit` compiling and its cache,
-`threads` what runs a plan; `rows`, `linear`, `ring`, `attention`, `matrix_memory` and the mechanisms' own modules the
-operators, each with the function that puts it into a plan.
+`simd`, `vectors` and `tiles` hold vectors, long rows and inner products, `machine` single instructions, `packing` the
+layouts of weights, `jit` compiling and its cache, `threads` what runs a plan; `rows`, `linear`, `ring`, `attention`,
+`matrix_memory` and the mechanisms' own modules the operators, each with the function that puts it into a plan.
 """
 
 import importlib

@@ -17,6 +17,7 @@ from gguf.constants import GGMLQuantizationType as Kind
 from numba.extending import register_jitable
 
 from tcinfer.kernels.cpu.jit import Operator, operator
+from tcinfer.kernels.cpu.machine import exp, floats, int64s, load_half
 from tcinfer.kernels.cpu.plan import (
     COUNT,
     EACH,
@@ -39,7 +40,7 @@ from tcinfer.kernels.cpu.plan import (
 )
 from tcinfer.kernels.cpu.ring import Entering, Geometry, slot_of
 from tcinfer.kernels.cpu.rows import claim, share
-from tcinfer.kernels.cpu.simd import LANES, exp, floats, int64s, load_half
+from tcinfer.kernels.cpu.simd import LANES
 from tcinfer.kernels.cpu.tiles import MANY, float_tile, side_by_side
 from tcinfer.kernels.cpu.vectors import NONE, exponentials, largest, merged, scaled
 
@@ -266,7 +267,7 @@ def _attend_many(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
             o[i] = 0
         earliest = max(sinks, start + begin - window + 1) if window else np.int64(0)
         near = earliest // BLOCK
-        for block in range(near - far_blocks, (start + stop - 1) // BLOCK + 1):
+        for block in range(near - far_blocks, max(near, (start + stop - 1) // BLOCK + 1)):
             far = block < near
             if far:
                 begins = (block - near + far_blocks) * BLOCK

@@ -12,11 +12,11 @@ from numba.extending import register_jitable
 from numpy.typing import NDArray
 
 from tcinfer.kernels.cpu.jit import operator
+from tcinfer.kernels.cpu.machine import floats, int64s, number
 from tcinfer.kernels.cpu.matrix_memory import Writes
 from tcinfer.kernels.cpu.plan import COUNT, FIELDS, ROW, ROWS, SEQUENCE, SEQUENCES, TABLE, Plan, Rows
 from tcinfer.kernels.cpu.ring import Entering
 from tcinfer.kernels.cpu.rows import share
-from tcinfer.kernels.cpu.simd import floats, int64s, number
 from tcinfer.kernels.cpu.tensor_cache import ones, sigmoid
 
 F = np.float32

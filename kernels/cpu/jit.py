@@ -21,8 +21,8 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.ccallback import CFunc
 from platformdirs import user_cache_path
 
-# Sums may be reordered (that is what makes them vector instructions), but NaN and Inf stay what they are.
 UNUSED = 30 * 24 * 3600  # seconds after which another version's machine code may go
+# Sums may be reordered (that is what makes them vector instructions), but NaN and Inf stay what they are.
 FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
 
 
@@ -53,7 +53,7 @@ def prune() -> None:
     own = cache_folder()
     for folder in own.parent.glob("kernels-*") if own else ():
         with suppress(OSError):
-            if folder != own and time.time() - max(p.stat().st_atime for p in (folder, *folder.iterdir())) > UNUSED:
+            if folder != own and time.time() - max(p.stat().st_atime for p in (folder, *folder.rglob("*"))) > UNUSED:
                 shutil.rmtree(folder)
 
 
@@ -110,10 +110,10 @@ SIGNATURE = ((WORDS, WORDS, types.int64, types.int64, types.int64), types.void)
 
 
 class Operator:
-    """A compiled function(a, p, thread, threads, taken) that plans call by its address; compiled when that is first asked for.
+    """A compiled function(a, p, thread, threads, taken); plans call it by its address, and asking for that compiles it.
 
-    a: the arguments of one step of a plan, int64; p: what the pass is about (see plan.Pass); the function does the
-    share of the work that falls to `thread` of `threads`; taken: the address of a count, 0 at the start, by which
+    a: the arguments of one step of a plan, int64; p: what the pass is about (the words in plan.py); the function does
+    the share of the work that falls to `thread` of `threads`; taken: the address of a count, 0 at the start, by which
     threads can share out the work as they go (see rows.claim).
     """
 

@@ -9,10 +9,11 @@ from gguf.constants import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 
 from tcinfer.kernels.cpu.jit import Operator, operator
+from tcinfer.kernels.cpu.machine import floats, int8s
 from tcinfer.kernels.cpu.packing import FLOATS, PACKINGS, RUN, interleaver
 from tcinfer.kernels.cpu.plan import ALIGNMENT, EACH, LOGITS, OUT_FIRST, OUT_ROWS, ROWS, SCRATCH, Plan, Rows
 from tcinfer.kernels.cpu.rows import claim, quantised, quantised_twice, share
-from tcinfer.kernels.cpu.simd import LANES, floats, int8s
+from tcinfer.kernels.cpu.simd import LANES
 from tcinfer.kernels.cpu.tiles import MANY, byte_tile, float_tile
 from tcinfer.kernels.cpu.vectors import delivered
 from tcinfer.kernels.reference.quants import Matrix

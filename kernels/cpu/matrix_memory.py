@@ -13,9 +13,10 @@ from gguf.constants import GGMLQuantizationType as Kind
 
 from tcinfer.kernels.cpu.attention import product
 from tcinfer.kernels.cpu.jit import operator
+from tcinfer.kernels.cpu.machine import floats, int64s
 from tcinfer.kernels.cpu.plan import COUNT, EACH, FIELDS, ROW, SCRATCH, SEQUENCE, SEQUENCES, TABLE, Plan, Rows
 from tcinfer.kernels.cpu.rows import share
-from tcinfer.kernels.cpu.simd import LANES, floats, int64s
+from tcinfer.kernels.cpu.simd import LANES
 from tcinfer.kernels.cpu.tiles import MANY, float_tile
 
 F = np.float32

@@ -92,13 +92,21 @@ class Plan:
         self.kept: list[Any] = []  # arrays that the steps point into
         self.work = 0  # multiplications a row, about
         self._scratch = ALIGNMENT
+        self._rooms: list[tuple[int, int]] = []  # (address, size) of those since the last `reuse`
+        self._free: dict[int, list[int]] = {}  # by size: those that nothing uses any more
         self._finished: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
 
     def room(self, size: int) -> int:
-        """Address of `size` bytes that live as long as the plan. Pages that no pass touches cost nothing."""
+        """Address of `size` bytes, until the next `reuse`. Pages that no pass touches cost nothing."""
+        if self._free.get(size):
+            address = self._free[size].pop()
+            self._rooms.append((address, size))
+            return address
         block = np.empty(size + 2 * ALIGNMENT, np.uint8)  # vectors may be read whole at the end
         self.kept.append(block)
-        return int(block.ctypes.data + -block.ctypes.data % ALIGNMENT)
+        address = int(block.ctypes.data + -block.ctypes.data % ALIGNMENT)
+        self._rooms.append((address, size))
+        return address
 
     def keep(self, array: NDArray | None) -> int:
         """Address of an array's first element; 0 for None."""
@@ -113,6 +121,17 @@ class Plan:
         words = [_word(x) if isinstance(x, float) else int(x) for x in arguments]
         self.steps.append(Step(operator, words, wait, when))
         return self.steps[-1]
+
+    def hold(self) -> None:
+        """What has been given out so far is needed to the end."""
+        self._rooms.clear()
+
+    def reuse(self) -> None:
+        """What has been given out since `hold` or `reuse` is needed no more: later steps may have the same room."""
+        assert self.steps[-1].wait
+        for address, size in self._rooms:
+            self._free.setdefault(size, []).append(address)
+        self._rooms.clear()
 
     def scratch(self, size: int) -> None:
         """See to it that each thread has so many bytes to work in, for as long as one operator runs."""
@@ -135,7 +154,7 @@ class Plan:
         self._finished = steps, pass_
 
     def run(self, threads: int | None = None, **words: int) -> None:
-        """One pass. words: what is not 0 of a pass, by the names above in small letters."""
+        """One pass. words: of a pass, by the names above in small letters; the others stay as they were."""
         assert self._finished is not None
         steps, pass_ = self._finished
         for name, value in words.items():
@@ -161,5 +180,5 @@ _WORDS = {
 
 
 def _word(x: float) -> int:
-    """The bits of a float64 (`simd.number` takes them back)."""
+    """The bits of a float64 (`machine.number` takes them back)."""
     return int(struct.unpack("<q", struct.pack("<d", x))[0])

@@ -14,6 +14,7 @@ from numba.extending import register_jitable
 from numpy.typing import NDArray
 
 from tcinfer.kernels.cpu.jit import operator
+from tcinfer.kernels.cpu.machine import floats, int8s, int64s, load_half, store_half
 from tcinfer.kernels.cpu.packing import FLOATS
 from tcinfer.kernels.cpu.plan import (
     COUNT,
@@ -29,7 +30,6 @@ from tcinfer.kernels.cpu.plan import (
     Rows,
 )
 from tcinfer.kernels.cpu.rows import position, share
-from tcinfer.kernels.cpu.simd import floats, int8s, int64s, load_half, store_half
 
 F = np.float32
 
@@ -52,7 +52,7 @@ class Geometry(NamedTuple):
 
 
 class Entering(NamedTuple):
-    """What `push` makes of a pass's queries, keys and values: rows, or 0 where not asked for."""
+    """What `push` makes of a pass's queries, keys and values; None where not asked for."""
 
     q: Rows  # rotated
     q_far: Rows | None  # rotated for the sinks

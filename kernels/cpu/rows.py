@@ -15,6 +15,7 @@ from numba.extending import register_jitable
 from numpy.typing import NDArray
 
 from tcinfer.kernels.cpu.jit import Operator, operator
+from tcinfer.kernels.cpu.machine import atomic_add, doubles, floats, int64s, load_brain, load_half, number
 from tcinfer.kernels.cpu.packing import FLOATS, PACKINGS, RUN, unpacker
 from tcinfer.kernels.cpu.plan import (
     EACH,
@@ -31,7 +32,6 @@ from tcinfer.kernels.cpu.plan import (
     Plan,
     Rows,
 )
-from tcinfer.kernels.cpu.simd import atomic_add, doubles, floats, int64s, load_brain, load_half, number
 from tcinfer.kernels.cpu.tiles import HEAD
 from tcinfer.kernels.cpu.vectors import gelu_of, left_over, normed, quantise_run, silu_product, squares
 from tcinfer.kernels.reference.quants import Matrix

@@ -1,18 +1,16 @@
-"""Vectors and machine instructions for Numba: what its own types and loops do not reach.
+"""Vectors for Numba: what its own types and loops do not reach.
 
-Two levels. `Lanes` is a vector (or a scalar) while LLVM code is being written: Python's operators emit instructions, so
-that an intrinsic reads like arithmetic. The intrinsics at the end are for compiled functions: memory by address,
-half floats, bit patterns, atomic counters. Everything is LLVM's generic code, which becomes AVX-512, AVX2 or Arm
+`Lanes` is a vector (or a scalar) while LLVM code is being written: Python's operators emit instructions, so that an
+intrinsic reads like arithmetic. Everything is LLVM's generic code, which becomes AVX-512, AVX2 or Arm
 instructions by itself, but for one product (`dot4`) and the conversion of halves, which look at TIER.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic as numba_intrinsic
 
@@ -247,8 +245,7 @@ class Lanes:
         bytes_ are unsigned; `full`: some may be 128 or more.
         """
         if TIER == "avx512vnni":
-            u, s = bytes_.bits(I8), signed.bits(I8)
-            return self.call("llvm.x86.avx512.vpdpbusd.512", self.type, u.value, s.value)
+            return self.call("llvm.x86.avx512.vpdpbusd.512", self.type, bytes_.value, signed.value)
         if TIER == "avx2":
             return self + _halves(bytes_, signed, full)
         total = self
@@ -347,150 +344,3 @@ def fetch_ahead(builder: Any, address: Any, offset: int) -> None:
     kind = ir.FunctionType(ir.VoidType(), [at.type, I32, I32, I32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     builder.call(function, [at, I32(0), I32(3), I32(1)])
-
-
-# --- for compiled functions
-
-
-def _pointer_to(element: Any) -> Any:
-    @intrinsic
-    def view(typingctx: Any, address: Any) -> Any:
-        """The memory at an address (int64) as an array without bounds: p[i] reads and writes."""
-        want = types.CPointer(element)
-
-        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return builder.inttoptr(arguments[0], context.get_value_type(want))
-
-        return want(types.int64), codegen
-
-    return view
-
-
-floats, doubles = _pointer_to(types.float32), _pointer_to(types.float64)
-int8s, int32s, int64s = _pointer_to(types.int8), _pointer_to(types.int32), _pointer_to(types.int64)
-
-
-@intrinsic
-def bits_of(typingctx: Any, x: Any) -> Any:
-    """float32 -> its bits, int32."""
-    return types.int32(types.float32), lambda context, builder, signature, a: builder.bitcast(a[0], I32)
-
-
-@intrinsic
-def from_bits(typingctx: Any, b: Any) -> Any:
-    """int32 -> the float32 of these bits."""
-    return types.float32(types.int32), lambda context, builder, signature, a: builder.bitcast(a[0], F32)
-
-
-@intrinsic
-def number(typingctx: Any, b: Any) -> Any:
-    """A float64 that travelled as an int64 among the arguments of a step."""
-    return types.float64(types.int64), lambda context, builder, signature, a: builder.bitcast(a[0], ir.DoubleType())
-
-
-@intrinsic
-def load_half(typingctx: Any, address: Any) -> Any:
-    """The 16-bit float at an address, as float32."""
-    return types.float32(
-        types.int64
-    ), lambda context, builder, signature, a: load(builder, a[0], 0, I16, 1).half().value
-
-
-@intrinsic
-def load_brain(typingctx: Any, address: Any) -> Any:
-    """The bfloat16 at an address, as float32."""
-    return types.float32(
-        types.int64
-    ), lambda context, builder, signature, a: (load(builder, a[0], 0, I16, 1).wide() << 16).bits(F32).value
-
-
-@intrinsic
-def store_half(typingctx: Any, address: Any, x: Any) -> Any:
-    """float32 to an address as a 16-bit float, rounded to nearest."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        store(Lanes(builder, arguments[1]).to_half(), arguments[0])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.float32), codegen
-
-
-@intrinsic
-def exp(typingctx: Any, x: Any) -> Any:
-    """e^x of one float32, as Lanes.exp."""
-    return types.float32(types.float32), lambda context, builder, signature, a: Lanes(builder, a[0]).exp().value
-
-
-@intrinsic
-def atomic_add(typingctx: Any, address: Any, value: Any) -> Any:
-    """Add to the int64 at an address, as one step for all threads; returns what it was."""
-    return types.int64(types.int64, types.int64), lambda context, builder, signature, a: builder.atomic_rmw(
-        "add", builder.inttoptr(a[0], I64.as_pointer()), a[1], "acq_rel"
-    )
-
-
-@intrinsic
-def atomic_swap(typingctx: Any, address: Any, value: Any) -> Any:
-    """Put a value into the int64 at an address; returns what it was."""
-    return types.int64(types.int64, types.int64), lambda context, builder, signature, a: builder.atomic_rmw(
-        "xchg", builder.inttoptr(a[0], I64.as_pointer()), a[1], "acq_rel"
-    )
-
-
-@intrinsic
-def atomic_load(typingctx: Any, address: Any) -> Any:
-    """The int64 at an address, as other threads have left it."""
-    return types.int64(types.int64), lambda context, builder, signature, a: builder.load_atomic(
-        builder.inttoptr(a[0], I64.as_pointer()), "acquire", 8
-    )
-
-
-@intrinsic
-def atomic_replace(typingctx: Any, address: Any, old: Any, new: Any) -> Any:
-    """If the int64 at an address is `old`, put `new` there; whether it was."""
-
-    def codegen(context: Any, builder: Any, signature: Any, a: Any) -> Any:
-        at = builder.inttoptr(a[0], I64.as_pointer())
-        return builder.extract_value(builder.cmpxchg(at, a[1], a[2], "acq_rel", "acquire"), 1)
-
-    return types.boolean(types.int64, types.int64, types.int64), codegen
-
-
-@intrinsic
-def pause(typingctx: Any) -> Any:
-    """Tell the CPU that this thread is waiting in a loop."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if "x86" in builder.module.triple or "i686" in builder.module.triple:
-            kind = ir.FunctionType(ir.VoidType(), [])
-            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
-        return context.get_dummy_value()
-
-    return types.void(), codegen
-
-
-@intrinsic
-def give_way(typingctx: Any) -> Any:
-    """Let another thread have this CPU."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        name = "SwitchToThread" if sys.platform == "win32" else "sched_yield"
-        builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(I32, []), name), [])
-        return context.get_dummy_value()
-
-    return types.void(), codegen
-
-
-@intrinsic
-def call(typingctx: Any, function: Any, a: Any, p: Any, thread: Any, threads: Any, taken: Any) -> Any:
-    """Call an operator by its address: function(a, p, thread, threads, taken)."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        function, *rest = arguments
-        kind = ir.FunctionType(ir.VoidType(), [x.type for x in rest])
-        builder.call(builder.inttoptr(function, kind.as_pointer()), rest)
-        return context.get_dummy_value()
-
-    return types.void(
-        types.int64, types.CPointer(types.int64), types.CPointer(types.int64), *[types.int64] * 3
-    ), codegen

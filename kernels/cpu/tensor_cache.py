@@ -13,11 +13,11 @@ from numba.extending import register_jitable
 from numpy.typing import NDArray
 
 from tcinfer.kernels.cpu.jit import operator
+from tcinfer.kernels.cpu.machine import floats, int64s, number
 from tcinfer.kernels.cpu.matrix_memory import Writes
 from tcinfer.kernels.cpu.plan import ROWS, Plan, Rows
 from tcinfer.kernels.cpu.ring import turn
 from tcinfer.kernels.cpu.rows import position, share
-from tcinfer.kernels.cpu.simd import floats, int64s, number
 
 F = np.float32
 UNIT_EPS = F(1e-5)  # added to a norm, as kernels.reference.pointwise.unit
@@ -154,10 +154,7 @@ def writes(
         *(route.address if route else 0, route.stride if route else 0),
         *(k.address, v.address, decay.address, rate.address, Rows(plan, slots * G).address),
     )
-    retrieve = None
-    if rule == "delta":
-        retrieve = Rows(plan, G)
-        plan.step(_ones, retrieve.address, G, wait=True)
+    retrieve = ones(plan, G) if rule == "delta" else None
     return Writes(k, v, decay, rate, retrieve, rule == "wedge")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numba import types
 
 from tcinfer.kernels.cpu.jit import compiled
-from tcinfer.kernels.cpu.simd import (
+from tcinfer.kernels.cpu.machine import (
     atomic_add,
     atomic_load,
     atomic_replace,
@@ -57,18 +57,19 @@ def _barrier(shared: int, goal: int) -> None:
 
 
 @compiled
-def _run(steps: int, count: int, pass_: int, thread: int, threads: int, shared: int, base: int) -> int:
-    """This thread's share of every step; ends when all threads have done theirs. Returns the number of arrivals."""
+def _run(steps: int, count: int, pass_: int, thread: int, threads: int, shared: int, base: int) -> None:
+    """This thread's share of every step; ends when all threads have done theirs."""
     p, goal = int64s(pass_), base
     kind = p[KIND_OF_PASS]
     for i in range(count):
         step = int64s(steps + 8 * STEP * i)
         if step[WHEN] & kind:
             call(step[OPERATOR], int64s(step[ARGUMENTS]), p, thread, threads, steps + 8 * (STEP * i + TAKEN))
-            if threads > 1 and (step[WAIT] or i == count - 1):
+            if threads > 1 and step[WAIT]:
                 goal += threads
                 _barrier(shared, goal)
-    return goal
+    if threads > 1:
+        _barrier(shared, goal + threads)
 
 
 @compiled
@@ -211,7 +212,7 @@ _pools: dict[int, Threads] = {}
 
 
 def pool(count: int | None) -> Threads:
-    """The threads of this process that work `count` at a time: all models share them, so that no two pools spin."""
+    """The threads of this process that work `count` at a time: all models share them, so that few threads spin."""
     return _pools.setdefault(count or _cpus(), Threads(count))
 
 

@@ -21,28 +21,20 @@ NOWHERE = (0, 0)  # angles where nothing rotates
 
 
 class Positions:
-    """Angles of rotation, the same for every layer: computed once a pass, if a layer asks for them."""
+    """Angles of rotation, the same for every layer: computed at the start of a pass."""
 
     def __init__(self, plan: Plan, config: ModelConfig, freq: NDArray[np.float64] | None) -> None:
-        self._plan, self._config, self._freq = plan, config, freq
-
-    @cached_property
-    def near(self) -> tuple[int, int]:
-        """Of each row's own position."""
-        return NOWHERE if self._freq is None else rows.angles(self._plan, self._freq)
-
-    @cached_property
-    def far(self) -> tuple[int, int]:
-        """Of the position from which a query meets the sinks, where that is another."""
-        n, W = self._config.sinks, self._config.window
-        if self._freq is None or not n or self._config.sink_positions != "in-cache":
-            return NOWHERE
-        return rows.angles(self._plan, self._freq, most=n + W - 1)
-
-    @cached_property
-    def leaving(self) -> tuple[int, int]:
-        """Of the token that leaves the window while a row enters it."""
-        return NOWHERE if self._freq is None else rows.angles(self._plan, self._freq, offset=-self._config.window)
+        """near: of each row's own position; far: of that from which a query meets the sinks, where it is another;
+        leaving: of the token that leaves the window while a row enters it, where the memory sees keys unrotated."""
+        n, W = config.sinks, config.window
+        self.near = self.far = self.leaving = NOWHERE
+        if freq is None:
+            return
+        self.near = rows.angles(plan, freq)
+        if n and config.sink_positions == "in-cache":
+            self.far = rows.angles(plan, freq, most=n + W - 1)
+        if not getattr(config.options, "rope", True):
+            self.leaving = rows.angles(plan, freq, offset=-W)
 
 
 @dataclass

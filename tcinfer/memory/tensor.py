@@ -238,7 +238,10 @@ def plan(layer: Layer, q: Rows, k: Rows, v: Rows, h: Rows) -> None:
     new = layer.push(q, k, v, rounded=o.write_on_insert, plain=o.write_on_insert and not o.rope)
     entering, leaving = None, None
     if o.write_on_insert:
-        entering = tc.Source((new.k if o.rope else new.k_plain) or k, new.v or v, **terms)
+        key = new.k if o.rope else new.k_plain
+        assert key is not None
+        assert new.v is not None
+        entering = tc.Source(key, new.v, **terms)
     if o.write_on_evict and config.window:
         k_out, v_out = (layer.take(n, at, new.stride, G * D) for n, at in (("k", new.k_new), ("v", new.v_new)))
         left = {name: layer.take(name, x.address, x.stride, G) for name, x in terms.items()}
