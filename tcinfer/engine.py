@@ -63,7 +63,7 @@ class Engine:
             self._owner, self._lock = os.getpid(), Lock()
         with self._lock:
             words = self._room_for_keys(states[0].position, counts[0]) if long else self._room_for_parts(states, counts)
-            work = self._plan.work * total
+            work = (self._plan.work + self._attention(words)) * total
             self._plan.run(
                 threads=1 if work < WORTH_SHARING else None,
                 kind=LONG if long else SHORT,
@@ -80,6 +80,11 @@ class Engine:
         for state, count in zip(states, counts, strict=True):
             state.position += count
         return logits
+
+    def _attention(self, words: Mapping[str, int]) -> int:
+        """Multiplications of a row's attention over all that there is room for, in all layers."""
+        keys = words["keys"] if "keys" in words else words["splits"] * attention.BLOCK
+        return 2 * self.config.n_heads * self.config.head_dim * keys * self.config.n_layers
 
     def _room_for_parts(self, states: Sequence[State], counts: Sequence[int]) -> dict[str, int]:
         last = max(state.position + count - 1 for state, count in zip(states, counts, strict=True))

@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```console\n(.*?)```", README, re.S) for line in block.splitlines()]
 
 
-@pytest.mark.parametrize("command", ["generate", "convert"])
+@pytest.mark.parametrize("command", ["generate", "convert", "bench"])
 def test_help_texts_are_the_commands_own(command: str) -> None:
     shown = re.search(rf"<!-- help: {command} -->\n```text\n(.*?)```", README, re.S)
     assert shown is not None
