@@ -18,6 +18,7 @@ from numba.extending import register_jitable
 
 from tcinfer.kernels.cpu.jit import Operator, operator
 from tcinfer.kernels.cpu.machine import exp, floats, int64s, load_half
+from tcinfer.kernels.cpu.packing import FLOATS
 from tcinfer.kernels.cpu.plan import (
     COUNT,
     EACH,
@@ -41,7 +42,7 @@ from tcinfer.kernels.cpu.plan import (
 from tcinfer.kernels.cpu.ring import Entering, Geometry, slot_of
 from tcinfer.kernels.cpu.rows import claim, share
 from tcinfer.kernels.cpu.simd import LANES
-from tcinfer.kernels.cpu.tiles import MANY, float_tile, side_by_side
+from tcinfer.kernels.cpu.tiles import MANY, float_tile, padded, product, side_by_side
 from tcinfer.kernels.cpu.vectors import NONE, exponentials, largest, merged, scaled
 
 F = np.float32
@@ -51,17 +52,15 @@ QUERIES = 24  # query rows (tokens times heads of a group) taken together in a l
 
 
 @register_jitable
-def padded(width):  # type: ignore[no-untyped-def]
-    """Floats of a row of `width` in whole vectors."""
-    return (width + LANES - 1) // LANES * LANES
+def window_start(at, window, sinks):  # type: ignore[no-untyped-def]
+    """The first position that the window of the token at a position holds."""
+    return max(sinks, at - window + 1) if window else np.int64(0)
 
 
 @register_jitable
 def visible(at, window, sinks):  # type: ignore[no-untyped-def]
     """What the token at a position sees: how many sinks, and the first position of its window."""
-    if window == 0:
-        return np.int64(0), np.int64(0)
-    return min(sinks, at + 1), max(sinks, at - window + 1)
+    return min(sinks, at + 1) if window else np.int64(0), window_start(at, window, sinks)
 
 
 @register_jitable
@@ -69,23 +68,6 @@ def blocks_of(at, window, sinks):  # type: ignore[no-untyped-def]
     """In how many blocks the token at a position finds its keys: of sinks, and of its window."""
     ns, low = visible(at, window, sinks)
     return (ns + BLOCK - 1) // BLOCK, at // BLOCK - low // BLOCK + 1 if low <= at else np.int64(0)
-
-
-@register_jitable
-def product(many, two, one, w, w_stride, x, x_stride, n, count, lanes, out, out_stride):  # type: ignore[no-untyped-def]
-    """out [n, 16] = x [n, count] · w [count, lanes], n rows in tiles (three of float_tile's)."""
-    t = 0
-    while t < n:
-        left = n - t
-        if left >= MANY:
-            many(w, w_stride, x + t * x_stride, x_stride, count, lanes, out + t * out_stride, out_stride)
-            t += MANY
-        elif left >= 2:
-            two(w, w_stride, x + t * x_stride, x_stride, count, lanes, out + t * out_stride, out_stride)
-            t += 2
-        else:
-            one(w, w_stride, x + t * x_stride, x_stride, count, lanes, out + t * out_stride, out_stride)
-            t += 1
 
 
 @register_jitable
@@ -98,7 +80,7 @@ def merge(whole, top, part, part_top, width):  # type: ignore[no-untyped-def]
 
 def _few(kind: Kind) -> Operator:
     """One block's part for one (row, key head): for each query head of the group values, sum and maximum."""
-    turn, size = side_by_side(kind), 2 if kind == Kind.F16 else 4
+    turn, size = side_by_side(kind), FLOATS[kind]
     one, two, many = (float_tile(Kind.F32, n) for n in (1, 2, MANY))
     one_more, two_more, many_more = (float_tile(kind, n, add=True) for n in (1, 2, MANY))
 
@@ -193,14 +175,13 @@ def _gathered(first, count, window, sinks):  # type: ignore[no-untyped-def]
     (a multiple of 16), and how many places there are."""
     ns = min(sinks, first + count) if window else np.int64(0)
     begin = padded(ns)
-    low = max(sinks, first - window + 1) if window else np.int64(0)
+    low = window_start(first, window, sinks)
     base = low - low % LANES
     return ns, begin, base, begin + padded(max(0, first + count - base))
 
 
 def _gather(kind: Kind) -> Operator:
-    turn, half = side_by_side(kind), kind == Kind.F16
-    size = 2 if half else 4
+    turn, half, size = side_by_side(kind), kind == Kind.F16, FLOATS[kind]
 
     @operator(name=f"gather_{kind.name}")
     def gather(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
@@ -209,7 +190,7 @@ def _gather(kind: Kind) -> Operator:
         sequence = int64s(p[TABLE])  # a long pass has one sequence
         fields, start, count = int64s(sequence[FIELDS]), sequence[FIRST], sequence[COUNT]
         ns, begin, base, places = _gathered(start, count, window, sinks)
-        low = max(sinks, start - window + 1) if window else np.int64(0)
+        low = window_start(start, window, sinks)
         addresses = p[SCRATCH] + thread * p[EACH]
         table = int64s(addresses)
         first, last = share(places // LANES * G, thread, threads)
@@ -265,7 +246,7 @@ def _attend_many(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
             tops[i] = F(NONE)
         for i in range(rows * (wide + LANES)):
             o[i] = 0
-        earliest = max(sinks, start + begin - window + 1) if window else np.int64(0)
+        earliest = window_start(start + begin, window, sinks)
         near = earliest // BLOCK
         for block in range(near - far_blocks, max(near, (start + stop - 1) // BLOCK + 1)):
             far = block < near
@@ -287,8 +268,7 @@ def _attend_many(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
                 product(_many, _two, _one, keys, 4 * LANES, Q, 4 * D, full, D, LANES, S + 4 * j, S_stride)
             for i in range(rows):
                 at = start + begin + i // R
-                low = max(sinks, at - window + 1) if window else np.int64(0)
-                lower = 0 if far else max(low - begins, 0)
+                lower = 0 if far else max(window_start(at, window, sinks) - begins, 0)
                 upper = min(ends, at + 1) - begins
                 s = floats(S + i * S_stride)
                 for c in range(min(lower, ends - begins)):
@@ -328,7 +308,7 @@ def attention(plan: Plan, geometry: Geometry, new: Entering, k_field: int, v_fie
     far = new.q_far.address if new.q_far else 0
     shape = (H, G, D, window, sinks)
     query, cache = (new.q.address, far, new.q.stride), (k_field, v_field, new.k_new, new.v_new)
-    R, wide = H // G, -(-D // LANES) * LANES
+    R, wide = H // G, padded(D)
     plan.scratch(4 * R * (BLOCK + D) + 4 * LANES * wide + 8 * LANES)
     plan.scratch(4 * (max(QUERIES, R) + LANES) * (D + BLOCK + 2 * (wide + LANES) + 1))
     plan.step(FEW_OF[geometry.kind], *query, *cache, *shape, when=SHORT)
@@ -341,20 +321,18 @@ def attention(plan: Plan, geometry: Geometry, new: Entering, k_field: int, v_fie
 def splits_of(geometry: Geometry, position: int) -> int:
     """Blocks in which the token at a position, or any before it, finds its keys, at most."""
     window, sinks = geometry.window, geometry.sinks
-    if not window:
-        return position // BLOCK + 1
-    return -(-sinks // BLOCK) + min(position, window + BLOCK - 1) // BLOCK + 1
+    # one more than whole blocks: a window may begin and end within one
+    last = position if not window else min(position, window + BLOCK - 1)
+    return -(-sinks // BLOCK) + last // BLOCK + 1
 
 
 def parts_bytes(geometry: Geometry, rows: int, splits: int) -> int:
     """Of what the blocks of a short pass give."""
-    return 4 * (-(-geometry.head_dim // LANES) * LANES + LANES) * geometry.heads * rows * splits
+    return 4 * (padded(geometry.head_dim) + LANES) * geometry.heads * rows * splits
 
 
 def gathered(geometry: Geometry, first: int, count: int) -> tuple[int, int]:
     """Places for keys in a long pass, and bytes of all of them."""
-    window, sinks, D = geometry.window, geometry.sinks, geometry.head_dim
-    low = max(sinks, first - window + 1) if window else 0
-    places = sinks + max(0, first + count - low) + 3 * LANES
-    places -= places % LANES
-    return places, 4 * geometry.kv_heads * places * (-(-D // LANES) * LANES + D)
+    D = geometry.head_dim
+    places = int(_gathered(first, count, geometry.window, geometry.sinks)[3])
+    return places, 4 * geometry.kv_heads * places * (padded(D) + D)

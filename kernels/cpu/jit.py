@@ -21,9 +21,10 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.ccallback import CFunc
 from platformdirs import user_cache_path
 
+from tcinfer.kernels.cpu.simd import FAST
+
 UNUSED = 30 * 24 * 3600  # seconds after which another version's machine code may go
-# Sums may be reordered (that is what makes them vector instructions), but NaN and Inf stay what they are.
-FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
+FASTMATH = set(FAST)
 
 
 @cache

@@ -26,7 +26,7 @@ def _pointer_to(element: Any) -> Any:
 
 
 floats, doubles = _pointer_to(types.float32), _pointer_to(types.float64)
-int8s, int32s, int64s = _pointer_to(types.int8), _pointer_to(types.int32), _pointer_to(types.int64)
+int8s, int64s = _pointer_to(types.int8), _pointer_to(types.int64)
 
 
 @intrinsic

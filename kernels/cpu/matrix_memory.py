@@ -11,13 +11,13 @@ from typing import NamedTuple
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Kind
 
-from tcinfer.kernels.cpu.attention import product
 from tcinfer.kernels.cpu.jit import operator
 from tcinfer.kernels.cpu.machine import floats, int64s
 from tcinfer.kernels.cpu.plan import COUNT, EACH, FIELDS, ROW, SCRATCH, SEQUENCE, SEQUENCES, TABLE, Plan, Rows
 from tcinfer.kernels.cpu.rows import share
 from tcinfer.kernels.cpu.simd import LANES
-from tcinfer.kernels.cpu.tiles import MANY, float_tile
+from tcinfer.kernels.cpu.tiles import MANY, float_tile, product
+from tcinfer.kernels.cpu.vectors import merged
 
 F = np.float32
 _one, _two, _many = (float_tile(Kind.F32, n) for n in (1, 2, MANY))
@@ -76,21 +76,11 @@ def _scan(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
                             _one(A, 4 * E, k + 4 * D * (G * row + g), 4 * D, D, lanes, work, 4 * LANES)
                         for c in range(lanes):
                             u[c] = eta * (value[c] - again * u[c])
-                        if lanes == LANES and not wedge:
-                            for d in range(D):
-                                line, kd = floats(A + 4 * E * d), key[d]
-                                for c in range(LANES):
-                                    line[c] = lam * line[c] + kd * u[c]
-                        else:
-                            for d in range(D):
-                                line, kd = floats(A + 4 * E * d), key[d]
-                                for c in range(lanes):
-                                    line[c] = lam * line[c] + kd * u[c]
+                        for d in range(D):
+                            merged(A + 4 * E * d, work, lanes, lam, key[d])
                         if wedge:
                             for d in range(D):
-                                line, vd = floats(A + 4 * E * d), eta * whole[d]
-                                for c in range(lanes):
-                                    line[c] -= vd * key[e + c]
+                                merged(A + 4 * E * d, k + 4 * (D * (G * row + g) + e), lanes, F(1), -eta * whole[d])
 
 
 def scan(

@@ -72,6 +72,14 @@ def bytes_at(base, stride, columns, row, run):  # type: ignore[no-untyped-def]
     return at + RUN * run, at + columns + HEAD * run
 
 
+@register_jitable
+def quantise_runs(x, out, stride, columns, row, first, last):  # type: ignore[no-untyped-def]
+    """Runs first .. last - 1 of the float32 row at x, into that row of the quantised ones."""
+    for run in range(first, last):
+        q, head = bytes_at(out, stride, columns, row, run)
+        quantise_run(x + 4 * RUN * run, q, head)
+
+
 @operator
 def _quantise(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
     x, stride, columns, out, out_stride = a[0], a[1], a[2], a[3], a[4]
@@ -80,8 +88,7 @@ def _quantise(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
     while first < last:
         for i in range(first, last):
             row, run = i // runs, i % runs
-            q, head = bytes_at(out, out_stride, columns, row, run)
-            quantise_run(x + row * stride + 4 * RUN * run, q, head)
+            quantise_runs(x + row * stride, out, out_stride, columns, row, run, run + 1)
         first, last = claim(taken, p[ROWS] * runs, 32, threads)
 
 
@@ -135,9 +142,7 @@ def _norm(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
         shift = bias + at if bias else bias
         normed(x + row * stride + at, y + row * stride + at, count, mean, scale, weight + at, shift)
         if out:
-            for r in range(run, stop):
-                q, head = bytes_at(out, out_stride, columns, row, r)
-                quantise_run(y + row * stride + 4 * RUN * r, q, head)
+            quantise_runs(y + row * stride, out, out_stride, columns, row, run, stop)
         i += stop - run
         if i == last:
             i, last = claim(taken, p[ROWS] * runs, 32, threads)
@@ -162,9 +167,7 @@ def _swiglu(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
         for row in range(p[ROWS]):
             silu_product(gate + row * stride + at, up + row * stride + at, count)
             if out:
-                for run in range(first, last):
-                    q, head = bytes_at(out, out_stride, columns, row, run)
-                    quantise_run(up + row * stride + 4 * RUN * run, q, head)
+                quantise_runs(up + row * stride, out, out_stride, columns, row, first, last)
         first, last = claim(taken, (columns + RUN - 1) // RUN, 8, threads)
 
 
@@ -183,9 +186,7 @@ def _gelu(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
         for row in range(p[ROWS]):
             gelu_of(x + row * stride + 4 * RUN * first, min(columns, RUN * last) - RUN * first)
             if out:
-                for run in range(first, last):
-                    q, head = bytes_at(out, out_stride, columns, row, run)
-                    quantise_run(x + row * stride + 4 * RUN * run, q, head)
+                quantise_runs(x + row * stride, out, out_stride, columns, row, first, last)
         first, last = claim(taken, (columns + RUN - 1) // RUN, 8, threads)
 
 

@@ -16,7 +16,8 @@ from numba.extending import intrinsic as numba_intrinsic
 
 LANES = 16  # numbers in a vector: one AVX-512 register, two of AVX2, four of Arm
 I8, I16, I32, I64, F16, F32 = *(ir.IntType(n) for n in (8, 16, 32, 64)), ir.HalfType(), ir.FloatType()
-FAST = ("reassoc", "contract", "nsz", "arcp")  # the lanes of a sum may be added in any (but always the same) order
+# Plain loops and sums over lanes may be reordered (that is what makes vectors of them); NaN and Inf stay what they are.
+FAST = ("reassoc", "contract", "nsz", "arcp")
 
 _FEATURES = set(cpu_target.target_context.codegen().magic_tuple()[2].split(","))  # of the CPU that Numba compiles for
 
@@ -106,7 +107,7 @@ class Lanes:
         x = n ln 2 + r, |r| <= ln 2 / 2; e^r by a polynomial (Cephes' coefficients), 2^n by its bits.
         """
         x = self._held("<", -87.0)._held(">", 88.0)
-        n = (x * 1.4426950408889634).call("llvm.rint", x.type)
+        n = (x * 1.4426950408889634).nearest()
         r = n.fma(2.12194440e-4, n.fma(-0.693359375, x))
         p = r * 0.0 + 1.9875691500e-4
         for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
@@ -118,10 +119,7 @@ class Lanes:
         """The error function within 3e-7; x is taken within -4 .. 4, and NaN stays.  A rational function (Eigen's)."""
         x = self._held("<", -4.0)._held(">", 4.0)
         square = x * x
-        above, below = (
-            square * 0.0 + -2.72614225801306e-10,
-            square * 0.0 + -1.45660718464996e-05,
-        )
+        above, below = square * 0.0 + -2.72614225801306e-10, square * 0.0 + -1.45660718464996e-05
         for c in (
             2.77068142495902e-08,
             -2.10102402082508e-06,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Any
 
 import numpy as np
 from numba import types
@@ -148,10 +147,9 @@ def prepare() -> None:
 class Threads:
     """`count` threads, the caller's own included; started when first needed, and anew in a forked process."""
 
-    def __init__(self, count: int | None) -> None:
-        """count: None is one for each CPU that this process may use."""
+    def __init__(self, count: int) -> None:
         prepare()
-        self.count = count or _cpus()
+        self.count = count
         self._owner: int | None = None
 
     def run(self, steps: np.ndarray, pass_: np.ndarray, threads: int) -> None:
@@ -212,8 +210,12 @@ _pools: dict[int, Threads] = {}
 
 
 def pool(count: int | None) -> Threads:
-    """The threads of this process that work `count` at a time: all models share them, so that few threads spin."""
-    return _pools.setdefault(count or _cpus(), Threads(count))
+    """The threads of this process that work `count` at a time (None: one for each CPU that it may use).
+
+    All models share them, so that few threads spin.
+    """
+    count = count or _cpus()
+    return _pools.get(count) or _pools.setdefault(count, Threads(count))
 
 
 def _cpus() -> int:
@@ -221,6 +223,3 @@ def _cpus() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on every system
         return os.cpu_count() or 1
-
-
-__all__: list[Any] = ["Threads", "pool"]

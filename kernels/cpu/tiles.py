@@ -15,6 +15,7 @@ from typing import Any
 
 from gguf.constants import GGMLQuantizationType as Kind
 from numba.core import cgutils, types
+from numba.extending import register_jitable
 
 from tcinfer.kernels.cpu.packing import FLOATS, PACKINGS, RUN, element, to_float
 from tcinfer.kernels.cpu.simd import (
@@ -155,6 +156,29 @@ def float_tile(kind: Kind, n: int, add: bool = False) -> Any:
         return types.void(*[types.int64] * 8), codegen
 
     return tile
+
+
+@register_jitable
+def padded(width):  # type: ignore[no-untyped-def]
+    """Floats of a row of `width` in whole vectors."""
+    return (width + LANES - 1) // LANES * LANES
+
+
+@register_jitable
+def product(many, two, one, w, w_stride, x, x_stride, n, count, lanes, out, out_stride):  # type: ignore[no-untyped-def]
+    """out [n, 16] = x [n, count] · w [count, lanes], n rows in tiles (three of float_tile's)."""
+    t = 0
+    while t < n:
+        left = n - t
+        if left >= MANY:
+            many(w, w_stride, x + t * x_stride, x_stride, count, lanes, out + t * out_stride, out_stride)
+            t += MANY
+        elif left >= 2:
+            two(w, w_stride, x + t * x_stride, x_stride, count, lanes, out + t * out_stride, out_stride)
+            t += 2
+        else:
+            one(w, w_stride, x + t * x_stride, x_stride, count, lanes, out + t * out_stride, out_stride)
+            t += 1
 
 
 @cache

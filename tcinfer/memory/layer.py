@@ -58,9 +58,6 @@ class Layer:
         """The number of a field of the state, as operators know it."""
         return self.first_field + [f.name for f in self.fields].index(name)
 
-    def has(self, name: str) -> bool:
-        return any(f.name == name for f in self.fields)
-
     def linear(self, x: Rows, name: str, into: Rows | None = None, gate: Rows | None = None, wait: bool = True) -> Rows:
         """x Wᵀ + b with the layer's `name`.weight and, where there is one, `name`.bias; see kernels.cpu.linear."""
         w, bias = self.weights[name + ".weight"], self.weights.get(name + ".bias")
