@@ -1,0 +1,113 @@
+"""What the commands share: streams, lines of error, Ctrl-C, figures for people."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import TextIOWrapper
+from typing import Any, NoReturn
+
+import click
+
+from tcinfer.errors import TcinferError
+
+INTERRUPTED = 130  # exit status after Ctrl-C
+TERMINATED = 143  # after SIGTERM
+LONGEST_LINE = 5000  # characters of an error; the longest path has 4096
+
+
+def use_utf8() -> None:
+    """Text is UTF-8 whatever the locale says."""
+    if sys.stdout is None:  # the shell's >&-
+        raise TcinferError("standard output is closed")
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace", newline="")
+
+
+def complain(text: str) -> None:
+    """An error on one line of stderr, whatever a name from a file holds."""
+    say(f"tcinfer: {one_line(text)}")
+
+
+def say(text: str) -> None:
+    """A line on stderr."""
+    click.echo(text, err=True)
+
+
+def one_line(text: str) -> str:
+    """`text` of a bearable length, without line ends and what else could move a terminal's cursor."""
+    text = text if len(text) <= LONGEST_LINE else text[:LONGEST_LINE] + "..."
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def close_stdout() -> None:
+    """Leave nothing for the interpreter to complain of when stdout cannot take what is left."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def interruptible(*also: int) -> Iterator[Callable[[], None]]:
+    """Ctrl-C (and the signals in `also`) takes effect at the next call of what this yields; a second one at once.
+
+    Between tokens, because a KeyboardInterrupt in the middle of one may land where it is swallowed: Numba compiles
+    through callbacks that print exceptions and go on.
+    """
+    hits: list[int] = []
+
+    def handler(signum: int, _: object) -> None:
+        hits.append(signum)
+        if len(hits) > 1:
+            raise KeyboardInterrupt
+
+    def check() -> None:
+        if hits:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, *also)}
+    try:
+        yield check
+        check()
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def both(advance: Callable[[int], None], check: Callable[[], None]) -> Callable[[int], None]:
+    """Progress that Ctrl-C can end."""
+
+    def progress(n: int) -> None:
+        advance(n)
+        check()
+
+    return progress
+
+
+def terminated(*_: Any) -> NoReturn:
+    """A handler of SIGTERM: leave by an exception, so that what is half-written is removed."""
+    sys.exit(TERMINATED)
+
+
+def decoded(data: bytes) -> str:
+    """Bytes are UTF-8 whatever the locale says."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        say("tcinfer: the text given is not valid UTF-8; what is not was replaced")
+        return data.decode(errors="replace")
+
+
+def argument(text: str) -> str:
+    """A text from the command line, likewise."""
+    return decoded(os.fsencode(text))
+
+
+def rate(tokens: int, seconds: float) -> str:
+    """Tokens per second, for people."""
+    return f"{tokens / seconds:,.1f} tokens/s" if seconds > 0 and tokens else "no time"
