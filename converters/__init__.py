@@ -16,18 +16,21 @@ if TYPE_CHECKING:
     from tcinfer.converters.source import Source
     from tcinfer.converters.write import Written
 
-FAMILIES = ("huggingface", "tcgpt")
+FAMILIES = ("huggingface", "tcgpt", "gguf_file")
 
 
-def read(path: Path) -> Source:
-    """The checkpoint at `path`, whichever family it is of. Raises FileError, its message beginning with the path."""
+def read(path: Path, only: str | None = None) -> Source:
+    """The checkpoint at `path`, whichever family it is of, or of the family `only` whatever its name looks like.
+
+    Raises FileError, its message beginning with the path.
+    """
     from importlib import import_module
 
     if not os.path.exists(path):  # unlike Path.exists, False for a name that no system takes
         raise FileError(f"{path}: no such file or folder")
-    for name in FAMILIES:
+    for name in FAMILIES if only is None else (only,):
         family = import_module(f"tcinfer.converters.{name}")
-        if family.recognises(path):
+        if only or family.recognises(path):
             try:
                 return family.read(path)
             except TcinferError as e:
@@ -37,7 +40,7 @@ def read(path: Path) -> Source:
                 raise FileError(f"{e.filename or path}: cannot be read: {e.strerror}") from None
             except RecursionError:
                 raise FileError(f"{path}: nested too deeply to be a model") from None
-    raise FileError(f"{path}: neither a checkpoint of the published trainer (ckpt.pt) nor a folder with config.json")
+    raise FileError(f"{path}: no checkpoint of the published trainer (ckpt.pt), folder with config.json, or GGUF file")
 
 
 def convert(
@@ -46,21 +49,26 @@ def convert(
     outtype: str = "f16",
     tokenizer: Path | None = None,
     verify: bool | None = None,
+    only: str | None = None,
 ) -> tuple[Source, Written, Path | None]:
-    """Convert the checkpoint at `path` to the GGUF file `out`, with the tokenizer named or found beside it.
+    """Convert the checkpoint at `path` to the GGUF file `out`, with the tokenizer named, found beside it, or its own.
 
-    verify: decode from both and compare before `out` is put in its place (None: files below 1 GiB).
-    Returns what was read, what was written, and the tokenizer's file (None: there is none, and the file takes ids
-    alone). Raises FileError; `out` is then as it was.
+    verify: decode from both and compare before `out` is put in its place (None: files below 1 GiB); only: as for read.
+    Returns what was read, what was written, and the tokenizer's file (None: the checkpoint's own, or there is none, and
+    the file takes ids alone). Raises FileError; `out` is then as it was.
     """
     from tcinfer.converters import vocabulary, write
 
-    source = read(path)
+    source = read(path, only)
     if os.path.exists(out) and os.path.samefile(path, out):
-        raise FileError(f"{out}: is the checkpoint itself; name another file with -o")
-    words = tokenizer if tokenizer is not None else vocabulary.find(source.folder)
+        raise FileError(f"{out}: is the checkpoint itself; name another file")
+    words, keys = tokenizer, source.keys
+    if words is None and source.folder is not None:
+        words = vocabulary.find(source.folder)
     try:
-        keys = {} if words is None else vocabulary.read(words, source.config.vocab_size)
+        if words is not None:
+            keys = {key: value for key, value in keys.items() if not key.startswith("tokenizer.")}
+            keys |= vocabulary.read(words, source.config.vocab_size)
         return source, write.write(source, out, outtype, keys, verify), words
     except TcinferError as e:
         text = str(e)

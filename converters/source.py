@@ -44,8 +44,10 @@ class Source:
 
     config: ModelConfig
     tensors: dict[str, Tensor]  # by GGUF name, NumPy order
-    folder: Path  # where a tokenizer may lie
+    folder: Path | None  # where a tokenizer may lie
     notes: list[str] = field(default_factory=list)  # what the file holds that inference does not use
+    keys: dict[str, Any] = field(default_factory=dict)  # metadata to keep beside what the configuration says
+    packed: tuple[str, ...] = ()  # quantised kinds among the tensors
 
 
 # model_args of the memory (mechanisms.md 1.2, memory-that-works.md 4) -> field of tensor.Options

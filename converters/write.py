@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, LlamaFileType
 from gguf.constants import GGMLQuantizationType as Kind
-from gguf.gguf_writer import GGUFWriter
+from gguf.gguf_writer import GGUFValue, GGUFWriter
 from gguf.quants import quantize
 from numpy.typing import NDArray
 
@@ -87,7 +87,7 @@ def pack(name: str, values: F32, kind: Kind) -> Packed:
         raise FileError(f"tensor {name!r} holds NaN or Inf: this checkpoint is broken")
     if np.abs(values).max(initial=0) > LARGEST.get(kind, LARGEST_OF_HALF):
         other = "f32" if kind == Kind.BF16 else "bf16 or f32"
-        raise FileError(f"tensor {name!r} has values beyond the range of {kind.name}: use --outtype {other}")
+        raise FileError(f"tensor {name!r} has values beyond the range of {kind.name}: use the type {other}")
     packed = quantize(np.ascontiguousarray(values, np.float32), kind)
     rows = values.shape[0] if values.ndim > 1 else 1
     return Packed(kind, values.shape, np.ascontiguousarray(packed).view(np.uint8).reshape(rows, -1))
@@ -107,8 +107,9 @@ def write(
 ) -> Written:
     """Write `path`, through a temporary file beside it: it is there whole and verified, or not at all.
 
-    vocabulary: the `tokenizer.*` keys; check: whether to verify (None: files below 1 GiB). Raises FileError for
-    tensors that the configuration does not have, lacks, or that hold NaN, and for a file that would not run.
+    vocabulary: the `tokenizer.*` keys, and others to keep; check: whether to verify (None: files below 1 GiB). Raises
+    FileError for tensors that the configuration does not have, lacks, or that hold NaN, and for a file that would not
+    run.
     """
     wanted = OUTTYPES[outtype]
     specs = tensors(source.config)
@@ -174,7 +175,9 @@ def _announce(writer: GGUFWriter, name: str, shape: tuple[int, ...], kind: Kind)
 
 
 def _add(writer: GGUFWriter, key: str, value: Any) -> None:
-    if isinstance(value, bool):
+    if isinstance(value, GGUFValue):  # of a type of its own
+        writer.add_key_value(key, value.value, value.type, value.sub_type)
+    elif isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
         (writer.add_uint32 if value >= 0 else writer.add_int32)(key, value)

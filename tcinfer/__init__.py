@@ -13,14 +13,23 @@ from typing import TYPE_CHECKING, Any
 from tcinfer.errors import TcinferError
 
 if TYPE_CHECKING:
+    from tcinfer.generation import Piece
     from tcinfer.loader import load
     from tcinfer.model import Model
-    from tcinfer.session import Piece, Session, Snapshot
+    from tcinfer.sampler import Sampling
+    from tcinfer.session import Session, Snapshot
 
 __version__ = "0.1.0"
-__all__ = ["Model", "Piece", "Session", "Snapshot", "TcinferError", "__version__", "load"]
+__all__ = ["Model", "Piece", "Sampling", "Session", "Snapshot", "TcinferError", "__version__", "load"]
 
-_HOMES = {"load": "loader", "Model": "model", "Piece": "session", "Session": "session", "Snapshot": "session"}
+_HOMES = {
+    "Model": "model",
+    "Piece": "generation",
+    "Sampling": "sampler",
+    "Session": "session",
+    "Snapshot": "session",
+    "load": "loader",
+}
 
 
 def __getattr__(name: str) -> Any:

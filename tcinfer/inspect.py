@@ -1,12 +1,20 @@
-"""What a model file holds, for people."""
+"""What a model file holds: `facts` reads it into plain values, `report` sets them out for people."""
 
 from __future__ import annotations
 
+import json
+import math
+import re
+import textwrap
+from bisect import bisect_right
 from collections import Counter
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import asdict
 from os import PathLike
+from statistics import median
+from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 
 from tcinfer import memory, reader, tokenizer
 from tcinfer.config import ModelConfig
@@ -14,32 +22,25 @@ from tcinfer.errors import FileError, TcinferError
 from tcinfer.kernels.reference.pointwise import sigmoid
 from tcinfer.loader import bind, bundled, read_config
 
-SHOWN = (
-    "arch",
-    "name",
-    "vocab_size",
-    "n_layers",
-    "d_model",
-    "n_heads",
-    "n_kv_heads",
-    "head_dim",
-    "d_ff",
-    "context_length",
-    "norm_eps",
-    "rope_dim",
-    "rope_base",
-    "rope_scaling",
-    "rope_factor",
-    "memory",
-    "window",
-    "sinks",
-    "sink_positions",
-    "key_conv",
-)
+TEMPLATE = "tokenizer.chat_template"
+SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "context_length", "norm_eps")
+POSITIONS = ("rope_dim", "rope_base", "rope_scaling", "rope_factor")
+FIRST_LEVEL = ("window", "sinks", "sink_positions", "key_conv", "cache_type")
+LEARNED = {  # of a layer's facts: what the report calls it
+    "gate": "gate",
+    "half_life_tokens": "half-life in written tokens",
+    "write_rate": "write rate",
+    "slow_share": "share of slow reads",
+    "memory_share": "memory's share",
+}
+WIDTH, LABEL = 110, 22  # columns of the report, and of its first one
+ROOM = WIDTH - 14  # columns for one quantity, beside the number of the layer
+LONGEST = 60  # characters that it shows of a name or a token
+STEP = 64  # tokens by which a cache grows in whole cache lines, whatever its heads are
 
 
-def report(path: str | PathLike[str] | None = None) -> str:
-    """The configuration, the memory with its learned gates, decays and rates, the state's bytes, the tensors.
+def facts(path: str | PathLike[str] | None = None) -> dict[str, Any]:
+    """All of it as plain values, ready for JSON; without a path, of the bundled model.
 
     Raises TcinferError for a file that this version cannot run.
     """
@@ -50,53 +51,265 @@ def report(path: str | PathLike[str] | None = None) -> str:
         words = tokenizer.from_metadata(file.metadata, config.vocab_size)
     except TcinferError as e:
         raise FileError(f"{file.path}: {e}") from e
-    lines = [f"{_shown(file.path)}: GGUF version {file.version}, {file.path.stat().st_size:,} bytes"]
-    lines += [f"{name:<22}{_shown(getattr(config, name))}" for name in SHOWN]
-    if config.options is not None:
-        lines += [f"  {f.name:<20}{_shown(getattr(config.options, f.name))}" for f in fields(config.options)]
-    kind = file.metadata.get(tokenizer.MODEL, "tokenizer.json" if words.vocab_size else "none")
-    lines.append(f"{'tokenizer':<22}{kind}, {words.vocab_size:,} tokens")
-    size = memory.layout(config).nbytes
-    lines.append(
-        f"{'state':<22}{size:,} bytes a session, whatever its length"
-        if memory.bounded(config)
-        else f"{'state':<22}grows by {_bytes_per_token(config):,} bytes a token"
-    )
-    for i in range(config.n_layers):
-        lines += _learned(i, {k.split(".", 2)[2]: v for k, v in weights.items() if k.startswith(f"blk.{i}.")})
-    kinds = Counter(tensor.kind.name for tensor in file.tensors.values())
-    count = sum(int(np.prod(tensor.shape, dtype=np.int64)) for tensor in file.tensors.values())
-    lines.append(f"{'parameters':<22}{count:,} in {len(file.tensors)} tensors")
-    lines.append(f"{'tensor types':<22}{', '.join(f'{n} {kind}' for kind, n in kinds.most_common())}")
-    return "\n".join(lines)
+    layers: list[dict[str, NDArray]] = [{} for _ in range(config.n_layers)]
+    for name, values in weights.items():
+        if name.startswith("blk."):
+            _, i, rest = name.split(".", 2)
+            layers[int(i)][rest] = values
+    return {
+        "path": str(file.path),
+        "bytes": file.path.stat().st_size,
+        "gguf_version": file.version,
+        "architecture": config.arch,
+        "name": config.name,
+        "sizes": {name: getattr(config, name) for name in SIZES},
+        "positions": {name: getattr(config, name) for name in POSITIONS},
+        "parameters": sum(math.prod(tensor.shape) for tensor in file.tensors.values()),
+        "tensors": len(file.tensors),
+        "tensor_types": _types(file.tensors),
+        "tokenizer": _tokenizer(file.metadata, words),
+        "chat_template": _template(file.metadata.get(TEMPLATE)),
+        "memory": {
+            "mechanism": config.memory,
+            **{name: getattr(config, name) for name in FIRST_LEVEL},
+            "options": {} if config.options is None else asdict(config.options),
+        },
+        "layers": [{"layer": i, **_learned(w)} for i, w in enumerate(layers)],
+        "state": _state(config),
+    }
 
 
-def _bytes_per_token(config: ModelConfig) -> int:
-    return memory.layout(config, 2).nbytes - memory.layout(config, 1).nbytes
+def _types(tensors: Mapping[str, reader.TensorInfo]) -> list[dict[str, Any]]:
+    """For each type its tensors, bytes, and what they are called in any layer, the type with most bytes first.
+
+    Names of one beginning are told as one where all of them are of the type; "(3 of 30)" are those in some layers.
+    """
+    kinds: dict[str, Counter[str]] = {}  # by name without the layer
+    totals: dict[str, list[int]] = {}
+    for tensor in tensors.values():
+        name = re.sub(r"^blk\.\d+\.", "", tensor.name).removesuffix(".weight")
+        kinds.setdefault(name, Counter())[tensor.kind.name] += 1
+        total = totals.setdefault(tensor.kind.name, [0, 0])
+        total[0] += 1
+        total[1] += tensor.data.nbytes
+    families: dict[str, list[str]] = {}
+    for name in kinds:
+        families.setdefault(_family(name), []).append(name)
+    names: dict[str, list[str]] = {kind: [] for kind in totals}
+    for family, members in families.items():
+        found = set().union(*(kinds[name] for name in members))
+        if len(members) > 1 and len(found) == 1:
+            names[found.pop()].append(family)
+            continue
+        for name in members:
+            for kind, n in kinds[name].items():
+                names[kind].append(name if len(kinds[name]) == 1 else f"{name} ({n} of {kinds[name].total()})")
+    return [
+        {"type": kind, "tensors": count, "bytes": nbytes, "names": names[kind]}
+        for kind, (count, nbytes) in sorted(totals.items(), key=lambda item: -item[1][1])
+    ]
 
 
-def _learned(layer: int, w: dict[str, np.ndarray]) -> list[str]:
-    """A line on what the memory of a layer has learned, or none."""
-    parts = []
-    for name, label in (
-        ("tc_gate.bias", "gate"),
-        ("tc_decay", "decay"),
-        ("tc_rate", "write rate"),
-        ("tc_alpha", "alpha"),
-    ):
-        if name in w:
-            parts.append(f"{label} {_span(sigmoid(w[name]))}")
-    if "infini_beta" in w:
-        parts.append(f"memory's share {_span(sigmoid(w['infini_beta']))}")
-    return [f"  layer {layer:<14}{', '.join(parts)}"] if parts else []
+def _family(name: str) -> str:
+    """What a tensor's name has in common with those of its like; the memory's each have their own."""
+    if "norm" in name:
+        return "*_norm"
+    if name.endswith(".bias") and not name.startswith("tc_"):
+        return "*.bias"
+    return name.split("_")[0] + "_*"
 
 
-def _shown(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"  # a float32 of a file has no more digits than that
-    return "".join(c if c.isprintable() else "?" for c in str(value))
+def _tokenizer(metadata: Mapping[str, Any], words: tokenizer.Tokenizer) -> dict[str, Any]:
+    kind = metadata.get(tokenizer.MODEL, "none")
+    texts: dict[int, str] = {}
+    if tokenizer.HUGGINGFACE_JSON in metadata:
+        kind = "tokenizer.json"
+        added = json.loads(metadata[tokenizer.HUGGINGFACE_JSON]).get("added_tokens") or ()
+        texts = {token["id"]: token["content"] for token in added}
+    elif words.vocab_size:
+        texts = dict(enumerate(metadata[tokenizer.TOKENS]))
+
+    def named(token: int) -> dict[str, Any]:
+        return {"id": token, "text": texts.get(token)}
+
+    pre = metadata.get(tokenizer.PRE)
+    return {
+        "kind": kind,
+        "pre": pre if isinstance(pre, str) else None,
+        "tokens": words.vocab_size,
+        "bos": None if words.bos_id is None else named(words.bos_id),
+        "eos": [named(token) for token in sorted(words.eos_ids)],
+        "adds_bos": words.add_bos,
+    }
 
 
-def _span(x: np.ndarray) -> str:
-    low, high = float(x.min()), float(x.max())
-    return f"{low:.5g}" if low == high else f"{low:.5g} to {high:.5g}"
+def _template(template: object) -> dict[str, Any] | None:
+    if not isinstance(template, str):
+        return None
+    return {"characters": len(template), "chatml": "<|im_start|>" in template}
+
+
+def _learned(w: Mapping[str, NDArray]) -> dict[str, Any]:
+    """A layer's gate, and lists by head of the rest; of decays and rates a list for each timescale, the fast one first.
+
+    None is what the layer does not have, and the half-life of what never decays. What also depends on the token
+    (`token_dependent`) is told without that.
+    """
+
+    def of(name: str) -> Any:
+        return sigmoid(w[name]).tolist() if name in w else None
+
+    gate, decay = of("tc_gate.bias"), of("tc_decay")
+    terms = {"gate": "tc_gate.weight", "half_life_tokens": "tc_decay_proj", "write_rate": "tc_rate_proj"}
+    return {
+        "gate": gate and gate[0],
+        "decay": decay,
+        "half_life_tokens": decay and [[_half_life(x) for x in heads] for heads in decay],
+        "write_rate": of("tc_rate"),
+        "slow_share": of("tc_alpha"),
+        "memory_share": of("infini_beta"),
+        "token_dependent": [fact for fact, name in terms.items() if name in w],
+    }
+
+
+def _half_life(decay: float) -> float | None:
+    """Writes after which half is left: ln ½ / ln λ."""
+    if decay >= 1:
+        return None
+    return math.log(0.5) / math.log(decay) if decay > 0 else 0.0
+
+
+def _state(config: ModelConfig) -> dict[str, Any]:
+    """Bytes of a session, or by how many it grows; and the tokens from which a full cache has more."""
+
+    def cached(tokens: int) -> int:
+        return memory.layout(full, tokens).nbytes
+
+    full = memory.with_memory(config, "full")
+    state: dict[str, Any] = {
+        "bounded": memory.bounded(config),
+        "bytes": None,
+        "full_cache_bytes_per_token": (cached(1 + STEP) - cached(1)) // STEP,
+        "full_cache_larger_from": None,
+    }
+    if state["bounded"]:
+        state["bytes"] = memory.layout(config).nbytes
+        state["full_cache_larger_from"] = bisect_right(range(2**40), state["bytes"], key=cached)
+    return state
+
+
+def report(found: Mapping[str, Any]) -> str:
+    """`facts` as a table of at most WIDTH columns below the file's name, in printable characters alone."""
+    sizes, template, kept, state = (found[name] for name in ("sizes", "chat_template", "memory", "state"))
+    style = template and ("ChatML" if template["chatml"] else "not ChatML")
+    rows = [
+        ("arch", found["architecture"]),
+        ("name", _cut(found["name"])),
+        ("layers", "{n_layers}, {d_model} wide, {d_ff} in the feed-forward".format(**sizes)),
+        ("heads", "{n_heads} of {head_dim} channels, {n_kv_heads} of keys and values".format(**sizes)),
+        ("positions", _rotary(found["positions"])),
+        ("vocabulary", f"{sizes['vocab_size']:,}"),
+        ("trained on", f"{sizes['context_length']:,} tokens at most" if sizes["context_length"] else "not said"),
+        ("parameters", f"{found['parameters']:,} in {found['tensors']} tensors"),
+        *((f"  {kind['type']}", _tensors(kind)) for kind in found["tensor_types"]),
+        ("tokenizer", _words(found["tokenizer"])),
+        ("chat template", f"{style}, {template['characters']:,} characters" if template else "none"),
+        ("memory", kept["mechanism"]),
+        ("window", f"{kept['window']:,} tokens" if kept["window"] else "none"),
+        ("sinks", "{sinks}, positions {sink_positions}".format(**kept) if kept["sinks"] else "none"),
+        ("key convolution", f"{kept['key_conv']} taps" if kept["key_conv"] else "none"),
+        ("options", ", ".join(f"{name}={_value(value)}" for name, value in kept["options"].items()) or "none"),
+    ]
+    if state["bounded"]:
+        more = f"a full cache of {kept['cache_type']} takes more from {state['full_cache_larger_from']:,} tokens on"
+        rows += [("state", f"{state['bytes']:,} bytes a session, whatever its length"), ("", more)]
+    else:
+        rows += [("state", f"grows by {state['full_cache_bytes_per_token']:,} bytes a token")]
+    lines = [f"{found['path']}: GGUF version {found['gguf_version']}, {found['bytes']:,} bytes"]
+    lines += [line for label, text in rows for line in _row(label, text)] + _tables(found["layers"])
+    return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
+
+
+def _row(label: str, text: str) -> list[str]:
+    first, rest = f"{label:<{LABEL}}", " " * LABEL
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False) or [label]
+
+
+def _tensors(kind: Mapping[str, Any]) -> str:
+    return f"{kind['tensors']}, {kind['bytes']:,} bytes: {', '.join(kind['names'])}"
+
+
+def _rotary(positions: Mapping[str, Any]) -> str:
+    if not positions["rope_dim"]:
+        return "learned"
+    scaling = ", scaled by {rope_factor:g} ({rope_scaling})" if positions["rope_scaling"] != "none" else ""
+    return ("rotary, base {rope_base:g}" + scaling).format(**positions)
+
+
+def _words(words: Mapping[str, Any]) -> str:
+    def shown(token: Mapping[str, Any]) -> str:
+        return f"{token['id']} {_cut(token['text'] or '')}".strip()
+
+    if not words["tokens"]:
+        return "none"
+    kind = f"{words['kind']} ({words['pre']})" if words["pre"] else words["kind"]
+    bos = f"{shown(words['bos'])}, {'added' if words['adds_bos'] else 'not added'}" if words["bos"] else "none"
+    return f"{kind}, {words['tokens']:,} tokens; BOS {bos}; EOS {', '.join(map(shown, words['eos'])) or 'none'}"
+
+
+def _tables(layers: list[dict[str, Any]]) -> list[str]:
+    """What the memory of each layer has learned: a line a layer, as many quantities side by side as there is room."""
+    layers = [layer for layer in layers if any(layer[name] is not None for name in LEARNED)]
+    labels = ["learned", *(f"  layer {layer['layer']}" for layer in layers)]
+    labels = [f"{label:<{max(map(len, labels))}}" for label in labels]
+    tables: list[list[list[str]]] = []
+    for column in _columns(layers):
+        if not tables or sum(len(part[0]) + 3 for part in tables[-1]) + len(column[0]) > WIDTH:
+            tables.append([labels])
+        tables[-1].append(column)
+    return ["   ".join(parts).rstrip() for table in tables for parts in zip(*table, strict=True)]
+
+
+def _columns(layers: list[dict[str, Any]]) -> list[list[str]]:
+    """Each quantity as lines of one width: its title, then its values in every layer."""
+    columns = []
+    for name, title in LEARNED.items():
+        values = [layer[name] for layer in layers]
+        if not layers or values[0] is None:
+            continue
+        title += ", base + token term" * (name in layers[0]["token_dependent"])
+        if not isinstance(values[0], list):
+            columns.append(_column(title, [[value] for value in values]))
+        elif not isinstance(values[0][0], list):
+            columns.append(_column(title, values))
+        else:
+            speeds = ("",) if len(values[0]) == 1 else (", fast", ", slow")
+            columns += [_column(title + speed, [v[i] for v in values]) for i, speed in enumerate(speeds)]
+    return columns
+
+
+def _column(title: str, rows: list[list[float | None]]) -> list[str]:
+    """The heads side by side, or of many their least, median and largest."""
+    numbers = [[math.inf if x is None else x for x in row] for row in rows]
+    wide = max(len(_short(x)) for row in numbers for x in row)
+    if (wide + 1) * len(rows[0]) > ROOM + 1:
+        title += " (least, median, largest)"
+        numbers = [[min(row), median(row), max(row)] for row in numbers]
+    lines = [title, *(" ".join(f"{_short(x):>{wide}}" for x in row) for row in numbers)]
+    return [f"{line:<{max(map(len, lines))}}" for line in lines]
+
+
+def _short(x: float) -> str:
+    if x == math.inf:
+        return "never"
+    return f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
+
+
+def _value(option: object) -> str:
+    if isinstance(option, bool):
+        return "yes" if option else "no"
+    return f"{option:g}" if isinstance(option, float) else str(option)  # a float32 has no more digits than that
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import resources
 from os import PathLike
 from pathlib import Path
@@ -63,29 +64,53 @@ def load(
     a line what is going to take longer than usual, such as compiling for this CPU the first time.
     Raises TcinferError for a file that cannot be run exactly, or options that do not go together.
     """
-    if path is not None and not isinstance(path, str | PathLike):
-        raise TcinferError(f"a model is named by its path, not by {path!r}")
+    ops = operators(backend, threads)
+    return Opened(path).model(ops, memory, window, sinks, cache_type, notice)
+
+
+class Opened:
+    """A model file that was opened, its weights not yet touched: `config`, `tokenizer`, `metadata`."""
+
+    def __init__(self, path: str | PathLike[str] | None = None) -> None:
+        """Raises TcinferError for a file that is no model of this version; without a path, the bundled one."""
+        if path is not None and not isinstance(path, str | PathLike):
+            raise TcinferError(f"a model is named by its path, not by {path!r}")
+        self._file = reader.read(bundled() if path is None else path)
+        self.path, self.metadata = self._file.path, self._file.metadata
+        with self._named():
+            self.config = read_config(self._file)
+            self.tokenizer = tokenizer.from_metadata(self.metadata, self.config.vocab_size)
+
+    def model(
+        self,
+        ops: kernels.Reference,
+        memory: str | None = None,
+        window: int | None = None,
+        sinks: int | None = None,
+        cache_type: str | None = None,
+        notice: Callable[[str], None] | None = None,
+    ) -> Model:
+        """The model, ready to run; the arguments are those of `load`, ops is from `operators`."""
+        asked = with_memory(self.config, memory, window, sinks, cache_type)
+        with self._named():
+            weights = bind(asked, self._file.tensors, without=dropped(self.config, asked))
+        if notice is not None and ops.cold:
+            notice(ops.cold)
+        return Model(asked, weights, self.tokenizer, ops)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors within begin with the file's path."""
+        try:
+            yield
+        except TcinferError as e:
+            raise FileError(f"{self.path}: {e}") from e
+
+
+def operators(backend: str = "auto", threads: int | None = None) -> kernels.Reference:
+    """The operators of a backend by name, on so many threads. Raises TcinferError where it cannot run."""
     if threads is not None:
         check_count("threads", threads, 1, 4096)
-    ops = operators(backend, threads)
-    file = reader.read(bundled() if path is None else path)
-    try:
-        config = read_config(file)
-    except TcinferError as e:
-        raise FileError(f"{file.path}: {e}") from e
-    asked = with_memory(config, memory, window, sinks, cache_type)
-    try:
-        weights = bind(asked, file.tensors, without=dropped(config, asked))
-        words = tokenizer.from_metadata(file.metadata, config.vocab_size)
-    except TcinferError as e:
-        raise FileError(f"{file.path}: {e}") from e
-    if notice is not None and ops.cold:
-        notice(ops.cold)
-    return Model(asked, weights, words, ops)
-
-
-def operators(backend: str, threads: int | None) -> kernels.Reference:
-    """The operators of a backend by name. Raises TcinferError where it cannot run."""
     try:
         return kernels.backend(backend, threads)
     except kernels.UnavailableError as e:

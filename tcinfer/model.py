@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,7 +65,7 @@ class Model:
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Any], tokenizer: Tokenizer, ops: Reference) -> None:
         """weights: by the names of `tensors`, a Matrix for each projection and a float32 array for the rest."""
-        self.config, self.tokenizer, self.ops = config, tokenizer, ops
+        self.config, self.tokenizer, self.ops, self.weights = config, tokenizer, ops, weights
         self._embedding: Matrix = weights["token_embd.weight"]
         self._head: Matrix = weights.get("output.weight", self._embedding)
         self._positions: F32 | None = weights.get("position_embd.weight")
@@ -94,11 +97,35 @@ class Model:
         """Bytes of the matrices that each token is multiplied with, as the file holds them (numba backend alone)."""
         return self._engine.bytes_per_token if self._engine is not None else None
 
+    @cached_property
+    def fingerprint(self) -> bytes:
+        """32 bytes that tell this model from others: of every tensor its name, kind, shape and eight samples."""
+        digest = hashlib.blake2b(self.config.arch.encode(), digest_size=32)
+        for name, w in sorted(self.weights.items()):
+            data, kind = (
+                (w.data, w.kind.name) if isinstance(w, Matrix) else (np.ascontiguousarray(w).view(np.uint8), "")
+            )
+            flat, strip = data.reshape(-1), 512  # bytes
+            digest.update(f"{name} {kind} {data.shape}".encode())
+            for at in {i * max(0, flat.size - strip) // 7: None for i in range(8)}:
+                digest.update(flat[at : at + strip])
+        return digest.digest()
+
     def session(self) -> Session:
         """A new sequence at position 0. Raises TcinferError if its state does not fit this machine."""
         from tcinfer.session import Session  # for the reader's comfort alone: a model knows nothing of its sessions
 
         return Session(self)
+
+    def load_session(self, path: str | PathLike[str]) -> Session:
+        """Go on from a file that `session.save` wrote: the same logits, to the bit (on the same backend).
+
+        Raises TcinferError for a file that is damaged, of another model, of other memory options, or of a newer
+        version.
+        """
+        from tcinfer import session_file
+
+        return session_file.load(self, path)
 
     def step_many(self, sessions: Sequence[Session], tokens: ArrayLike) -> F32:
         """Feed one token to each of many sessions, sharing each pass over the weights; logits [len(sessions), V].
@@ -117,18 +144,22 @@ class Model:
             return self._engine.run(states, [1] * len(states), ids, len(states))
         return np.concatenate([self.forward(state, ids[i : i + 1]) for i, state in enumerate(states)])
 
-    def forward(self, state: State, ids: NDArray[np.int64], logits: str = "last") -> F32:
+    def forward(
+        self, state: State, ids: NDArray[np.int64], logits: str = "last", shares: dict[int, F32] | None = None
+    ) -> F32:
         """Take ids [T] in, moving `state` on by T tokens; logits of the "last" token [1, V], of "all" [T, V], or
-        "none" [0, V]."""
-        if self._engine is not None:
+        "none" [0, V].  shares: if given, is told for each layer with a memory its share [T] in what the layer adds;
+        such a pass runs by the reference, whatever the backend."""
+        if self._engine is not None and shares is None:
             return self._engine.run([state], [len(ids)], ids, {"last": 1, "all": len(ids), "none": 0}[logits])
         config, ops = self.config, self.ops
         first, T = state.position, len(ids)
         chunk = Chunk(ops, config, self._freq, first, T)
+        chunk.shares = shares
         x = self._embedding.rows(ids)  # [T, C]
         if self._positions is not None:
             x = x + self._positions[first : first + T]
-        for w, layer_state in zip(self._layers, state.layers, strict=True):
+        for chunk.layer, (w, layer_state) in enumerate(zip(self._layers, state.layers, strict=True)):
             h = self._norm(x, w, "attn_norm")
             q = chunk.linear(h, w, "attn_q").reshape(T, config.n_heads, config.head_dim)
             k = chunk.linear(h, w, "attn_k").reshape(T, config.n_kv_heads, config.head_dim)

@@ -12,8 +12,11 @@ PATIENCE = 1.0  # seconds
 
 
 @contextmanager
-def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields advance(n). The bar appears after a second and goes away at the end."""
+def bar(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Yields advance(n). The bar appears after a second and goes away at the end.
+
+    total: None where it is not known, as of a pipe; then there is a count, and no time that remains.
+    """
     shown: list[tuple[Any, Any]] = []  # the bar and its task, once it is there
     started, done = time.monotonic(), 0
 
@@ -32,12 +35,16 @@ def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
             progress.stop()
 
 
-def _started(what: str, total: int) -> tuple[Any, Any]:
+def _started(what: str, total: int | None) -> tuple[Any, Any]:
     from rich.console import Console  # only now: its import takes longer than most of what a bar is for
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=Console(stderr=True), transient=True)
+    counts: tuple[ProgressColumn, ...] = (MofNCompleteColumn(), TimeRemainingColumn())
+    if total is None:
+        counts = (TextColumn("{task.completed:,}"),)
+    progress = Progress(
+        TextColumn("{task.description}"), BarColumn(), *counts, console=Console(stderr=True), transient=True
+    )
     task = progress.add_task(what, total=total)
     progress.start()
     return progress, task

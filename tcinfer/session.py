@@ -1,35 +1,31 @@
-"""One sequence: its constant-size state, fed with ids, asked for text, copied and put back."""
+"""One sequence: its constant-size state, fed with ids, asked for text, copied, put back and kept as a file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from os import PathLike
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tcinfer import memory
-from tcinfer.config import CHUNK, check_count
+from tcinfer.config import CHUNK
 from tcinfer.errors import TcinferError
 from tcinfer.memory.state import State
-from tcinfer.sampler import Sampling, sample
 
 if TYPE_CHECKING:
+    from tcinfer.constraint import Constraint
+    from tcinfer.generation import Piece
     from tcinfer.model import Model
-    from tcinfer.tokenizer import Tokenizer
+    from tcinfer.sampler import Draws, Sampling
 
 GROWTH = 256  # tokens: the block by which an unbounded cache grows, at least
+RECENT = 4096  # ids that a session remembers by themselves, for penalties and for half-finished characters
 DEFAULT_TOKENS = 256  # that `generate` writes
 
 Progress = Callable[[int], None]  # called with the number of tokens just taken in
-
-
-class Piece(NamedTuple):
-    """What one token adds to a text. `text` holds complete characters only, so it may be empty."""
-
-    text: str
-    id: int
 
 
 @dataclass(frozen=True)
@@ -39,21 +35,23 @@ class Snapshot:
     model: Model
     state: State
     logits: NDArray[np.float32] | None
+    ring: NDArray[np.int32]
+    draws: Draws | None
 
     @property
     def nbytes(self) -> int:
-        return self.state.nbytes + (0 if self.logits is None else self.logits.nbytes)
+        return self.state.nbytes + self.ring.nbytes + (0 if self.logits is None else self.logits.nbytes)
 
 
 class Session:
     """The state of one sequence, made by `model.session()`. Not for several threads at once; sessions are cheap."""
 
-    def __init__(self, model: Model, state: State | None = None, logits: NDArray[np.float32] | None = None) -> None:
-        """Called by `model.session()`, at position 0, and by `fork`, which hands over a copy of its state."""
+    def __init__(self, model: Model, past: Snapshot | None = None) -> None:
+        """Called by `model.session()`, at position 0, and by `fork` and `load_session` with a past to go on from."""
         self.model = model
-        self._state = State(memory.layout(model.config, GROWTH)) if state is None else state
-        self._logits = logits  # [V] after the last token, what generate goes on from; never written to
-        self._torn = False  # a pass was interrupted half way: some layers have moved on, some have not
+        self.reset()
+        if past is not None:
+            self.restore(past)
 
     @property
     def position(self) -> int:
@@ -70,6 +68,22 @@ class Session:
         """Tokens taken in that the exact window (and the sinks) no longer hold."""
         config = self.model.config
         return max(0, self.position - config.window - config.sinks) if config.window else 0
+
+    @property
+    def whole(self) -> bool:
+        """False once a token was interrupted half way: only `restore` and `reset` help then."""
+        return not self._torn
+
+    @property
+    def logits(self) -> NDArray[np.float32] | None:
+        """float32 [V] after the last token, what `generate` goes on from; read only. None before the first."""
+        return self._logits
+
+    @property
+    def recent(self) -> NDArray[np.int32]:
+        """The last ids, oldest first: at most RECENT of them."""
+        at = self.position % RECENT
+        return self._ring[:at] if self.position < RECENT else np.concatenate([self._ring[at:], self._ring[:at]])
 
     def feed(self, ids: ArrayLike, all_logits: bool = False, progress: Progress | None = None) -> NDArray[np.float32]:
         """Take ids in; logits float32 [V] after the last, or [len(ids), V] after each.
@@ -88,8 +102,7 @@ class Session:
             # Damaged weights show in the logits, which `sample` checks.
             with np.errstate(all="ignore"):
                 logits = self.model.forward(self._state, part, "all" if all_logits else "last" if last else "none")
-            self._torn = False
-            self._logits = logits[-1].copy() if len(logits) else None  # no view: that would keep every row
+            self._taken(part, logits[-1].copy() if len(logits) else None)  # no view: that would keep every row
             if out is not None:
                 out[a : a + len(part)] = logits
             if progress is not None:
@@ -100,85 +113,68 @@ class Session:
         self,
         prompt: str | ArrayLike | None = None,
         max_tokens: int = DEFAULT_TOKENS,
-        temperature: float = Sampling.temperature,
-        top_k: int = Sampling.top_k,
-        top_p: float = Sampling.top_p,
-        min_p: float = Sampling.min_p,
-        seed: int = Sampling.seed,
+        sampling: Sampling | None = None,
         stop: str | Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+        banned: str | Sequence[str] = (),
+        constraint: Constraint | None = None,
         progress: Progress | None = None,
+        **options: Any,
     ) -> Iterator[Piece]:
         """Go on from here: feed `prompt` (text, ids, or nothing), then yield a Piece for each new token.
 
         Text gets the BOS token in front where the file says so and the session is empty. Ends after max_tokens (-1:
-        never), at an end-of-text token, or before the first of the `stop` strings, which is not part of the text.
-        A token that is yielded has been fed: the session holds all that was shown. Raises TcinferError on bad
-        arguments at once, before the first piece is asked for.
+        never), at an end-of-text token or one of `stop_ids`, none of which is fed, or before the first of the `stop`
+        strings, which is not part of the text.
+        `banned` strings never come up in the text. How tokens are chosen: `sampling`, or its fields one by one
+        (temperature=0, top_k=1, seed=7 ...); seed -1 goes on with the session's own random numbers, which its
+        snapshots, forks and files carry. constraint: a grammar or JSON schema that the text must follow. A token
+        that is yielded has been fed: the session holds all that was shown. Raises TcinferError on bad arguments at
+        once, before the first piece is asked for.
         """
-        how = Sampling(temperature, top_k, top_p, min_p, seed)
-        check_count("max_tokens", max_tokens, -1)
-        stops = [stop] if isinstance(stop, str) else list(stop) if isinstance(stop, Iterable) else [stop]
-        if not all(isinstance(s, str) and s for s in stops):
-            raise TcinferError("stop strings must be texts of at least one character")
-        ids = self._prompt_ids(prompt)
-        if np.size(ids):
-            self._check(ids)
-        elif self._logits is None:
-            raise TcinferError("there is nothing to go on from: give a prompt")
-        return self._generate(ids, max_tokens, how, stops, progress)
+        from tcinfer.generation import Generation
 
-    def _prompt_ids(self, prompt: str | ArrayLike | None) -> ArrayLike:
-        tokenizer = self.model.tokenizer
-        bos = self.position == 0 and tokenizer.add_bos
-        if isinstance(prompt, str):
-            return tokenizer.encode(prompt, bos=bos)
-        if prompt is not None:
-            return prompt
-        return [tokenizer.bos_id] if bos and tokenizer.bos_id is not None else []
-
-    def _generate(
-        self, ids: ArrayLike, max_tokens: int, how: Sampling, stops: list[str], progress: Progress | None
-    ) -> Iterator[Piece]:
-        rng, text = how.rng(), _Text(stops, self.model.tokenizer)
-        if np.size(ids):
-            self.feed(ids, progress=progress)
-        n = 0
-        while n != max_tokens:
-            self._check_whole()
-            assert self._logits is not None
-            chosen = sample(self._logits, how, rng)
-            n += 1
-            if chosen in self.model.tokenizer.eos_ids:
-                if rest := text.flush():
-                    yield Piece(rest, chosen)
-                return
-            self.feed(chosen)
-            piece = text.push(chosen)
-            if n == max_tokens and not text.stopped:
-                piece += text.flush()
-            yield Piece(piece, chosen)
-            if text.stopped:
-                return
+        ends = (stop, stop_ids, banned)
+        return Generation(self, prompt, max_tokens, sampling, options, *ends, constraint).pieces(progress)
 
     def snapshot(self) -> Snapshot:
         """A copy of the whole state, to be put back by `restore` any number of times."""
         self._check_whole()
-        return Snapshot(self.model, self._state.copy(), self._logits)
+        return Snapshot(self.model, self._state.copy(), self._logits, self._ring.copy(), _copy(self.draws))
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of any session of the same model. Raises TcinferError for another model's."""
         if not isinstance(snapshot, Snapshot) or snapshot.model is not self.model:
             raise TcinferError("this is no snapshot of a session of this model, as it was loaded")
         self._state, self._logits, self._torn = snapshot.state.copy(), snapshot.logits, False
+        self._ring, self.draws = snapshot.ring.copy(), _copy(snapshot.draws)
 
     def fork(self) -> Session:
         """Another session with the same past; from here on the two never influence each other."""
-        self._check_whole()
-        return Session(self.model, self._state.copy(), self._logits)
+        return Session(self.model, self.snapshot())
 
     def reset(self) -> None:
         """Forget everything: position 0, as new."""
-        self._state, self._logits, self._torn = State(memory.layout(self.model.config, GROWTH)), None, False
+        self._state = State(memory.layout(self.model.config, GROWTH))
+        self._logits: NDArray[np.float32] | None = None  # never written to: snapshots share it
+        self._ring = np.zeros(RECENT, np.int32)  # the id at position p in p mod RECENT
+        self._torn = False  # a pass was interrupted half way: some layers have moved on, some have not
+        self.draws: Draws | None = None  # what sampling keeps between tokens; made by the first `generate`
+
+    def save(self, path: str | PathLike[str]) -> int:
+        """Write the session to a file, in one step, and give its bytes: the same number however long the session is.
+
+        `model.load_session` goes on from it, to the bit (session_file.py has the layout). Raises TcinferError, the
+        file at `path` as it was, where it cannot be written.
+        """
+        from tcinfer import session_file
+
+        return session_file.write(self.snapshot(), path)
+
+    def _taken(self, ids: NDArray[np.int64], logits: NDArray[np.float32] | None) -> None:
+        """A pass has taken ids in (and has moved the position on)."""
+        self._ring[np.arange(self.position - len(ids), self.position) % RECENT] = ids
+        self._logits, self._torn = logits, False
 
     def _check_whole(self) -> None:
         if self._torn:
@@ -214,8 +210,16 @@ class Session:
         """Full memory alone: grow the cache, by doubling, so that `count` more tokens fit."""
         need, have = self.position + count, self._state.layout.capacity
         if need > have and not self.model.bounded:
-            capacity = -(-max(need, 2 * have) // GROWTH) * GROWTH
-            self._state = self._state.grown(memory.layout(self.model.config, capacity))
+            self._state = self._state.resized(memory.layout(self.model.config, rounded_up(max(need, 2 * have))))
+
+
+def rounded_up(tokens: int) -> int:
+    """The room that an unbounded cache takes for so many tokens."""
+    return max(1, -(-tokens // GROWTH)) * GROWTH
+
+
+def _copy(draws: Draws | None) -> Draws | None:
+    return None if draws is None else draws.copy()
 
 
 def step_many(model: Model, sessions: Sequence[Session], tokens: ArrayLike) -> NDArray[np.float32]:
@@ -237,8 +241,8 @@ def step_many(model: Model, sessions: Sequence[Session], tokens: ArrayLike) -> N
             session._torn = True
         with np.errstate(all="ignore"):
             out[a : a + len(part)] = model.step([s._state for s in part], ids[a : a + len(part)])
-        for session, row in zip(part, out[a : a + len(part)], strict=True):
-            session._torn, session._logits = False, row.copy()
+        for i, session in enumerate(part, a):
+            session._taken(ids[i : i + 1], out[i].copy())
     return out
 
 
@@ -248,31 +252,3 @@ def _rows(count: int, vocab_size: int) -> NDArray[np.float32]:
     except (MemoryError, ValueError):
         size = 4 * count * vocab_size
         raise TcinferError(f"all logits of {count:,} tokens take {size:,} bytes: feed fewer at once") from None
-
-
-class _Text:
-    """Ids in, text out: complete characters, and nothing that may yet turn out to be part of a stop string."""
-
-    def __init__(self, stops: list[str], tokenizer: Tokenizer) -> None:
-        self._stops, self._held = stops, ""
-        self._decoder = tokenizer.stream() if tokenizer.vocab_size else None  # a file without one: ids, no text
-        self.stopped = False
-
-    def push(self, chosen: int) -> str:
-        return self._release(self._decoder.push(chosen)) if self._decoder is not None else ""
-
-    def flush(self) -> str:
-        """What was held back, now that the text is over."""
-        rest = self._release(self._decoder.flush()) if self._decoder is not None else ""
-        rest, self._held = rest + self._held, ""
-        return rest
-
-    def _release(self, new: str) -> str:
-        text = self._held + new
-        ends = [at for at in map(text.find, self._stops) if at >= 0]
-        if ends:
-            self.stopped, self._held = True, ""
-            return text[: min(ends)]
-        keep = max((n for s in self._stops for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]

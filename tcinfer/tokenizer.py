@@ -10,7 +10,9 @@ U+2581, so a U+2581 in a text comes back as a space.
 import codecs
 import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from itertools import groupby
 from typing import Any, TypeVar
 
 import numpy as np
@@ -56,23 +58,42 @@ class Tokenizer:
         self.vocab_size = tokens
         self._limit = tokens if rows is None else rows
         self.bos_id = token_id(metadata, BOS, self._limit)
-        ends = (token_id(metadata, key, self._limit) for key in (EOS, EOT, EOM))
-        self.eos_ids = frozenset(end for end in ends if end is not None)
+        self.eos_id, *others = (token_id(metadata, key, self._limit) for key in (EOS, EOT, EOM))
+        self.eos_ids = frozenset(end for end in (self.eos_id, *others) if end is not None)
         self.add_bos = value(metadata, ADD_BOS, bool, add_bos and self.bos_id is not None)
         if self.add_bos and self.bos_id is None:
             raise FileError(f"{ADD_BOS} is true, but there is no {BOS}")
+        self._controls: dict[str, int] = {}  # text to id; a kind puts its own here
+        self._prefix_once = False  # whether the prefix space is for a text's beginning only, not after control tokens
 
-    def encode(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
+    def encode(self, text: str, bos: bool = False, special: bool = False, continues: bool = False) -> list[int]:
         """The ids of a text, after `bos_id` where `bos`; control tokens are seen in it only where `special`.
 
-        Raises TokenizerError where the text cannot be written in the vocabulary or there is no BOS token.
+        continues: it goes on from an earlier text, so no prefix space is put before it. Raises TokenizerError
+        where the text cannot be written in the vocabulary or there is no BOS token.
         """
-        if not isinstance(text, str):
-            raise TokenizerError(f"a text is needed, not {short(repr(text))}")
+        return self.encode_parts([(text, special)], bos, continues)
+
+    def encode_parts(self, parts: Iterable[tuple[str, bool]], bos: bool = False, continues: bool = False) -> list[int]:
+        """The ids of one text that comes in parts, each with its `special`; bos, continues, errors as in `encode`.
+
+        Tokens reach across parts as in the whole text, but control tokens are found only in parts with `special`:
+        the text of other parts never becomes one, not even together with its neighbours. Where the parts
+        themselves begin with the BOS token, `bos` adds no second one.
+        """
         if bos and self.bos_id is None:
             raise TokenizerError("this file's tokenizer has no BOS token")
-        ids = self._encode(_SURROGATES.sub("\ufffd", text), special)
-        return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
+        ids: list[int] = []
+        for stretch in self._stretches(parts):
+            if isinstance(stretch, int):
+                ids.append(stretch)
+            elif stretch:
+                ids += self._encode_plain(stretch, prefix=not (self._prefix_once if ids else continues))
+        return [self.bos_id, *ids] if bos and self.bos_id is not None and ids[:1] != [self.bos_id] else ids
+
+    def control_text(self, token: int | None) -> str:
+        """How a text writes a control token where it is seen; "" for None and for any other token."""
+        return next((text for text, control in self._controls.items() if control == token), "")
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids from its beginning. Raises TokenizerError for an id out of range."""
@@ -89,7 +110,30 @@ class Tokenizer:
         """
         return self._bytes(self._checked(token))
 
-    def _encode(self, text: str, special: bool) -> list[int]:
+    def _stretches(self, parts: Iterable[tuple[str, bool]]) -> Iterator[str | int]:
+        """Control tokens as ids and, joined across parts, the plain text around them."""
+        plain = ""
+        for special, run in groupby(parts, key=lambda part: bool(part[1])):
+            text = "".join(_checked_text(text) for text, _ in run)
+            for i, piece in enumerate(self._cut(text) if special else [text]):
+                if i % 2:
+                    yield plain
+                    yield self._controls[piece]
+                    plain = ""
+                else:
+                    plain += piece
+        yield plain
+
+    def _cut(self, text: str) -> list[str]:
+        """Plain text and control tokens in turn."""
+        return self._control.split(text) if self._control else [text]
+
+    @cached_property
+    def _control(self) -> "re.Pattern[str] | None":
+        return any_of(self._controls)
+
+    def _encode_plain(self, text: str, prefix: bool) -> list[int]:
+        """The ids of a stretch without control tokens; prefix: with the space that the kind puts first, if any."""
         raise TokenizerError(
             "this file holds no tokenizer: give ids (in Python), or convert again with --tokenizer FILE"
         )
@@ -117,6 +161,14 @@ class StreamDecoder:
     def push(self, token: int) -> str:
         """The characters that this id completes. Raises TokenizerError for an id out of range."""
         return self._decoder.decode(self._tokenizer.token_bytes(token))
+
+    def peek(self, token: int) -> str:
+        """What `push` would give, without pushing."""
+        state = self._decoder.getstate()
+        try:
+            return self.push(token)
+        finally:
+            self._decoder.setstate(state)
 
     def flush(self) -> str:
         """What was held back, as replacement characters."""
@@ -151,10 +203,22 @@ def iterable(ids: Iterable[int]) -> Iterable[int]:
     return ids
 
 
+def any_of(texts: Iterable[str]) -> "re.Pattern[str] | None":
+    """One group that matches any of the texts, the longest first; None where there are none."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+
+
 def short(text: str) -> str:
     """A text from a file as an error message shows it: quoted, on one line, not long."""
     # The reader has the same; but importing it imports gguf, and that imports sentencepiece.
     return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def _checked_text(text: str) -> str:
+    if not isinstance(text, str):
+        raise TokenizerError(f"a text is needed, not {short(repr(text))}")
+    return _SURROGATES.sub("\ufffd", text)
 
 
 def value(metadata: Mapping[str, Any], key: str, kind: type[_T], default: _T) -> _T:

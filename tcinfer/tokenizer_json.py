@@ -1,5 +1,6 @@
 """Hugging Face's `tokenizers`: whole tokenizer.json files, and what byte-level BPE is in one."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any, TypeVar
@@ -81,23 +82,44 @@ class HuggingFace(Tokenizer):
     """
 
     def __init__(self, metadata: Mapping[str, Any], rows: int | None) -> None:
-        text = value(metadata, HUGGINGFACE_JSON, str, "")
-        self._library, self._blind = load(text), load(text)
-        self._blind.encode_special_tokens = True  # a setting of the object: hence two of them
+        self._library = load(value(metadata, HUGGINGFACE_JSON, str, ""))
+        self._library.encode_special_tokens = True  # as plain text: they are cut out before the library sees it
         self._names = {token: name for name, token in self._library.get_vocab().items()}
         super().__init__(metadata, max(self._names, default=-1) + 1, rows)
-        added = self._library.get_added_tokens_decoder()
-        self._controls = {token for token, facts in added.items() if facts.special}
+        added = self._library.get_added_tokens_decoder().items()
+        self._added = {facts.content: facts for _, facts in added if facts.special and facts.content}
+        self._controls = {facts.content: token for token, facts in added if facts.content in self._added}
+        self._control_ids = {token for token, facts in added if facts.special}
+        self._prefix_once = '"prepend_scheme": "first"' in json.dumps(_steps(self._library))
         self._unknown = self._library.token_to_id(getattr(self._library.model, "unk_token", None) or "")
         from tokenizers.decoders import ByteLevel
 
         self._own_bytes = isinstance(self._library.decoder, ByteLevel)
 
-    def _encode(self, text: str, special: bool) -> list[int]:
-        library = self._library if special else self._blind
+    def _cut(self, text: str) -> list[str]:
+        pieces = super()._cut(text)
+        for i in range(1, len(pieces), 2):  # a token may take the white space around it
+            if self._added[pieces[i]].lstrip:
+                pieces[i - 1] = pieces[i - 1].rstrip()
+            if self._added[pieces[i]].rstrip:
+                pieces[i + 1] = pieces[i + 1].lstrip()
+        return pieces
+
+    @cached_property
+    def _without_prefix(self) -> Any:
+        """The library as it puts no space first."""
+        steps = _steps(self._library)
+        if (changed := _no_prefix(steps)) == steps:
+            return self._library
+        library = load(json.dumps(json.loads(self._library.to_str()) | changed))
+        library.encode_special_tokens = True
+        return library
+
+    def _encode_plain(self, text: str, prefix: bool) -> list[int]:
+        library = self._library if prefix else self._without_prefix
         what = "the text cannot be encoded"
         ids = run(lambda: library.encode(text, add_special_tokens=False).ids, TokenizerError, what)
-        if not special and (found := self._controls.intersection(ids) - {self._unknown}):
+        if found := self._control_ids.intersection(ids) - {self._unknown}:
             raise TokenizerError(f"the text holds the control token {short(self._names[min(found)])}")
         return ids
 
@@ -110,7 +132,7 @@ class HuggingFace(Tokenizer):
     def _bytes(self, token: int) -> bytes:
         if not self._own_bytes:
             raise TokenizerError("the bytes of this tokenizer's tokens depend on the tokens around them")
-        return b"" if token in self._controls else alphabet_bytes(self._names.get(token, ""))
+        return b"" if token in self._control_ids else alphabet_bytes(self._names.get(token, ""))
 
     def _text(self, ids: list[int]) -> str:
         return run(lambda: self._library.decode(ids), TokenizerError, "the ids cannot be decoded")
@@ -119,6 +141,22 @@ class HuggingFace(Tokenizer):
     def _anchor(self) -> list[int]:
         """A token that is a word: after it, a decoder keeps the space it drops where a text begins."""
         return next(([token] for token in sorted(self._names) if self._text([token]).isalpha()), [])
+
+
+def _steps(library: Any) -> dict[str, Any]:
+    """What a tokenizer.json says of the steps that may put a space before a text."""
+    steps = {"normalizer": library.normalizer, "pre_tokenizer": library.pre_tokenizer}
+    return {name: None if step is None else json.loads(step.__getstate__()) for name, step in steps.items()}
+
+
+def _no_prefix(step: Any) -> Any:
+    """Steps of a tokenizer.json, changed so that they put nothing before a text."""
+    if isinstance(step, list):
+        return [_no_prefix(part) for part in step]
+    if not isinstance(step, dict):
+        return step
+    off = {"prepend_scheme": "never", "add_prefix_space": False, "prepend": ""}
+    return {name: off[name] if name in off else _no_prefix(part) for name, part in step.items()}
 
 
 class _WindowDecoder(StreamDecoder):
@@ -131,7 +169,7 @@ class _WindowDecoder(StreamDecoder):
         self._context, self._pending = anchor, list[int]()
 
     def push(self, token: int) -> str:
-        self._pending.append(self._tokenizer._checked(token))
+        self._pending = [*self._pending, self._tokenizer._checked(token)]
         gained = self._gained()
         if gained.endswith("\ufffd") and len(self._pending) < self._MOST:
             return ""
@@ -140,6 +178,13 @@ class _WindowDecoder(StreamDecoder):
         elif len(self._pending) >= self._MOST:  # nothing but tokens without text
             self._pending = []
         return gained
+
+    def peek(self, token: int) -> str:
+        state = self._context, self._pending
+        try:
+            return self.push(token)
+        finally:
+            self._context, self._pending = state
 
     def flush(self) -> str:
         gained, self._pending = self._gained(), []

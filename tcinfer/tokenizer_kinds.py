@@ -8,7 +8,7 @@ control tokens out of plain text, and turning ids back into bytes.
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from tcinfer.tokenizer import (
     UNUSED,
     USER_DEFINED,
     Tokenizer,
+    any_of,
     numbers,
     short,
     strings,
@@ -44,10 +45,7 @@ _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 
 
 class _Pieces(Tokenizer):
-    """A kind whose every token has bytes of its own; control tokens are cut out of the text here."""
-
-    # Types whose tokens are cut out of every text, before the kind sees what lies between.
-    _always: tuple[int, ...] = (USER_DEFINED,)
+    """A kind whose every token has bytes of its own; user-defined tokens are cut out of the text here."""
 
     def __init__(self, metadata: Mapping[str, Any], rows: int | None, add_bos: bool = False) -> None:
         self._tokens = strings(metadata, TOKENS)
@@ -62,9 +60,9 @@ class _Pieces(Tokenizer):
             if kind == USER_DEFINED and (token == self.bos_id or token in self.eos_ids):
                 self._types[token] = CONTROL
         self._table = list(map(self._piece_bytes, range(count)))
-        self._cut_out = self._of_type(CONTROL, *self._always)
-        self._plain = _any_of(self._of_type(*self._always))
-        self._special = _any_of(self._cut_out)
+        self._controls = self._of_type(CONTROL)
+        self._users = self._of_type(USER_DEFINED)
+        self._user = any_of(self._users)
 
     def _of_type(self, *types: int) -> dict[str, int]:
         """Text to id for the tokens of these types; of tokens with the same text the first one counts."""
@@ -74,17 +72,16 @@ class _Pieces(Tokenizer):
                 found.setdefault(self._tokens[token], token)
         return found
 
-    def _encode(self, text: str, special: bool) -> list[int]:
-        pattern = self._special if special else self._plain
+    def _encode_plain(self, text: str, prefix: bool) -> list[int]:
         ids: list[int] = []
-        for i, part in enumerate(pattern.split(text) if pattern else [text]):
+        for i, part in enumerate(self._user.split(text) if self._user else [text]):
             if i % 2:  # split() puts what the pattern's one group matched between the rest
-                ids.append(self._cut_out[part])
+                ids.append(self._users[part])
             elif part:
-                ids += self._encode_plain(part)
+                ids += self._encode_rest(part)
         return ids
 
-    def _encode_plain(self, text: str) -> list[int]:
+    def _encode_rest(self, text: str) -> list[int]:
         raise NotImplementedError
 
     def _piece_bytes(self, token: int) -> bytes:
@@ -96,8 +93,6 @@ class _Pieces(Tokenizer):
 
 class _SentencePiece(_Pieces):
     """`llama` (BPE) and `t5` (unigram)."""
-
-    _always = ()  # the library itself matches user-defined pieces, and puts no space before what follows one
 
     def __init__(self, metadata: Mapping[str, Any], rows: int | None, unigram: bool) -> None:
         import sentencepiece
@@ -139,14 +134,27 @@ class _SentencePiece(_Pieces):
             "the file's SentencePiece vocabulary is broken",
         )
 
+    @cached_property
+    def _without_prefix(self) -> Any:
+        """The library as it puts no space first: a setting of its model, hence a second one."""
+        import sentencepiece
+        from sentencepiece import sentencepiece_model_pb2
+
+        schema: Any = sentencepiece_model_pb2
+        proto = schema.ModelProto.FromString(self._library.serialized_model_proto())
+        proto.normalizer_spec.add_dummy_prefix = False
+        return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+
     def _unknown_id(self, named: int | None) -> int:
         """The library's one unknown piece: the named one, the first of the type, or one past the end."""
         if named is not None and self._types[named] in (UNKNOWN, CONTROL):
             return named
         return self._types.index(UNKNOWN) if UNKNOWN in self._types else len(self._tokens)
 
-    def _encode_plain(self, text: str) -> list[int]:
-        ids: list[int] = self._library.encode(text)
+    def _encode_plain(self, text: str, prefix: bool) -> list[int]:
+        # The library itself matches user-defined pieces, and puts no space before what follows one.
+        library = self._library if prefix or not self._space_prefix else self._without_prefix
+        ids: list[int] = library.encode(text)
         if len(self._tokens) in ids:
             raise TokenizerError("the text holds a character that is not in the vocabulary")
         return ids
@@ -189,7 +197,7 @@ class _ByteLevel(_Pieces):
         model = {"type": "BPE", "vocab": vocabulary, "merges": merges, "ignore_merges": pre == IGNORES_MERGES}
         self._library = load(json.dumps({"pre_tokenizer": PRE_TOKENIZERS[pre], "model": model}))
 
-    def _encode_plain(self, text: str) -> list[int]:
+    def _encode_rest(self, text: str) -> list[int]:
         lost = self._missing.intersection(text.encode()) if self._missing else None
         if lost:  # the library would drop them silently
             raise TokenizerError(f"the text holds the byte 0x{min(lost):02X}, which the vocabulary lacks")
@@ -211,7 +219,7 @@ class _Characters(_Pieces):
             if kind == NORMAL and len(piece) != 1:
                 raise FileError(f"{TOKENS}: token {token} is {short(piece)}, not one character")
 
-    def _encode_plain(self, text: str) -> list[int]:
+    def _encode_rest(self, text: str) -> list[int]:
         try:
             return [self._characters[character] for character in text]
         except KeyError as error:
@@ -226,12 +234,6 @@ kinds: dict[str, Callable[[Mapping[str, Any], int | None], Tokenizer]] = {
     "gpt2": _ByteLevel,
     "char": _Characters,
 }
-
-
-def _any_of(texts: Iterable[str]) -> "re.Pattern[str] | None":
-    """One group that matches any of the texts, the longest first; None where there are none."""
-    longest_first = sorted(texts, key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
 
 
 def _unreachable(token: int) -> str:

@@ -13,7 +13,7 @@ from conftest import small
 import tcinfer
 from tcinfer.errors import TcinferError
 from tcinfer.memory import tensor
-from tcinfer.session import CHUNK, Session
+from tcinfer.session import CHUNK, RECENT, Session
 
 TENSOR = {"memory": "tensor", "window": 8, "options": tensor.Options()}
 IDS = np.random.default_rng(0).integers(0, 50, 40)
@@ -117,7 +117,7 @@ def test_snapshots_forks_and_reset() -> None:
     s.reset()
     assert s.position == 0
     np.testing.assert_array_equal(s.feed(IDS), first)
-    assert snap.nbytes == s.nbytes + 4 * 50
+    assert snap.nbytes == s.nbytes + 4 * 50 + 4 * RECENT
     with pytest.raises(TcinferError, match="no snapshot of a session of this model"):
         small(**TENSOR).session().restore(snap)
 

@@ -5,21 +5,29 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
 
 from tcinfer import __version__
-from tcinfer.cli import files, generate, machine, measure
+from tcinfer.cli import chat, files, generate, machine, measure, sessions
 from tcinfer.cli.console import INTERRUPTED, close_stdout, complain, use_utf8
 from tcinfer.errors import TcinferError
 
 COMMANDS = (
     generate.generate,
+    chat.chat,
+    sessions.absorb,
+    sessions.session,
     files.convert,
+    files.quantize,
     files.inspect,
     measure.bench,
+    measure.perplexity,
     machine.warmup,
+    machine.doctor,
+    machine.completion,
 )
 
 
@@ -28,6 +36,8 @@ def main() -> None:
     status = 1
     try:
         use_utf8()
+        if machine.COMPLETE in os.environ:  # a shell asks what could come next
+            raise click.exceptions.Exit(machine.complete(cli, os.environ[machine.COMPLETE]))
         # not cli(): it has an exit status and a line of its own for a closed pipe and for Ctrl-C
         with cli.make_context("tcinfer", sys.argv[1:]) as context:
             cli.invoke(context)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import click
 
@@ -16,6 +16,7 @@ from tcinfer.errors import TcinferError
 
 INTERRUPTED = 130  # exit status after Ctrl-C
 TERMINATED = 143  # after SIGTERM
+T = TypeVar("T")
 LONGEST_LINE = 5000  # characters of an error; the longest path has 4096
 
 
@@ -52,22 +53,41 @@ def close_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class Interrupts:
+    """Called between tokens: raises KeyboardInterrupt if a signal has come since the start."""
+
+    def __init__(self) -> None:
+        self.hits = 0
+        self.waiting = False  # for input: then a signal takes effect at once
+
+    def __call__(self) -> None:
+        if self.hits:
+            raise KeyboardInterrupt
+
+    def waits(self, parts: Iterator[T]) -> Iterator[T]:
+        """The same, each part waited for."""
+        while True:
+            self.waiting = True
+            self()
+            part = next(parts, None)
+            self.waiting = False
+            if part is None:
+                return
+            yield part
+
+
 @contextmanager
-def interruptible(*also: int) -> Iterator[Callable[[], None]]:
+def interruptible(*also: int) -> Iterator[Interrupts]:
     """Ctrl-C (and the signals in `also`) takes effect at the next call of what this yields; a second one at once.
 
     Between tokens, because a KeyboardInterrupt in the middle of one may land where it is swallowed: Numba compiles
     through callbacks that print exceptions and go on.
     """
-    hits: list[int] = []
+    check = Interrupts()
 
-    def handler(signum: int, _: object) -> None:
-        hits.append(signum)
-        if len(hits) > 1:
-            raise KeyboardInterrupt
-
-    def check() -> None:
-        if hits:
+    def handler(*_: object) -> None:
+        check.hits += 1
+        if check.waiting or check.hits > 1:
             raise KeyboardInterrupt
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, *also)}
@@ -99,8 +119,13 @@ def decoded(data: bytes) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError:
-        say("tcinfer: the text given is not valid UTF-8; what is not was replaced")
+        invalid()
         return data.decode(errors="replace")
+
+
+def invalid() -> None:
+    """Say so."""
+    say("tcinfer: the text given is not valid UTF-8; what is not was replaced")
 
 
 def argument(text: str) -> str:

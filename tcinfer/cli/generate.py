@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import time
-from itertools import chain
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from tcinfer.cli.console import argument, decoded, interruptible, rate
-from tcinfer.cli.options import load_model, model_options
+from tcinfer.cli.console import argument, both, interruptible, invalid, rate, say
+from tcinfer.cli.options import (
+    CONSTRAINT,
+    banned_option,
+    constraint,
+    load_model,
+    model_options,
+    open_text,
+    sampling,
+    sampling_options,
+    stop_option,
+    together,
+)
+from tcinfer.config import check_choice, check_count
 from tcinfer.errors import TcinferError
 
 if TYPE_CHECKING:
@@ -21,84 +37,128 @@ if TYPE_CHECKING:
 @click.command()
 @model_options
 @click.option("-p", "--prompt", metavar="TEXT", help="What to go on from.")
-@click.option("-f", "--file", metavar="FILE", help="The prompt is this file's text.")
+@click.option("-f", "--file", metavar="FILE", help="The prompt is this file's text, of any size.")
+@click.option("-s", "--session", "path", metavar="FILE.tcs", help="Go on from this session; the file stays as it is.")
+@click.option("--save", is_flag=True, help="Write the session back to -s FILE.tcs (made if it is not there).")
 @click.option("-n", "--max-tokens", type=int, default=256, show_default=True, metavar="N", help="-1: no end.")
-@click.option("--temp", type=float, default=0.8, show_default=True, metavar="T", help="0: always the likeliest.")
-@click.option("--top-k", type=int, default=40, show_default=True, metavar="K", help="0: off.")
-@click.option("--top-p", type=float, default=0.95, show_default=True, metavar="P", help="1: off.")
-@click.option("--min-p", type=float, default=0.05, show_default=True, metavar="P", help="0: off.")
-@click.option("--seed", type=int, default=-1, show_default=True, metavar="S", help="-1: another text each time.")
-@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
+@sampling_options
+@stop_option
+@banned_option
+@together(*CONSTRAINT)
+@click.option("-q", "--quiet", is_flag=True, help="No figures on stderr.")
+@click.option("--stats", metavar="FORMAT", default="text", show_default=True, help="Of the figures: text or json.")
 def generate(**options: Any) -> None:
     """Go on from a prompt (-p, -f, or standard input) and stream the text.
 
     stdout carries the new text alone; the last line on stderr tells tokens, tokens per second, bytes of state, and
     how many tokens lie outside the exact window.
+
+    \b
+    Examples:
+      tcinfer generate -p "ROMEO:" -n 200 --seed 1
+      tcinfer generate -m model.gguf --memory sinks --window 512 < book.txt
+      tcinfer generate -m model.gguf -p "A person:" --json-schema-file person.json
+      tcinfer generate -s notes.tcs -p "What was the name?" --temp 0
     """
-    from tcinfer.progress import bar
+    from tcinfer import session_file
+    from tcinfer.generation import strings
 
-    model = load_model(options)
-    session = model.session()
-    ids = model.tokenizer.encode(_prompt(options["prompt"], options["file"]), bos=model.tokenizer.add_bos)
-    marks = [time.monotonic()]  # start, then the end of each part of the prompt
-    with interruptible() as check, bar("reading the prompt", len(ids)) as advance:
+    check_choice("--stats", options["stats"], ("text", "json"))
+    check_count("max_tokens", options["max_tokens"], -1)
+    how = sampling(options)
+    stop, banned = (strings(name, [argument(text) for text in options[name]]) for name in ("stop", "banned"))
+    path = options["path"]
+    if options["save"] and path is None:
+        raise TcinferError("--save needs the session's file: -s FILE.tcs")
+    file = session_file.read(path) if path is not None and not (options["save"] and not os.path.exists(path)) else None
+    with _prompt(options["prompt"], options["file"], optional=file is not None) as stream:
+        model = load_model(options, file)
+        session = model.session() if file is None else session_file.attach(model, file)
+        follow = constraint(options, model)
+        figures = Figures()
+        try:
+            _read(session, stream, figures)
+            pieces = session.generate(None, options["max_tokens"], how, stop, (), banned, follow)
+            _write(pieces, figures)
+        finally:
+            if options["save"] and session.whole:
+                session.save(path)
+            if not options["quiet"] and (figures.prompt_tokens or figures.new_tokens):
+                figures.show(session, options["stats"])
 
-        def progress(n: int) -> None:
-            marks.append(time.monotonic())
-            del marks[1:-1]
-            advance(n)
-            check()
 
-        pieces = session.generate(
-            ids or None,
-            max_tokens=options["max_tokens"],
-            temperature=options["temp"],
-            top_k=options["top_k"],
-            top_p=options["top_p"],
-            min_p=options["min_p"],
-            seed=options["seed"],
-            stop=[argument(text) for text in options["stop"]],
-            progress=progress,
+@dataclass
+class Figures:
+    """What a run took."""
+
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    new_tokens: int = 0
+    new_seconds: float = 0.0
+
+    def show(self, session: Session, form: str) -> None:
+        """One line on stderr."""
+        if form == "json":
+            place = {"position": session.position, "outside_window": session.outside_window}
+            say(json.dumps(asdict(self) | place | {"state_bytes": session.nbytes}))
+            return
+        config = session.model.config
+        outside = f"{session.outside_window:,} tokens outside the exact window of {config.window:,}"
+        if not session.model.bounded:
+            outside = "the cache grows with every token (--memory window or sinks does not)"
+            if session.position > config.context_length > 0:
+                outside += f"; the model was trained on {config.context_length:,} tokens at most"
+        say(
+            f"prompt {self.prompt_tokens:,} tokens, {rate(self.prompt_tokens, self.prompt_seconds)}; "
+            f"new {self.new_tokens:,} tokens, {rate(self.new_tokens, self.new_seconds)}; "
+            f"state {session.nbytes:,} bytes; {outside}"
         )
-        first = next(pieces, None)
-    count = 0
+
+
+def _read(session: Session, stream: BinaryIO, figures: Figures) -> None:
+    """Feed a prompt of any size."""
+    from tcinfer.progress import bar
+    from tcinfer.text import ids
+
+    tokenizer, start, first = session.model.tokenizer, time.monotonic(), session.position
+    with interruptible() as check, bar("reading the prompt", None) as advance:
+        bos = first == 0 and tokenizer.add_bos
+        parts = ids(tokenizer, stream, bos=bos, continues=first > 0, invalid=invalid)
+        for part in check.waits(parts):
+            session.feed(part, progress=both(advance, check))
+            figures.prompt_tokens = session.position - first
+            figures.prompt_seconds = time.monotonic() - start
+
+
+def _write(pieces: Iterator[Any], figures: Figures) -> None:
+    """The new text to stdout as it comes."""
+    start = time.monotonic()
     try:
-        with interruptible() as check:
-            for piece in () if first is None else chain((first,), pieces):
+        with interruptible() as check, closing(pieces):  # type: ignore[type-var]
+            for piece in pieces:
                 check()
                 sys.stdout.write(piece.text)
                 sys.stdout.flush()
-                count += 1
+                figures.new_tokens += 1
     finally:
+        figures.new_seconds = time.monotonic() - start
         if sys.stdout.isatty() or sys.stderr.isatty():
             click.echo(err=not sys.stdout.isatty())  # the figures begin on a line of their own
-        _figures(session, len(ids), marks[-1] - marks[0], count, time.monotonic() - marks[-1])
 
 
-def _prompt(text: str | None, file: str | None) -> str:
+@contextmanager
+def _prompt(text: str | None, file: str | None, optional: bool) -> Iterator[BinaryIO]:
+    """The prompt's bytes, from where it is given; nothing where that is optional."""
     if text is not None and file is not None:
         raise TcinferError("-p and -f exclude each other")
     if text is not None:
-        return argument(text)
-    if file is not None:
-        try:
-            return decoded(Path(file).read_bytes())
-        except OSError as e:
-            raise TcinferError(f"{file}: {e.strerror}") from None
-    if sys.stdin is None or sys.stdin.isatty():
+        yield BytesIO(os.fsencode(text))
+    elif file is not None:
+        with open_text(file) as stream:
+            yield stream
+    elif sys.stdin is not None and not sys.stdin.isatty():
+        yield sys.stdin.buffer
+    elif optional:
+        yield BytesIO()
+    else:
         raise TcinferError("no prompt: give -p TEXT or -f FILE, or pipe a text in")
-    return decoded(sys.stdin.buffer.read())
-
-
-def _figures(session: Session, prompt: int, reading: float, new: int, writing: float) -> None:
-    config = session.model.config
-    outside = f"{session.outside_window:,} tokens outside the exact window of {config.window:,}"
-    if not session.model.bounded:
-        outside = "the cache grows with every token (--memory window or sinks does not)"
-        if session.position > config.context_length > 0:
-            outside += f"; the model was trained on {config.context_length:,} tokens at most"
-    click.echo(
-        f"prompt {prompt:,} tokens, {rate(prompt, reading)}; new {new:,} tokens, {rate(new, writing)}; "
-        f"state {session.nbytes:,} bytes; {outside}",
-        err=True,
-    )

@@ -4,6 +4,7 @@ A mechanism is a module of pure functions over (weights, state); it keeps nothin
 
     Options                 frozen dataclass of its options, or None; every field has a default and becomes the
                             GGUF key `tcinfer.memory.<field>`
+    MATRICES                names of the fields of the state that are its second level, [.., D, D] each
     tensors(config, layer)  the weights that it needs in a layer beside the projections: name -> Spec
     state(config, layer, capacity)
                             the arrays that a layer of one sequence keeps: a tuple of Field
@@ -42,6 +43,7 @@ class Mechanism(Protocol):
     """One memory mechanism, all layers alike (a module serves)."""
 
     Options: Any
+    MATRICES: tuple[str, ...]
 
     @staticmethod
     def tensors(config: ModelConfig, layer: int) -> dict[str, Spec]: ...

@@ -25,12 +25,21 @@ class Chunk:
         self.ops, self.config, self.first, self.count = ops, config, first, count
         self._freq = freq  # float64 [D / 2], or None where nothing rotates
         self._memo: dict[Any, Any] = {}
+        self.layer = 0  # that the tokens are passing through
+        self.shares: dict[int, F32] | None = None  # where wanted, by layer: what `contributed` was told
 
     def memo(self, key: Any, make: Callable[[], T]) -> T:
         """make(), once for all layers: for what depends on the positions alone."""
         if key not in self._memo:
             self._memo[key] = make()
         return self._memo[key]
+
+    def contributed(self, near: F32, far: F32) -> None:
+        """A mechanism tells what window and memory each add to its output, [T, ..]: kept is the memory's share, [T],
+        of the sum of both lengths."""
+        if self.shares is not None:
+            a, b = (np.linalg.norm(x.reshape(self.count, -1), axis=-1) for x in (near, far))
+            self.shares[self.layer] = b / np.maximum(a + b, np.float32(1e-30))
 
     def rotate(self, x: F32, first: int, most: int | None = None, back: bool = False) -> F32:
         """x [T, H, D] turned to positions first, first + 1, .. (none above `most`), or turned back from them."""

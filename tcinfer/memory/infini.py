@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 F32 = NDArray[np.float32]
 EPS = np.float32(1e-5)
+MATRICES = ("M",)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ def attend(chunk: Chunk, w: dict[str, Any], state: dict[str, NDArray], q: F32, k
     read = ops.scan(state["M"][None], fq, Writes(fk, near.v, ones, ones, retrieve))  # [T, G, R, D]
     far = (read / ((fq * before[:, :, None]).sum(-1, keepdims=True) + EPS)).reshape(q.shape)
     share = ops.sigmoid(w["infini_beta"])[:, None]  # [H, 1]
-    return chunk.linear(local.merge(share * far + (1 - share) * near.out), w, "attn_output")
+    near_part, far_part = (1 - share) * near.out, share * far
+    chunk.contributed(near_part, far_part)
+    return chunk.linear(local.merge(near_part + far_part), w, "attn_output")
 
 
 def plan(layer: Layer, q: Rows, k: Rows, v: Rows, h: Rows) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 F32 = NDArray[np.float32]
 Options = None
+MATRICES = ()
 
 
 def tensors(config: ModelConfig, layer: int) -> dict[str, Spec]:

@@ -97,11 +97,12 @@ class State:
         other.buffer[:] = self.buffer
         return other
 
-    def grown(self, layout: Layout) -> State:
-        """The same contents in a layout with more room for tokens (the unbounded first level alone needs this)."""
+    def resized(self, layout: Layout) -> State:
+        """The same contents in a layout with room for another number of tokens (unbounded caches alone need this)."""
         other = State(layout)
         other.position = self.position
         for old, new in zip(self.layers, other.layers, strict=True):
             for name, array in old.items():
-                new[name][: len(array)] = array
+                count = min(len(array), len(new[name]))
+                new[name][:count] = array[:count]
         return other

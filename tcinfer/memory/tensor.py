@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 F32 = NDArray[np.float32]
 
 
+MATRICES = ("A",)
+
+
 @dataclass(frozen=True)
 class Options:
     """Defaults are the published trainer's (mechanisms.md 1.2)."""
@@ -150,7 +153,9 @@ def attend(chunk: Chunk, w: dict[str, Any], state: dict[str, NDArray], q: F32, k
         norm = ops.scan(state["z"][..., None], queries, counts, write_first=o.write_then_read)
         read = read / np.maximum(np.abs(norm), np.float32(o.normalize_read_eps))
     gate = w["tc_gate.bias"] if not o.token_gate else (x @ w["tc_gate.weight"])[:, None] + w["tc_gate.bias"]
-    return y + ops.sigmoid(gate) * chunk.linear(local.merge(read), w, "tc_output")
+    far = ops.sigmoid(gate) * chunk.linear(local.merge(read), w, "tc_output")
+    chunk.contributed(y, far)
+    return y + far
 
 
 def _writes(chunk: Chunk, w: dict[str, Any], state: dict[str, NDArray], near: local.Pushed, x: F32) -> Writes:

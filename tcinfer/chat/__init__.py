@@ -1,0 +1,1 @@
+"""Conversations: a chat template rendered safely, turns, undo, files, and the terminal."""

@@ -1,0 +1,230 @@
+"""A conversation: turns of a person and a model in one session, taken back, tried again, and kept on disk.
+
+Only what is new is fed: a turn is what the chat template adds to what the session has read. Nothing here grows with
+the conversation but its log on disk (store.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tcinfer import session_file, text
+from tcinfer.chat.snapshots import Snapshots
+from tcinfer.chat.store import Log
+from tcinfer.chat.template import ChatTemplate, fill
+from tcinfer.errors import FileError, TcinferError
+from tcinfer.sampler import Sampling
+from tcinfer.session import Snapshot
+
+if TYPE_CHECKING:
+    from tcinfer.generation import Piece
+    from tcinfer.model import Model
+    from tcinfer.tokenizer import Tokenizer
+
+LOGGED = 256  # ids of an answer between two lines of the log
+
+Progress = Callable[[int], None]
+
+
+class Conversation:
+    """What `tcinfer chat` drives. Errors leave the conversation as it was before the call."""
+
+    def __init__(self, model: Model, template: ChatTemplate, log: Log, sampling: Sampling) -> None:
+        """log: of a new conversation, or of one to go on with: then its session file, and what the log has beyond it,
+        are read. Raises TcinferError where they do not fit the model."""
+        self.model, self.template, self.log = model, template, log
+        self.sampling = sampling
+        self.max_tokens = -1
+        self.stop: list[str] = []
+        self.banned: list[str] = []
+        self.system: str | None = log.start.get("system")
+        self.session = model.session()
+        self._snapshots = Snapshots()
+        self._stop_ids, self._stops = ends(model.tokenizer, template, self.system is not None)
+        if log.turns or log.base_path.exists() or log.session_path.exists():
+            self._resume()
+        self.session.draws = self.session.draws or sampling.draws()
+
+    @property
+    def turns(self) -> int:
+        """Complete ones, a message and its answer each."""
+        return self.log.turns
+
+    def ask(self, message: str, files: Sequence[Path] = (), progress: Progress | None = None) -> Iterator[Piece]:
+        """The answer to a message, piece by piece; files: whose text goes before it, of any length.
+
+        Closing the iterator keeps what was said so far as the answer. Raises TcinferError, nothing changed, for
+        a message that the vocabulary cannot write.
+        """
+        first = self.session.position == 0
+        has_system = self.system is not None
+        parts = self.template.opening(has_system) if first else self.template.next(has_system)
+        at = next(i for i, part in enumerate(parts) if part.who == "user")
+        before = fill(parts[:at], system=self.system)
+        after = fill(parts[at + 1 :], system=self.system)
+        with self._or_back() as past:
+            self.log.begin(message or ", ".join(path.name for path in files))
+            for ids in self._encoded(first, before, message, files, after):
+                self.session.feed(ids, progress=progress)
+                self.log.fed("in", ids)
+        self._snapshots.add(self.turns, past)
+        yield from self._answer()
+
+    def again(self, progress: Progress | None = None) -> Iterator[Piece]:
+        """Another answer to the last message. Raises TcinferError where there is none."""
+        turn = self.turns
+        if not turn:
+            raise TcinferError("there is no answer to try again yet")
+        with self._or_back():
+            self._rewind(turn - 1, progress)
+            session_file.write(self.session.snapshot(), self.log.session_path, private=True)
+            for ids in self.log.question(turn):
+                self.session.feed(ids, progress=progress)
+        self.log.back_to(turn - 1, keep_question=True)
+        yield from self._answer()
+
+    def undo(self, turns: int = 1, progress: Progress | None = None) -> int:
+        """Take back the last turns; gives how many that were. Raises TcinferError where there are none."""
+        count = min(turns, self.turns)
+        if count < 1:
+            raise TcinferError("there is no turn to take back")
+        target = self.turns - count
+        with self._or_back():
+            self._rewind(target, progress)
+            session_file.write(self.session.snapshot(), self.log.session_path, private=True)
+        self.log.back_to(target)
+        self._snapshots.back_to(target)
+        return count
+
+    def last_answer(self) -> tuple[Snapshot, list[int]] | None:
+        """The state before the last answer's turn, if it is at hand, and the ids of its message and answer."""
+        kept = self._snapshots.nearest(self.turns - 1)
+        if not self.turns or kept is None or kept[0] != self.turns - 1:
+            return None
+        ids = [i for part in self.log.replay(self.turns - 1, self.turns) for i in part]
+        return kept[1], ids
+
+    def last_text(self) -> str:
+        """The last answer, for people."""
+        ids = [i for part in self.log.answer(self.turns) for i in part] if self.turns else []
+        return self.model.tokenizer.decode(ids[-4096:])
+
+    def fork(self, name: str) -> None:
+        """Keep a copy of all that is here under another name."""
+        self.log.copy_to(name)
+
+    def close(self) -> None:
+        self.log.close()
+
+    def _answer(self) -> Iterator[Piece]:
+        session = self.session
+        logged = session.position
+
+        def write_down(at_least: int) -> None:
+            nonlocal logged
+            if session.position - logged >= at_least:
+                self.log.fed("out", session.recent[logged - session.position :].tolist())
+                logged = session.position
+
+        try:
+            for piece in session.generate(
+                max_tokens=self.max_tokens,
+                sampling=replace(self.sampling, seed=-1),  # the conversation's own random numbers go on
+                stop=[*self._stops, *self.stop],
+                stop_ids=self._stop_ids,
+                banned=self.banned,
+            ):
+                write_down(LOGGED)
+                yield piece
+        finally:
+            write_down(1)
+            self.log.end(session.position)
+            session_file.write(session.snapshot(), self.log.session_path, private=True)
+
+    def _encoded(
+        self, first: bool, before: list[tuple[str, bool]], message: str, files: Sequence[Path], after: Any
+    ) -> Iterator[list[int]]:
+        """A turn's ids; one list unless there are files, which are read in pieces."""
+        tokenizer = self.model.tokenizer
+        bos, continues = first and tokenizer.add_bos, not first
+        for piece in self._file_texts(files):
+            if ids := tokenizer.encode_parts([*before, (piece, False)], bos=bos, continues=continues):
+                yield ids
+            before, bos, continues = [], False, True
+        yield tokenizer.encode_parts([*before, (message, False), *after], bos=bos, continues=continues)
+
+    @staticmethod
+    def _file_texts(files: Sequence[Path]) -> Iterator[str]:
+        for path in files:
+            try:
+                with open(path, "rb") as stream:
+                    yield from text.pieces(stream)
+            except OSError as e:
+                raise TcinferError(f"{path}: cannot be read: {e.strerror}") from None
+            yield "\n\n"
+
+    @contextmanager
+    def _or_back(self) -> Iterator[Snapshot]:
+        """Yields the state as it is; an exception within puts it, and the log, back there."""
+        past, turns = self.session.snapshot(), self.turns
+        try:
+            yield past
+        except BaseException:
+            self.session.restore(past)
+            self.log.back_to(turns)
+            raise
+
+    def _rewind(self, turn: int, progress: Progress | None = None) -> None:
+        """The state after so many turns: from the nearest snapshot, the rest fed again. Random numbers go on."""
+        draws = self.session.draws
+        kept = self._snapshots.nearest(turn)
+        if kept is not None:
+            start, snapshot = kept
+            self.session.restore(snapshot)
+        else:
+            start = 0
+            if self.log.base_path.exists():
+                self.session.restore(session_file.load(self.model, self.log.base_path).snapshot())
+            else:
+                self.session.reset()
+        for ids in self.log.replay(start, turn):
+            self.session.feed(ids, progress=progress)
+        self.session.draws = draws
+
+    def _resume(self) -> None:
+        """Go on from the session file, then from what the log has beyond it; from the log alone without one."""
+        at = None
+        if self.log.session_path.exists():
+            try:
+                self.session = session_file.load(self.model, self.log.session_path)
+            except FileError as e:
+                raise FileError(f"{e}; remove that file to have the conversation fed again from its log") from None
+            at = next((turn for turn, position in self.log.positions() if position == self.session.position), None)
+            if at is None and not self.turns:
+                at = 0
+        if at is None:
+            self._rewind(self.turns)
+            return
+        for ids in self.log.replay(at, self.turns):
+            self.session.feed(ids)
+
+
+def ends(tokenizer: Tokenizer, template: ChatTemplate, system: bool) -> tuple[list[int], list[str]]:
+    """What ends an answer beside the tokenizer's own end tokens: the control token, or else the text, with which the
+    template goes on after one."""
+    parts = template.next(system)
+    literal = "" if not parts or parts[0].who else parts[0].text
+    if not literal:
+        return [], []
+    try:
+        ids = tokenizer.encode(literal, special=True, continues=True)
+    except TcinferError:  # a template that this vocabulary cannot write shows so at the first turn
+        return [], []
+    if ids and not tokenizer.decode(ids[:1]):
+        return ids[:1], []
+    breaks = literal[: len(literal) - len(literal.lstrip("\n"))]
+    return [], [breaks if len(breaks) > 1 else literal.strip() or literal]

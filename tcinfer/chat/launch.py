@@ -1,0 +1,137 @@
+"""From a model file to conversations with it: which memory they get, where they begin or go on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tcinfer import memory, session_file
+from tcinfer.atomic import replacing
+from tcinfer.chat import store
+from tcinfer.chat.conversation import Conversation
+from tcinfer.chat.store import Log
+from tcinfer.chat.template import ChatTemplate, fill
+from tcinfer.config import DEFAULT_SINKS, DEFAULT_WINDOW
+from tcinfer.errors import TcinferError
+from tcinfer.kernels.reference import Reference
+from tcinfer.loader import Opened
+from tcinfer.model import Model
+from tcinfer.sampler import Sampling
+
+TEMPLATE = "tokenizer.chat_template"
+LARGEST_WINDOW = 1024  # tokens, that a plain model gets unless told otherwise
+PINNED = 32 * 2**20  # bytes of a system prompt's keys and values that are kept for ever
+
+Notice = Callable[[str], None]
+
+
+class Chats:
+    """All conversations with one model file."""
+
+    def __init__(
+        self,
+        path: str | None,
+        ops: Reference,
+        asked: dict[str, Any],
+        template: str | None,
+        sampling: Sampling,
+        notice: Notice,
+    ) -> None:
+        """asked: memory, window, sinks and cache_type as `tcinfer.load` takes them; template: a Jinja text in place of
+        the file's own; notice: is told in a line what people should know, once. Raises TcinferError."""
+        self.opened = Opened(path)
+        self.folder = store.chats()
+        self.sampling = sampling
+        self._ops, self._asked, self._notice = ops, asked, notice
+        self._said: set[str] = set()
+        self._model: Model | None = None
+        source = self.opened.metadata.get(TEMPLATE) if template is None else template
+        if source is None:
+            self._once("this model has no chat template of its own: ChatML is used (--chat-template takes another)")
+        elif not isinstance(source, str):
+            raise TcinferError(f"{self.opened.path}: {TEMPLATE} is no text; --chat-template chatml uses the plain one")
+        tokenizer = self.opened.tokenizer
+        bos, eos = tokenizer.bos_id, min(tokenizer.eos_ids, default=None)
+        self.template = ChatTemplate(source, tokenizer.control_text(bos), tokenizer.control_text(eos))
+
+    def begin(self, system: str | None, name: str | None = None, base: Path | None = None) -> Conversation:
+        """A new conversation; base: a session file that it goes on from."""
+        if self.template.rewrites_history(system is not None):
+            self._once("this chat template writes earlier turns anew; here they stay as they were read")
+        if base is None:
+            options = self._options(system)
+        else:
+            found = session_file.read(base)
+            options = found.memory_options()
+            session_file.attach(self._load(options), found)
+        name = store.new_name(self.folder) if name is None else name
+        start = {"model": str(self.opened.path.resolve()), "system": system, "memory": options}
+        log = Log(self.folder, name, start)
+        if base is not None:
+            with replacing(log.base_path, private=True) as temporary:
+                shutil.copyfile(base, temporary)
+        return self._conversation(log)
+
+    def resume(self, name: str) -> Conversation:
+        """Go on with the conversation of this name. Raises TcinferError where it is not, or is another model's."""
+        return self._conversation(Log(self.folder, name))
+
+    def _conversation(self, log: Log) -> Conversation:
+        try:
+            options = log.start.get("memory")
+            if not isinstance(options, dict) or set(options) != {"memory", "window", "sinks", "cache_type"}:
+                raise TcinferError(f"{log.path}: does not say with which memory it ran")
+            return Conversation(self._load(options), self.template, log, self.sampling)
+        except BaseException:
+            log.close()
+            raise
+
+    def _load(self, options: dict[str, Any]) -> Model:
+        """The model with this memory: the one at hand, if it has it."""
+        wanted = memory.with_memory(self.opened.config, **options)
+        if self._model is None or self._model.config != wanted:
+            self._model = None  # before its successor: both together would take twice the memory
+            self._model = self.opened.model(self._ops, **options, notice=self._notice)
+        return self._model
+
+    def _options(self, system: str | None) -> dict[str, Any]:
+        """The memory of a new conversation.
+
+        A plain model, whose cache would grow, gets sinks unless another memory is asked for. In sinks memory the
+        system prompt is pinned: it is among the tokens that never leave.
+        """
+        asked, config = dict(self._asked), self.opened.config
+        mode = asked["memory"]
+        if mode is None:
+            mode = asked["memory"] = "sinks" if config.memory == "full" else config.memory
+        if mode != "sinks":
+            return asked
+        pinned = self._pinned(system)
+        if asked["sinks"] is None:
+            asked["sinks"] = config.sinks if config.memory == "sinks" else DEFAULT_SINKS
+        asked["sinks"] = max(asked["sinks"], pinned)
+        if asked["window"] is None and config.memory == "full":
+            room = min(config.context_length, LARGEST_WINDOW) - asked["sinks"]
+            asked["window"] = max(room, DEFAULT_WINDOW)
+        return asked
+
+    def _pinned(self, system: str | None) -> int:
+        """Tokens of the system prompt and what stands before it, as many as may be kept for ever."""
+        tokenizer, config = self.opened.tokenizer, self.opened.config
+        parts = fill(self.template.system_part(system is not None), system=system)
+        count = len(tokenizer.encode_parts(parts, bos=tokenizer.add_bos))
+        sizes = [
+            memory.layout(memory.with_memory(config, "sinks", 1, sinks, self._asked["cache_type"])).nbytes
+            for sinks in (0, 1024)
+        ]
+        most = PINNED * 1024 // (sizes[1] - sizes[0])
+        if count > most:
+            self._once(f"the system prompt has {count:,} tokens, of which the first {most:,} are kept for ever")
+        return min(count, most)
+
+    def _once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self._notice(text)

@@ -1,0 +1,363 @@
+"""The terminal of a chat: lines in, answers out, and the commands that begin with a slash."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tcinfer.chat import store
+from tcinfer.chat.conversation import Conversation
+from tcinfer.chat.launch import Chats
+from tcinfer.errors import TcinferError
+from tcinfer.progress import bar
+from tcinfer.sampling import Sampling, parsed
+
+if TYPE_CHECKING:
+    from tcinfer.cli.console import Interrupts
+    from tcinfer.generation import Piece
+
+BLOCK = '"""'  # opens and closes a message of several lines
+HISTORY = "history"  # of lines typed, beside the conversations
+
+
+class Command(NamedTuple):
+    """What a slash stands for."""
+
+    run: Callable[[Repl, str], None]
+    usage: str
+    text: str
+
+
+class Repl:
+    """One person at one terminal (or a pipe: then each line is a message, and an error ends it)."""
+
+    def __init__(
+        self, chats: Chats, conversation: Conversation, interruptible: Any, say: Callable[[str], None]
+    ) -> None:
+        """interruptible: a context manager that gives a check for Ctrl-C; say: writes a line beside the text."""
+        self.chats, self.conversation = chats, conversation
+        self._interruptible, self._say = interruptible, say
+        self._files: list[Path] = []  # that go before the next message
+        self._rate = ""
+        self.person = sys.stdin.isatty() and sys.stdout.isatty()
+        self.done = False
+
+    def run(self) -> None:
+        """Until the person leaves, or the pipe ends."""
+        for line in self._lines():
+            try:
+                self._take(line)
+            except TcinferError as e:
+                if not self.person:
+                    raise
+                self._say(f"tcinfer: {e}")
+            except KeyboardInterrupt:
+                self._say("interrupted; the conversation is as it was")
+            if self.done:
+                return
+
+    def _take(self, line: str) -> None:
+        if line.startswith("/") and not line.startswith("//"):
+            name, _, rest = line.partition(" ")
+            command = COMMANDS.get(name)
+            if command is None:
+                raise TcinferError(f"{name} is no command; /help lists them (// begins a message with a slash)")
+            command.run(self, rest.strip())
+        elif line.strip() or self._files:
+            message = line[1:] if line.startswith("//") else line
+            with self._reading() as progress:
+                answer = self.conversation.ask(message, self._files, progress)
+                first = next(answer, None)
+            self._files = []
+            self._stream(first, answer)
+
+    def _stream(self, first: Piece | None, answer: Iterator[Piece]) -> None:
+        """Show an answer as it comes; Ctrl-C stops it, and what was said stays said."""
+        count, start = int(first is not None), time.monotonic()
+        try:
+            with closing(answer), self._interruptible() as check:  # type: ignore[type-var]
+                self._show(first)
+                for piece in answer:
+                    check()
+                    self._show(piece)
+                    count += 1
+        except KeyboardInterrupt:
+            self._say(("\n" if self.person else "") + "(stopped)")
+        else:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+        seconds = time.monotonic() - start
+        self._rate = f"{count / seconds:,.0f} tokens/s" if seconds > 0 and count > 1 else ""
+
+    @staticmethod
+    def _show(piece: Piece | None) -> None:
+        if piece is not None:
+            sys.stdout.write(printable(piece.text))
+            sys.stdout.flush()
+
+    def _reading(self) -> Any:
+        """A context with progress to hand on, for what may take long before an answer begins."""
+        return _Reading(self._interruptible, "reading")
+
+    def _lines(self) -> Iterator[str]:
+        """Messages and commands, each whole."""
+        read = self._prompt() if self.person else _piped
+        while True:
+            try:
+                line = read("> ")
+                while line.lstrip().startswith(BLOCK) and (line.count(BLOCK) < 2 or not line.rstrip().endswith(BLOCK)):
+                    line += "\n" + read(". ")
+            except KeyboardInterrupt:
+                self._say("/exit or Ctrl-D leaves")
+                continue
+            except EOFError:
+                return
+            text = line.strip()
+            block = text.startswith(BLOCK) and len(text) >= 2 * len(BLOCK)
+            yield text[len(BLOCK) : -len(BLOCK)].strip("\n") if block else line
+
+    def _prompt(self) -> Callable[[str], str]:
+        """Line editing with a history and a status line."""
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.completion import WordCompleter
+        from prompt_toolkit.history import FileHistory
+        from prompt_toolkit.key_binding import KeyBindings
+
+        keys = KeyBindings()
+
+        @keys.add("escape", "enter")
+        def _(event: Any) -> None:  # Alt-Enter: another line of the same message
+            event.current_buffer.insert_text("\n")
+
+        path = self.chats.folder / HISTORY
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))  # private before the library writes to it
+        completer = WordCompleter(list(COMMANDS), sentence=True)
+        session: Any = PromptSession(
+            history=FileHistory(str(path)),
+            bottom_toolbar=self.status,
+            key_bindings=keys,
+            completer=completer,
+            complete_while_typing=False,
+        )
+        return lambda mark: session.prompt(mark)
+
+    def status(self) -> str:
+        """The line below the prompt."""
+        session = self.conversation.session
+        outside = f"{session.outside_window:,} outside the exact window"
+        if not session.model.bounded:
+            outside = "the cache grows"
+        parts = [self.conversation.log.name, f"{session.position:,} tokens", outside, f"state {size(session.nbytes)}"]
+        return " | ".join(part for part in (*parts, self._rate) if part)
+
+    # Commands, each with the rest of its line
+
+    def _help(self, _: str) -> None:
+        for command in COMMANDS.values():
+            self._say(f"  {command.usage:<22}{command.text}")
+        self._say(f"  {BLOCK} ... {BLOCK}           a message of several lines; so does Alt-Enter")
+        self._say("  Ctrl-C                stops an answer; Ctrl-D leaves")
+
+    def _system(self, text: str) -> None:
+        if not text:
+            self._say(self.conversation.system or "no system prompt")
+            return
+        self._goes_to(lambda: self.chats.begin(text))
+        self._say(f"a new conversation, {self.conversation.log.name}, with this system prompt")
+
+    def _clear(self, _: str) -> None:
+        before = self.conversation.log.name
+        self._goes_to(lambda: self.chats.begin(self.conversation.system))
+        self._say(f"a new conversation, {self.conversation.log.name}; /switch {before} goes back")
+
+    def _regen(self, _: str) -> None:
+        with self._reading() as progress:
+            answer = self.conversation.again(progress)
+            first = next(answer, None)
+        self._stream(first, answer)
+
+    def _undo(self, text: str) -> None:
+        with self._reading() as progress:
+            count = self.conversation.undo(whole(text, "/undo"), progress)
+        self._say(f"took back {count} turn{'s' * (count > 1)}; {self.conversation.turns} left")
+
+    def _fork(self, name: str) -> None:
+        self.conversation.fork(needed(name, "/fork NAME"))
+        self._say(f"{name} is as this conversation is now; /switch {name} goes there")
+
+    def _switch(self, name: str) -> None:
+        name = needed(name, "/switch NAME")
+        if name == self.conversation.log.name:
+            raise TcinferError(f"this is {name!r} already")
+        self._goes_to(lambda: self.chats.resume(name))
+        self._where()
+
+    def _sessions(self, _: str) -> None:
+        for name in store.names(self.chats.folder):
+            here = "*" if name == self.conversation.log.name else " "
+            self._say(f"{here} {name:<28}{store.summary(self.chats.folder, name)}")
+
+    def _save(self, path: str) -> None:
+        if not path:
+            self._say(f"saved after every turn: {self.conversation.log.session_path}")
+            return
+        self._say(f"{path}: {self.conversation.session.save(path):,} bytes")
+
+    def _load(self, path: str) -> None:
+        path = needed(path, "/load FILE.tcs")
+        self._goes_to(lambda: self.chats.begin(self.conversation.system, base=Path(path)))
+        self._where()
+
+    def _read(self, path: str) -> None:
+        file = Path(needed(path, "/read FILE"))
+        if not file.is_file():
+            raise TcinferError(f"{file}: no such file")
+        self._files.append(file)
+        self._say(f"{file} ({file.stat().st_size:,} bytes) goes before your next message")
+
+    def _memory(self, _: str) -> None:
+        from tcinfer import insight
+
+        conversation, config = self.conversation, self.conversation.model.config
+        session = conversation.session
+        held = min(session.position, config.window + config.sinks) if config.window else session.position
+        self._say(f"window: {held:,} tokens held exactly, {session.outside_window:,} outside; {size(session.nbytes)}")
+        layers = insight.layers(config, session._state)
+        if not layers:
+            self._say(f"{config.memory} memory has no second level: the window's share of every answer is 100%")
+            return
+        last = conversation.last_answer()
+        shares = insight.shares(session.model, *last) if last is not None else {}
+        for layer in layers:
+            share = shares.get(layer.layer)
+            came = f", last turn: window {1 - share:.0%}, memory {share:.0%}" if share is not None else ""
+            self._say(f"  layer {layer.layer:<4} norm {layer.norm:<8.3g} {layer.saturation:.0%} saturated{came}")
+
+    def _set(self, text: str) -> None:
+        name, _, value = text.partition(" ")
+        options = {f.metadata["flags"][-1].lstrip("-"): f.name for f in fields(Sampling)}
+        how = self.conversation.sampling
+        if not name:
+            for flag, field in options.items():
+                self._say(f"  {flag:<24}{getattr(how, field)!r}")
+            self._say(f"  {'max-tokens':<24}{self.conversation.max_tokens}")
+        elif name == "max-tokens":
+            self.conversation.max_tokens = whole(value, "/set max-tokens", least=-1)
+        elif name in options:
+            how = replace(how, **{options[name]: parsed(options[name], value)})
+            self.conversation.sampling = self.chats.sampling = how
+            if name == "seed":
+                self.conversation.session.draws = how.draws()
+        else:
+            raise TcinferError(f"there is no setting {name!r}; /set lists them")
+
+    def _exit(self, _: str) -> None:
+        self.done = True
+
+    def _goes_to(self, make: Callable[[], Conversation]) -> None:
+        """Another conversation in place of this one, which stays as it is if there is none."""
+        new = make()
+        old = self.conversation
+        new.max_tokens, new.stop, new.banned = old.max_tokens, old.stop, old.banned
+        old.close()
+        self.conversation, self._files = new, []
+
+    def greet(self) -> None:
+        """What runs, and what it takes, before the first word."""
+        config, session = self.conversation.model.config, self.conversation.session
+        window = f", window {config.window:,}" if config.window else ""
+        sinks = f", {config.sinks:,} first tokens kept" if config.sinks else ""
+        bound = "whatever the length" if session.model.bounded else "and it grows with every token"
+        self._say(
+            f"{config.name or config.arch}: {config.memory} memory{window}{sinks}; {size(session.nbytes)}, {bound}"
+        )
+        self._say("/help lists the commands, Ctrl-C stops an answer, /exit or Ctrl-D leaves")
+        if session.position:
+            self._where()
+
+    def _where(self) -> None:
+        """Where the conversation stands."""
+        self._say(self.status())
+        if text := self.conversation.last_text():
+            self._say(f"the last answer was: {printable(' '.join(text.split()))[:200]}")
+
+
+COMMANDS = {
+    "/help": Command(Repl._help, "/help", "this list"),
+    "/system": Command(Repl._system, "/system [TEXT]", "a new conversation with this system prompt; alone: shows it"),
+    "/regen": Command(Repl._regen, "/regen", "another answer to the last message"),
+    "/undo": Command(Repl._undo, "/undo [N]", "take back the last turn, or the last N"),
+    "/fork": Command(Repl._fork, "/fork NAME", "keep a copy of this conversation under another name"),
+    "/switch": Command(Repl._switch, "/switch NAME", "go on with another conversation"),
+    "/sessions": Command(Repl._sessions, "/sessions", "all conversations, the latest first"),
+    "/save": Command(Repl._save, "/save [FILE.tcs]", "a session file; alone: where this is saved after every turn"),
+    "/load": Command(Repl._load, "/load FILE.tcs", "a new conversation that goes on from a session file"),
+    "/read": Command(Repl._read, "/read FILE", "a file's text, of any length, goes before the next message"),
+    "/memory": Command(Repl._memory, "/memory", "what the memory holds, and its share in the last turn"),
+    "/set": Command(Repl._set, "/set [NAME VALUE]", "an option of sampling, such as temp 0.5; alone: all of them"),
+    "/clear": Command(Repl._clear, "/clear", "a new conversation; this one is kept"),
+    "/exit": Command(Repl._exit, "/exit", "leave; `tcinfer chat --continue` comes back"),
+}
+COMMANDS["/bye"] = COMMANDS["/quit"] = COMMANDS["/exit"]
+
+
+class _Reading:
+    """Ctrl-C and a bar for what comes before an answer."""
+
+    def __init__(self, interruptible: Any, what: str) -> None:
+        self._interruptible, self._bar = interruptible(), bar(what, None)
+
+    def __enter__(self) -> Callable[[int], None]:
+        check: Interrupts = self._interruptible.__enter__()
+        advance = self._bar.__enter__()
+
+        def progress(n: int) -> None:
+            advance(n)
+            check()
+
+        return progress
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.__exit__(*error)
+        self._interruptible.__exit__(*error)
+
+
+def _piped(_: str) -> str:
+    """A line of a pipe."""
+    line = sys.stdin.buffer.readline()
+    if not line:
+        raise EOFError
+    return line.decode(errors="replace").rstrip("\r\n")
+
+
+def printable(text: str) -> str:
+    """Text of a model as a terminal may show it: line ends and tabs, but nothing that drives the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" if c != "\r" else "" for c in text)
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people."""
+    return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 1e5 else f"{nbytes:,} bytes"
+
+
+def needed(text: str, usage: str) -> str:
+    if not text:
+        raise TcinferError(f"{usage}: what is missing is the name")
+    return os.path.expanduser(text)
+
+
+def whole(text: str, usage: str, least: int = 1) -> int:
+    """A whole number; 1 if there is none."""
+    try:
+        number = int(text or "1")
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise TcinferError(f"{usage} takes a whole number from {least}, not {text[:40]!r}")
+    return number

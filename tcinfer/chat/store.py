@@ -1,0 +1,283 @@
+"""Where conversations are kept: for each a session file, and a log of what was fed, from which turns can be replayed.
+
+    <the user's state folder>/tcinfer/chats/NAME.tcs      the session, as after the last turn (session_file.py)
+                                            NAME.jsonl    the log, one JSON object a line
+                                            NAME.base.tcs the session that it began with, if it did not begin empty
+
+    {"start": {...}}                  first: the model's path, the options it ran with, the system prompt
+    {"turn": n, "user": text}         a turn begins; text is shortened, and for people alone
+    {"in": [ids]}, {"out": [ids]}     what was fed: the person's message in its template, then the answer; in parts
+    {"end": n, "position": p}         the turn is over, p tokens were taken in so far
+
+A turn without its end is one that was cut off, and is dropped. Everything is private to the user.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+from tcinfer.errors import FileError, TcinferError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+SHOWN = 200  # characters of a message that the log keeps for people
+LONGEST_LINE = 2**20  # bytes; a part of ids has a few thousand
+
+
+def chats() -> Path:
+    """The folder of all conversations, made if it is not there. Raises TcinferError."""
+    from platformdirs import user_state_path
+
+    folder = user_state_path("tcinfer", appauthor=False) / "chats"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.chmod(folder, 0o700)
+    except OSError as e:
+        raise TcinferError(f"{folder}: conversations cannot be kept there: {e.strerror}") from None
+    return folder
+
+
+def names(folder: Path) -> list[str]:
+    """Every conversation there, the latest first."""
+
+    def used(path: Path) -> float:
+        with suppress(OSError):
+            return path.stat().st_mtime
+        return 0.0
+
+    logs = sorted(folder.glob("*.jsonl"), key=used, reverse=True)
+    return [path.stem for path in logs if NAME.fullmatch(path.stem)]
+
+
+def start_of(folder: Path, name: str) -> dict[str, Any]:
+    """What a conversation began with, without opening it. Raises TcinferError."""
+    path = folder / f"{checked(name)}.jsonl"
+    try:
+        with open(path, "rb") as file:
+            start = json.loads(file.readline(LONGEST_LINE))["start"]
+            if not isinstance(start["model"], str):
+                raise ValueError
+            return start
+    except FileNotFoundError:
+        raise TcinferError(f"there is no conversation {name!r}; known: {', '.join(names(folder)[:20])}") from None
+    except OSError as e:
+        raise FileError(f"{path}: cannot be read: {e.strerror}") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise FileError(f"{path}: does not begin as a conversation does") from None
+
+
+def summary(folder: Path, name: str) -> str:
+    """Turns, tokens and the day of the last one, from the end of a conversation's log."""
+    path = folder / f"{name}.jsonl"
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - LONGEST_LINE))
+        ends = re.findall(rb'^\{"end":(\d+),"position":(\d+)\}$', file.read(), re.MULTILINE)
+    turns, position = (int(n) for n in ends[-1]) if ends else (0, 0)
+    day = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+    return f"{turns:,} turns, {position:,} tokens, {day}"
+
+
+def new_name(folder: Path) -> str:
+    """A name for a conversation that begins now."""
+    name = time.strftime("%Y-%m-%d-%H%M%S")
+    taken = set(names(folder))
+    return next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10**6))) if n not in taken)
+
+
+class Log:
+    """One conversation's files. Its log stays open, and locked, as long as this does."""
+
+    def __init__(self, folder: Path, name: str, start: dict[str, Any] | None = None) -> None:
+        """start: what a new conversation begins with; without it, the one of this name is gone on with.
+
+        Raises TcinferError for a name that is none, is taken, is not there, or is open elsewhere.
+        """
+        self.name = checked(name)
+        self.session_path = folder / f"{name}.tcs"
+        self.base_path = folder / f"{name}.base.tcs"
+        self.path = folder / f"{name}.jsonl"
+        self._folder = folder
+        self.turns = 0  # complete ones
+        try:
+            flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if start is not None else 0) | getattr(os, "O_NOFOLLOW", 0)
+            self._file: IO[bytes] = os.fdopen(os.open(self.path, flags, 0o600), "r+b")
+        except FileExistsError:
+            raise TcinferError(f"there is a conversation {name!r} already: go on with it, or choose another") from None
+        except FileNotFoundError:
+            raise TcinferError(f"there is no conversation {name!r}; known: {', '.join(names(folder)[:20])}") from None
+        except OSError as e:
+            raise FileError(f"{self.path}: cannot be opened: {e.strerror}") from None
+        try:
+            _lock(self._file, name)
+            if start is not None:
+                self._append({"start": start}, sync=True)
+            self.start = self._recover()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def close(self) -> None:
+        """Nobody else may go on before this; a conversation in which nothing was said leaves no trace."""
+        if not self.turns and not self.base_path.exists() and not self._file.closed:
+            self.path.unlink(missing_ok=True)
+            self.session_path.unlink(missing_ok=True)
+        self._file.close()
+
+    def begin(self, user: str) -> None:
+        """A turn begins."""
+        self._append({"turn": self.turns + 1, "user": user[:SHOWN]})
+
+    def fed(self, kind: str, ids: Sequence[int]) -> None:
+        """Ids that the session has taken in: "in" or "out"."""
+        for a in range(0, len(ids), 4096):
+            self._append({kind: [int(i) for i in ids[a : a + 4096]]})
+
+    def end(self, position: int) -> None:
+        """The turn is over, and from here on it survives whatever happens."""
+        self.turns += 1
+        self._append({"end": self.turns, "position": position}, sync=True)
+
+    def back_to(self, turn: int, keep_question: bool = False) -> None:
+        """Drop all that came after so many turns; with keep_question, but for what the next turn fed "in"."""
+        where = None
+        current = 0
+        for at, record in self._records():
+            current = record.get("turn", current)
+            if current > turn and (not keep_question or "out" in record or "end" in record):
+                where = at
+                break
+        if where is not None:
+            self._file.truncate(where)
+        self.turns = turn
+
+    def replay(self, after: int, until: int) -> Iterator[list[int]]:
+        """All ids that were fed in the turns after + 1 .. until, in order."""
+        for record in self._turns(after, until):
+            if ids := record.get("in", record.get("out")):
+                yield ids
+
+    def question(self, turn: int) -> Iterator[list[int]]:
+        """What a turn fed before the answer."""
+        for record in self._turns(turn - 1, turn):
+            if "in" in record:
+                yield record["in"]
+
+    def answer(self, turn: int) -> Iterator[list[int]]:
+        """What the model answered in a turn."""
+        for record in self._turns(turn - 1, turn):
+            if "out" in record:
+                yield record["out"]
+
+    def positions(self) -> Iterator[tuple[int, int]]:
+        """(turn, tokens taken in at its end) of every complete turn."""
+        for _, record in self._records():
+            if "end" in record:
+                yield record["end"], record["position"]
+
+    def copy_to(self, name: str) -> None:
+        """All files under another name."""
+        if (self._folder / f"{checked(name)}.jsonl").exists():
+            raise TcinferError(f"there is a conversation {name!r} already: choose another name")
+        self._file.flush()
+        log = self._folder / f"{name}.jsonl"
+        for path in (self.session_path, self.base_path, self.path):  # the log last: with it, the conversation is there
+            if path.exists():
+                target = self._folder / path.name.replace(self.name, name, 1)
+                _private_copy(path, target if path != self.path else log)
+
+    def _turns(self, after: int, until: int) -> Iterator[dict[str, Any]]:
+        current = 0
+        for _, record in self._records():
+            current = record.get("turn", current)
+            if current > until:
+                return
+            if current > after:
+                yield record
+
+    def _records(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(where it begins, record) of every whole line. Raises FileError for one that is no record."""
+        self._file.flush()
+        with open(self.path, "rb") as file:
+            at = 0
+            while line := file.readline(LONGEST_LINE):
+                if not line.endswith(b"\n"):
+                    return  # cut off while it was written
+                try:
+                    record = json.loads(line)
+                    if not _is_record(record):
+                        raise ValueError
+                except (ValueError, RecursionError):
+                    raise FileError(f"{self.path}: line at byte {at} is no record of a conversation") from None
+                yield at, record
+                at += len(line)
+
+    def _recover(self) -> dict[str, Any]:
+        """Drop what was cut off, count the turns, give what the conversation began with."""
+        start, whole = None, 0
+        for at, record in self._records():
+            if "start" in record and not at:
+                start = record["start"]
+            if "end" in record:
+                self.turns = record["end"]
+            if "start" in record or "end" in record:
+                whole = at
+        if start is None:
+            raise FileError(f"{self.path}: does not begin as a conversation does")
+        with open(self.path, "rb") as file:
+            file.seek(whole)
+            whole += len(file.readline())
+        self._file.truncate(whole)
+        return start
+
+    def _append(self, record: dict[str, Any], sync: bool = False) -> None:
+        try:
+            self._file.seek(0, os.SEEK_END)
+            self._file.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
+            if sync:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        except OSError as e:
+            raise FileError(f"{self.path}: cannot be written: {e.strerror}") from None
+
+
+def checked(name: str) -> str:
+    """The name of a conversation: never a path. Raises TcinferError."""
+    if not NAME.fullmatch(name) or name.endswith((".tcs", ".jsonl", ".base")):
+        raise TcinferError(f"{name!r} is no name: letters, digits, dots, dashes and underscores, at most 64")
+    return name
+
+
+def _is_record(record: Any) -> bool:
+    """Whether a line is one of the five, of the right types."""
+    if not isinstance(record, dict):
+        return False
+    counts = all(isinstance(record[k], int) for k in ("turn", "end", "position") if k in record)
+    ids = all(
+        isinstance(record[k], list) and all(type(i) is int for i in record[k]) for k in ("in", "out") if k in record
+    )
+    return counts and ids and isinstance(record.get("start", {}), dict) and ("end" in record) == ("position" in record)
+
+
+def _private_copy(source: Path, target: Path) -> None:
+    from tcinfer.atomic import replacing
+
+    with replacing(target, private=True) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def _lock(file: IO[bytes], name: str) -> None:
+    """Two processes that go on with one conversation would tear it."""
+    with suppress(ImportError):  # no such locks on Windows
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise TcinferError(f"conversation {name!r} is open in another terminal") from None

@@ -1,0 +1,84 @@
+"""`tcinfer chat`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from tcinfer.cli.console import argument, interruptible, say
+from tcinfer.cli.options import (
+    banned_option,
+    model_options,
+    notice,
+    read_text,
+    sampling,
+    sampling_options,
+    stop_option,
+)
+from tcinfer.config import check_count
+from tcinfer.errors import TcinferError
+
+
+@click.command()
+@model_options
+@click.option("-sys", "--system", metavar="TEXT", help="The system prompt.")
+@click.option("--chat-template", metavar="FILE", help="A Jinja template in place of the model's own; or: chatml.")
+@click.option("-c", "--continue", "resume", is_flag=True, help="Go on with the last conversation (or --name's).")
+@click.option("--name", metavar="NAME", help="The conversation's name; without it, the time.")
+@click.option(
+    "-n", "--max-tokens", type=int, default=-1, show_default=True, metavar="N", help="Of an answer; -1: no end."
+)
+@sampling_options
+@stop_option
+@banned_option
+@click.option("-q", "--quiet", is_flag=True, help="No greeting.")
+def chat(**options: Any) -> None:
+    """Talk with a model for as long as you like: memory does not grow, and nothing is read twice.
+
+    Ctrl-C stops an answer, not the program. Every turn is saved as it ends. /help lists the commands. A plain model
+    runs in sinks memory, the system prompt kept for ever, unless --memory says otherwise. Without a terminal, each
+    line of standard input is a message.
+
+    \b
+    Examples:
+      tcinfer chat -m SmolLM2-135M-Instruct.Q4_1.gguf -sys "Answer in one sentence."
+      tcinfer chat --continue
+      echo "Who are you?" | tcinfer chat -m model.gguf -n 100 --temp 0
+    """
+    from tcinfer.chat import store
+    from tcinfer.chat.launch import Chats
+    from tcinfer.chat.repl import Repl
+    from tcinfer.chat.template import CHATML
+    from tcinfer.generation import strings
+    from tcinfer.loader import operators
+
+    check_count("max_tokens", options["max_tokens"], -1)
+    how, folder, name = sampling(options), store.chats(), options["name"]
+    path, template = options["model"], options["chat_template"]
+    asked = {key: options[key] for key in ("memory", "window", "sinks", "cache_type")}
+    if options["resume"]:
+        if options["system"] is not None or any(value is not None for value in asked.values()):
+            raise TcinferError("--continue goes on with the memory and system prompt that the conversation has")
+        known = store.names(folder)
+        if not known:
+            raise TcinferError(f"there is no conversation in {folder} to go on with")
+        name = known[0] if name is None else name
+        start = store.start_of(folder, name)
+        path = start["model"] if path is None else path
+    if template is not None:
+        template = CHATML if template == "chatml" else read_text(template)
+    chats = Chats(path, operators(options["backend"], options["threads"]), asked, template, how, notice)
+    system = None if options["system"] is None else argument(options["system"])
+    conversation = chats.resume(name) if options["resume"] else chats.begin(system, name)
+    conversation.max_tokens = options["max_tokens"]
+    conversation.stop, conversation.banned = (
+        strings(name, [argument(text) for text in options[name]]) for name in ("stop", "banned")
+    )
+    repl = Repl(chats, conversation, interruptible, say)
+    if not options["quiet"]:
+        repl.greet()
+    try:
+        repl.run()
+    finally:
+        repl.conversation.close()

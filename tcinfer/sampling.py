@@ -1,0 +1,3 @@
+from tcinfer.sampler import Sampling  # noqa
+
+parsed = None

@@ -1,0 +1,253 @@
+"""A session as a file: one fixed layout, as many bytes after ten million tokens as after one. Little-endian.
+
+| bytes | holds |
+|---|---|
+| 8 | magic `TCSESSN` and a zero |
+| 4, 4 | version (u32), bytes of the description (u32) |
+| 32 | the model's fingerprint (`Model.fingerprint`) |
+| 8, 8 | position; tokens that the state has room for (0 but for `full` memory) |
+| 8 | flags: 1 logits are there, 2 random numbers are there |
+| 7 x 8 | the random generator and mirostat's mu (`Draws.words`) |
+| ... | the description: the configuration that the model ran with, JSON in a canonical form |
+| ... | the state: one buffer (`memory/state.py`), the same for every backend |
+| 4 x 4096 | the last ids (int32), the one at position p in place p mod 4096: penalties and half-finished characters |
+| 4 x vocabulary | the logits after the last token (float32) |
+| 32 | BLAKE2b-256 of all that precedes |
+
+Nothing of a file is believed before its length, checksum, description and numbers have been checked; never pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tcinfer import memory
+from tcinfer.atomic import replacing
+from tcinfer.config import ModelConfig
+from tcinfer.errors import FileError, TcinferError
+from tcinfer.memory.state import ALIGNMENT, State
+from tcinfer.reader import map_file
+from tcinfer.sampler import Draws
+from tcinfer.session import RECENT, Session, Snapshot, rounded_up
+
+if TYPE_CHECKING:
+    from tcinfer.model import Model
+
+MAGIC = b"TCSESSN\0"
+VERSION = 1
+WORDS = 7  # of Draws
+HEADER = struct.Struct(f"<8sII32sqqQ{WORDS}Q")
+DIGEST = 32
+LONGEST_DESCRIPTION = 2**16
+HAS_LOGITS, HAS_DRAWS = 1, 2
+# What `--memory` and its fellows change: a session goes on in a model that was loaded with the same.
+MEMORY_FIELDS = ("memory", "window", "sinks", "sink_positions", "key_conv", "cache_type", "options")
+
+
+@dataclass(frozen=True)
+class SessionFile:
+    """What a file holds, checked but for its fit to a model."""
+
+    path: Path
+    nbytes: int
+    config: ModelConfig  # that the model ran with
+    fingerprint: bytes
+    state: State
+    ring: NDArray[np.int32]  # [RECENT]
+    logits: NDArray[np.float32] | None  # [V]
+    draws: Draws | None
+
+    @property
+    def position(self) -> int:
+        return self.state.position
+
+    def memory_options(self) -> dict[str, Any]:
+        """The arguments of `tcinfer.load` with which a model goes on from this file."""
+        config = self.config
+        return {
+            "memory": config.memory,
+            "window": config.window or None,
+            "sinks": config.sinks if config.memory == "sinks" else None,
+            "cache_type": config.cache_type,
+        }
+
+
+def write(snapshot: Snapshot, path: str | os.PathLike[str], private: bool = False) -> int:
+    """Write a session's snapshot; returns the file's bytes. private: for its owner's eyes alone."""
+    config, state = snapshot.model.config, snapshot.state
+    if not snapshot.model.bounded:
+        state = state.resized(memory.layout(config, rounded_up(state.position)))
+    draws, logits = snapshot.draws, snapshot.logits
+    description = _described(config)
+    flags = HAS_LOGITS * (logits is not None) + HAS_DRAWS * (draws is not None)
+    words = draws.words() if draws is not None else (0,) * WORDS
+    header = HEADER.pack(
+        MAGIC,
+        VERSION,
+        len(description),
+        snapshot.model.fingerprint,
+        state.position,
+        state.layout.capacity if not snapshot.model.bounded else 0,
+        flags,
+        *words,
+    )
+    last = np.zeros(config.vocab_size, np.float32) if logits is None else logits
+    parts = (header, description, state.buffer, snapshot.ring, np.ascontiguousarray(last))
+    digest = hashlib.blake2b(digest_size=DIGEST)
+    size = DIGEST
+    with replacing(Path(path), private) as temporary, open(temporary, "wb") as out:
+        for part in parts:
+            view = memoryview(part).cast("B")
+            digest.update(view)
+            out.write(view)
+            size += len(view)
+        out.write(digest.digest())
+    return size
+
+
+def read(path: str | os.PathLike[str]) -> SessionFile:
+    """Read a session file, all but its fit to a model checked. Raises FileError."""
+    path = Path(path)
+    data = map_file(path)
+    with data:
+        try:
+            return _parsed(path, memoryview(data))
+        except FileError:
+            raise
+        except TcinferError as e:
+            raise FileError(f"{path}: {e}") from None
+
+
+def load(model: Model, path: str | os.PathLike[str]) -> Session:
+    """See Model.load_session."""
+    return attach(model, read(path))
+
+
+def attach(model: Model, file: SessionFile) -> Session:
+    """A session that goes on from a file. Raises FileError where it is not of this model, as it was loaded."""
+    _check_fit(file, model)
+    return Session(model, Snapshot(model, file.state, file.logits, file.ring, file.draws))
+
+
+def arrays(state: State) -> Iterator[tuple[int, str, NDArray]]:
+    """Every array of a state: its layer, its name, itself."""
+    for i, layer in enumerate(state.layers):
+        for name, array in layer.items():
+            yield i, name, array
+
+
+def _parsed(path: Path, data: memoryview) -> SessionFile:
+    def fail(text: str) -> FileError:
+        return FileError(f"{path}: {text}")
+
+    if bytes(data[: len(MAGIC)]) != MAGIC:
+        raise fail("is no session file")
+    if len(data) < HEADER.size + DIGEST:
+        raise fail("is cut off: the session was not written to its end")
+    _, version, described, fingerprint, position, capacity, flags, *words = HEADER.unpack_from(data)
+    if version != VERSION:
+        raise fail(f"is version {version} of the session format; this tcinfer reads {VERSION}: update it")
+    if hashlib.blake2b(data[:-DIGEST], digest_size=DIGEST).digest() != bytes(data[-DIGEST:]):
+        raise fail("is damaged or cut off: its checksum does not fit")
+    # From here on what is wrong was made wrong.
+    if described > min(LONGEST_DESCRIPTION, len(data)):
+        raise fail(f"says that its description has {described} bytes")
+    config = _config(bytes(data[HEADER.size : HEADER.size + described]), len(data))
+    if position < 0 or capacity < 0 or flags > HAS_LOGITS + HAS_DRAWS:
+        raise fail("holds a position, a size or flags that cannot be")
+    bounded = memory.bounded(config)
+    if capacity != (0 if bounded else rounded_up(position)) or capacity > len(data):
+        raise fail(f"has room for {capacity} tokens at position {position}")
+    layout = memory.layout(config, capacity)
+    sizes = (HEADER.size + described, layout.nbytes, 4 * RECENT, 4 * config.vocab_size, DIGEST)
+    if sum(sizes) != len(data):
+        raise fail(f"has {len(data):,} bytes where its description makes {sum(sizes):,}")
+    at = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    state = State(layout)
+    state.buffer[:] = data[at[1] : at[2]]
+    ring = np.frombuffer(data[at[2] : at[3]], "<i4").copy()
+    logits = np.frombuffer(data[at[3] : at[4]], "<f4").copy()
+    if state.position != position:
+        raise fail(f"is at position {position} in its header, but at {state.position} in its state")
+    if ring.min() < 0 or ring.max() >= config.vocab_size:
+        raise fail(f"holds an id outside the vocabulary of {config.vocab_size}")
+    for layer, name, array in arrays(state):
+        if not np.isfinite(array).all():
+            raise fail(f"holds NaN or Inf in {name} of layer {layer}")
+    if not np.isfinite(logits).all():
+        raise fail("holds NaN or Inf in its logits")
+    if bool(flags & HAS_LOGITS) != (position > 0):
+        raise fail("has logits without a token, or a token without logits")
+    draws = Draws.from_words(words) if flags & HAS_DRAWS else None
+    return SessionFile(path, len(data), config, fingerprint, state, ring, logits if position else None, draws)
+
+
+def _described(config: ModelConfig) -> bytes:
+    """A configuration in its one canonical form."""
+    return json.dumps(asdict(config), sort_keys=True, separators=(",", ":")).encode()
+
+
+def _config(description: bytes, nbytes: int) -> ModelConfig:
+    """The configuration described, in a file of so many bytes. Raises TcinferError where it is none."""
+    try:
+        values = json.loads(description)
+        names = {f.name for f in fields(ModelConfig)}
+        if not isinstance(values, dict) or set(values) != names:
+            raise FileError("its description is that of another version, or of no model")
+        values = _plain(values)
+        mode = memory.MODES.get(values["memory"])
+        options = values["options"]
+        if mode is not None and mode.mechanism.Options is not None and isinstance(options, Mapping):
+            values["options"] = mode.mechanism.Options(**options)
+        config = ModelConfig(**values)
+        memory.mechanism(config)
+    except (ValueError, TypeError, RecursionError, OverflowError) as e:
+        raise FileError(f"its description is no model's configuration: {e}") from None
+    # Each layer has its keys, and the layout is a list of them: bound both before it is made.
+    if config.n_layers * ALIGNMENT > nbytes or config.vocab_size * 4 > nbytes:
+        raise FileError("its description is of a larger session than the file holds")
+    return config
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise FileError(f"{name} in its description is {value}")
+        if name != "options" and not isinstance(value, str | int | float):
+            raise FileError(f"{name} in its description is {value!r}"[:200])
+    return values
+
+
+def _check_fit(file: SessionFile, model: Model) -> None:
+    ours, theirs = model.config, file.config
+    named = f"{theirs.name!r}" if theirs.name else "without a name"
+    shape = [f.name for f in fields(ModelConfig) if f.name not in (*MEMORY_FIELDS, "name")]
+    different = [name for name in shape if getattr(ours, name) != getattr(theirs, name)]
+    if different:
+        name = different[0]
+        raise FileError(
+            f"{file.path}: is of another model ({theirs.arch}, {named}): its {name} is {getattr(theirs, name)!r}, "
+            f"this model's {getattr(ours, name)!r}; name its own with -m"
+        )
+    for name in MEMORY_FIELDS:
+        if getattr(ours, name) != getattr(theirs, name):
+            raise FileError(
+                f"{file.path}: was made with {name} {getattr(theirs, name)!r}, and this model runs with "
+                f"{getattr(ours, name)!r}: load the model as it was then"
+            )
+    if file.fingerprint != model.fingerprint:
+        raise FileError(
+            f"{file.path}: is of another model of the same shape ({theirs.arch}, {named}): its weights differ; "
+            "name its own with -m"
+        )

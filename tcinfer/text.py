@@ -1,0 +1,114 @@
+"""A text of any length, from a file or a pipe, to ids: piece by piece, in bounded memory.
+
+Pieces are cut where no tokenizer's word is torn, so that their ids are those of the whole text. Before byte-level BPE
+a text is cut into words, a word having the space before it and punctuation the line ends after it; SentencePiece
+begins its words with the space. So a cut is right before the first space after something else or, in text without
+spaces, after a single line end between two other characters.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+import re
+import select
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    from tcinfer.tokenizer import Tokenizer
+
+SIZE = 2**16  # characters of a piece, at most; bytes of one read
+
+_CUT = re.compile(r".*(?:\S(?= )|\S\n(?=\S))", re.DOTALL)  # up to the last place for a cut
+
+
+def pieces(stream: BinaryIO, live: float | None = None, invalid: Callable[[], None] | None = None) -> Iterator[str]:
+    """The UTF-8 text of a stream in pieces of at most SIZE characters, none of them empty.
+
+    Where the cuts are depends on the text alone, not on how its bytes arrive; SIZE characters without a place for one
+    are cut hard. With `live` (seconds; for streams with a file descriptor, from which nothing was read yet) that is
+    given up for speed: when no more has arrived for so long, all up to the last line end is a piece at once.
+    invalid: called once if there are bytes that are no UTF-8; each becomes U+FFFD as in `bytes.decode`.
+    """
+    held, length = list[str](), 0  # what was read and not yielded, and its characters
+    for new in _decoded(_reads(stream, live), invalid):
+        held.append(new)
+        length += len(new)
+        if new and length <= SIZE:  # join only what makes a piece: reads may be of a byte each
+            continue
+        text, at = "".join(held), 0
+        while len(text) - at > SIZE:
+            found = _CUT.match(text, at, at + SIZE + 1)
+            end = found.end() if found else at + SIZE
+            yield text[at:end]
+            at = end
+        if not new and (end := text.rfind("\n", at) + 1):
+            yield text[at:end]
+            at = end
+        held, length = [text[at:]], len(text) - at
+    if length:
+        yield "".join(held)
+
+
+def ids(
+    tokenizer: Tokenizer,
+    stream: BinaryIO,
+    bos: bool = False,
+    live: float | None = None,
+    continues: bool = False,
+    invalid: Callable[[], None] | None = None,
+) -> Iterator[list[int]]:
+    """The ids of a stream's text, piece by piece; together those of `tokenizer.encode` of the whole.
+
+    But for words and user-defined tokens that a hard cut tears, and line ends where `live` cuts after one of several.
+    live, invalid: as for `pieces`. Raises TokenizerError where the text cannot be written in the vocabulary.
+    """
+    for text in pieces(stream, live, invalid):
+        if found := tokenizer.encode(text, bos=bos, continues=continues):
+            yield found
+        bos, continues = False, True
+    if bos:  # there was no text
+        yield tokenizer.encode("", bos=True)
+
+
+def _reads(stream: BinaryIO, live: float | None) -> Iterator[bytes]:
+    """What each read gives; with `live`, an empty one after so many seconds without more."""
+    try:
+        descriptor = stream.fileno() if live is not None else None
+    except (AttributeError, OSError):
+        descriptor = None
+    if descriptor is None:
+        while data := stream.read(SIZE):
+            yield data
+        return
+    waiting = True  # whether there may be text to hand out meanwhile
+    while True:
+        if not select.select([descriptor], [], [], live if waiting else None)[0]:
+            waiting = False
+            yield b""
+        elif data := os.read(descriptor, SIZE):
+            waiting = True
+            yield data
+        else:
+            return
+
+
+def _decoded(reads: Iterator[bytes], invalid: Callable[[], None] | None) -> Iterator[str]:
+    """The text of some bytes, each part of whole characters; an empty read is an empty part, and no other is."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+
+    def decode(data: bytes, final: bool = False) -> str:
+        try:
+            return decoder.decode(data, final)
+        except UnicodeDecodeError:
+            decoder.errors = "replace"  # what it held back, it still has
+            if invalid is not None:
+                invalid()
+            return decoder.decode(data, final)
+
+    for data in reads:
+        if (text := decode(data)) or not data:
+            yield text
+    if rest := decode(b"", final=True):
+        yield rest
