@@ -117,7 +117,10 @@ def check_count(name: str, value: Any, least: int, most: int = LARGEST_COUNT) ->
 
 def check_number(name: str, value: Any, least: float, most: float = math.inf, above: bool = False) -> None:
     """Raise TcinferError unless `value` is a number (no bool) in [least, most], or (least, most], that float32 has."""
-    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    try:
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # a whole number of hundreds of digits
+        number = math.nan
     low = number < least or (above and (number == least or abs(number) < SMALLEST_FLOAT))
     if low or number > most or not abs(number) <= LARGEST_FLOAT:
         bounds = f"{'above' if above else 'at least'} {least:g}" + (f" and at most {most:g}" if most < math.inf else "")

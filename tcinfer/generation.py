@@ -110,7 +110,9 @@ class Generation:
         assert session.logits is not None
         assert session.draws is not None
         allowed = None if self._constraint is None else self._constraint.allowed()
+        mu = session.draws.mu
         while True:
+            session.draws.mu = mu  # what was not taken is no surprise
             chosen = sample(session.logits, self._how, session.draws, session.recent, allowed, breaks)
             if not text.forbids(chosen):
                 return chosen

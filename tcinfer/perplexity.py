@@ -222,6 +222,8 @@ def _reach(model: Model) -> float:
 def nll(logits: NDArray[np.float32], targets: Sequence[int]) -> F64:
     """-log softmax(logits)[target] for each row: logits [T, V], targets [T]; nats [T]. All sums are in float64."""
     T, V = logits.shape
+    if wrong := [target for target in targets if not 0 <= target < V]:
+        raise TcinferError(f"id {wrong[0]} is outside the vocabulary of {V}")
     out, step = np.empty(T), max(1, AT_ONCE // V)
     scratch = np.empty((min(T, step), V))
     with np.errstate(all="ignore"):  # what is not finite is seen below

@@ -86,10 +86,10 @@ class HuggingFace(Tokenizer):
         self._library.encode_special_tokens = True  # as plain text: they are cut out before the library sees it
         self._names = {token: name for name, token in self._library.get_vocab().items()}
         super().__init__(metadata, max(self._names, default=-1) + 1, rows)
-        added = self._library.get_added_tokens_decoder().items()
-        self._added = {facts.content: facts for _, facts in added if facts.special and facts.content}
-        self._controls = {facts.content: token for token, facts in added if facts.content in self._added}
-        self._control_ids = {token for token, facts in added if facts.special}
+        added = {token: facts for token, facts in self._library.get_added_tokens_decoder().items() if facts.special}
+        self._control_ids = set(added)
+        self._controls = {facts.content: token for token, facts in added.items() if facts.content}
+        self._added = {facts.content: facts for facts in added.values()}
         self._prefix_once = '"prepend_scheme": "first"' in json.dumps(_steps(self._library))
         self._unknown = self._library.token_to_id(getattr(self._library.model, "unk_token", None) or "")
         from tokenizers.decoders import ByteLevel

@@ -190,14 +190,16 @@ def _serve() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     except (ImportError, ValueError):  # Windows has none; a lower one may be there already
         pass
-    faulthandler.dump_traceback_later(
-        request["seconds"], exit=True
-    )  # by a thread that does not wait for the interpreter
+    faulthandler.dump_traceback_later(request["seconds"], exit=True)  # its thread does not wait for the interpreter
+    try:
+        template = environment.from_string(request["source"])
+    except Exception as error:
+        json.dump([{"error": _cause(error)}] * len(request["conversations"]), sys.stdout)
+        return
     answers: list[dict[str, str]] = []
-    template, room = None, ROOM
+    room = ROOM
     for conversation in request["conversations"]:
         try:
-            template = template or environment.from_string(request["source"])
             text = template.render(
                 messages=[{"role": role, "content": content} for role, content in conversation],
                 add_generation_prompt=True,

@@ -51,10 +51,11 @@ def convert(checkpoint: str, output: str | None, outtype: str, tokenizer: str | 
 @click.argument("outtype", metavar="TYPE")
 @click.option("--verify/--no-verify", default=None, help="Decode from both and compare; on below 1 GiB.")
 def quantize(source: str, output: str, outtype: str, verify: bool | None) -> None:
-    """Pack a GGUF file's matrices in another type: f32, f16, bf16, q8_0, q4_0, q4_1, q5_0 or q5_1.
+    """Pack a GGUF file's matrices in another type.
 
-    Everything else stays as it is: gates, decays and rates in f32, the tokenizer, the chat template. Files in q4_k,
-    q5_k and q6_k can be read; what an earlier type has lost does not come back.
+    TYPE is f32, f16, bf16, q8_0, q4_0, q4_1, q5_0 or q5_1. Everything else stays as it is: gates, decays and rates in
+    f32, the tokenizer, the chat template. Files in q4_k, q5_k and q6_k can be read; what an earlier type has lost does
+    not come back.
     """
     outtype = outtype.lower()
     _check_type("TYPE", outtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -11,7 +10,7 @@ import click
 
 from tcinfer.cli.console import argument, decoded, say
 from tcinfer.errors import TcinferError
-from tcinfer.sampling import Sampling
+from tcinfer.sampling import Sampling, bias
 
 if TYPE_CHECKING:
     from tcinfer.constraint import Constraint
@@ -37,7 +36,6 @@ CONSTRAINT = (
     click.option("--grammar", metavar="TEXT", help="The text follows this grammar (Lark as in llguidance, or GBNF)."),
     click.option("--grammar-file", metavar="FILE", help="Likewise, the grammar from a file."),
 )
-BIAS = re.compile(r"(\d+)([+-](?:inf|[\d.]+(?:e[+-]?\d+)?))")
 
 
 def together(*options: Any) -> Any:
@@ -98,14 +96,6 @@ def sampling(options: dict[str, Any]) -> Sampling:
     breakers = [argument(text) for text in values["dry_sequence_breakers"]]
     values["dry_sequence_breakers"] = breakers or Sampling.dry_sequence_breakers
     return Sampling(**values)
-
-
-def bias(text: str) -> tuple[int, float]:
-    """The id and number of `ID(+/-)BIAS`. Raises TcinferError."""
-    found = BIAS.fullmatch(text)
-    if found is None:
-        raise TcinferError(f"--logit-bias {text!r}: write an id, a sign and a number, such as 42+1.5 or 42-inf")
-    return int(found[1]), float(found[2])
 
 
 def constraint(options: dict[str, Any], model: Model) -> Constraint | None:
