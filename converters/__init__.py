@@ -50,14 +50,17 @@ def convert(
     tokenizer: Path | None = None,
     verify: bool | None = None,
     only: str | None = None,
+    chat_template: Path | None = None,
 ) -> tuple[Source, Written, Path | None]:
     """Convert the checkpoint at `path` to the GGUF file `out`, with the tokenizer named, found beside it, or its own.
 
-    verify: decode from both and compare before `out` is put in its place (None: files below 1 GiB); only: as for read.
+    verify: decode from both and compare before `out` is put in its place (None: files below 1 GiB); only: as for read;
+    chat_template: a Jinja file in place of the one found.
     Returns what was read, what was written, and the tokenizer's file (None: the checkpoint's own, or there is none, and
     the file takes ids alone). Raises FileError; `out` is then as it was.
     """
-    from tcinfer.converters import vocabulary, write
+    from tcinfer.converters import sidecars, vocabulary, write
+    from tcinfer.tokenizer import CHAT_TEMPLATE
 
     source = read(path, only)
     if os.path.exists(out) and os.path.samefile(path, out):
@@ -69,6 +72,10 @@ def convert(
         if words is not None:
             keys = {key: value for key, value in keys.items() if not key.startswith("tokenizer.")}
             keys |= vocabulary.read(words, source.config.vocab_size)
+            if template := sidecars.chat_template(words.parent):
+                keys[CHAT_TEMPLATE] = template
+        if chat_template is not None:
+            keys = keys | {CHAT_TEMPLATE: sidecars.template_text(chat_template)}
         return source, write.write(source, out, outtype, keys, verify), words
     except TcinferError as e:
         text = str(e)

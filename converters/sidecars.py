@@ -9,6 +9,7 @@ from tcinfer.errors import FileError
 from tcinfer.reader import map_file
 from tcinfer.tokenizer import ADD_BOS, BOS, CONTROL, EOM, EOS, EOT, USER_DEFINED
 
+TEMPLATE_FILE = "chat_template.jinja"
 MOST_BYTES = 1 << 26  # the largest tokenizer.json in use has about 35 MB
 
 
@@ -69,6 +70,26 @@ def named_ids(folder: Path, tokens: Iterable[str] | dict[str, int]) -> dict[str,
     if isinstance(own.get("add_bos_token"), bool):
         metadata[ADD_BOS] = own["add_bos_token"] and BOS in metadata
     return metadata
+
+
+def chat_template(folder: Path) -> str | None:
+    """A folder's chat template: a file of its own, or part of tokenizer_config.json. Raises FileError."""
+    if (folder / TEMPLATE_FILE).is_file():
+        return template_text(folder / TEMPLATE_FILE)
+    found: Any = sidecar(folder, "tokenizer_config.json").get("chat_template")
+    if isinstance(found, list):  # several by name
+        found = {one["name"]: one["template"] for one in found}.get("default")
+    if found is not None and not isinstance(found, str):
+        raise FileError("chat_template in tokenizer_config.json is no text")
+    return found
+
+
+def template_text(path: Path) -> str:
+    """A template file. Raises FileError."""
+    try:
+        return read_bytes(path).decode()
+    except UnicodeDecodeError:
+        raise FileError(f"{path}: is not valid UTF-8") from None
 
 
 def _ids(value: Any, rows: int) -> list[int]:

@@ -22,7 +22,6 @@ from tcinfer.errors import FileError, TcinferError
 from tcinfer.kernels.reference.pointwise import sigmoid
 from tcinfer.loader import bind, bundled, read_config
 
-TEMPLATE = "tokenizer.chat_template"
 SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "context_length", "norm_eps")
 POSITIONS = ("rope_dim", "rope_base", "rope_scaling", "rope_factor")
 FIRST_LEVEL = ("window", "sinks", "sink_positions", "key_conv", "cache_type")
@@ -68,7 +67,7 @@ def facts(path: str | PathLike[str] | None = None) -> dict[str, Any]:
         "tensors": len(file.tensors),
         "tensor_types": _types(file.tensors),
         "tokenizer": _tokenizer(file.metadata, words),
-        "chat_template": _template(file.metadata.get(TEMPLATE)),
+        "chat_template": _template(file.metadata.get(tokenizer.CHAT_TEMPLATE)),
         "memory": {
             "mechanism": config.memory,
             **{name: getattr(config, name) for name in FIRST_LEVEL},
@@ -111,7 +110,7 @@ def _types(tensors: Mapping[str, reader.TensorInfo]) -> list[dict[str, Any]]:
 
 
 def _family(name: str) -> str:
-    """What a tensor's name has in common with those of its like; the memory's each have their own."""
+    """What a tensor's name shares with its like; the memory's biases go with the memory."""
     if "norm" in name:
         return "*_norm"
     if name.endswith(".bias") and not name.startswith("tc_"):

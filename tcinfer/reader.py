@@ -66,11 +66,15 @@ class TensorInfo:
 
 @dataclass(frozen=True, eq=False)
 class GGUFFile:
-    """A GGUF file that was read; its numeric and bool arrays are read-only NumPy arrays."""
+    """A GGUF file that was read; its numeric and bool arrays are read-only NumPy arrays.
+
+    `types` has the type of every metadata value, an array's being followed by that of its elements.
+    """
 
     path: Path
     version: int
     metadata: dict[str, Value]
+    types: dict[str, tuple[GGUFValueType, ...]]
     tensors: dict[str, TensorInfo]
 
 
@@ -106,16 +110,17 @@ def read(path: str | os.PathLike[str]) -> GGUFFile:
             raise cursor.fail(f"the header counts {count} {what}; no model has more than {MOST_ENTRIES}")
     cursor.need(pair_count * SMALLEST_PAIR + tensor_count * SMALLEST_TENSOR, "what the header counts")
     metadata: dict[str, Value] = {}
+    types: dict[str, tuple[GGUFValueType, ...]] = {}
     for _ in range(pair_count):
         key = cursor.string("a metadata key", 1, MAX_KEY)
         if key in metadata:
             raise cursor.fail(f"metadata key {short(key)} is there twice")
-        metadata[key] = _value(cursor, key)
+        metadata[key], types[key] = _value(cursor, key)
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     assert isinstance(alignment, int)
     if not 8 <= alignment <= 65536 or alignment & (alignment - 1):
         raise cursor.fail(f"alignment {alignment} is not a power of two between 8 and 65536")
-    return GGUFFile(cursor.path, version, metadata, _tensors(cursor, tensor_count, alignment))
+    return GGUFFile(cursor.path, version, metadata, types, _tensors(cursor, tensor_count, alignment))
 
 
 def short(name: str) -> str:
@@ -213,8 +218,8 @@ def _value_type(cursor: _Cursor, what: str) -> GGUFValueType:
         raise cursor.fail(f"{what} has the unknown type {number}") from None
 
 
-def _value(cursor: _Cursor, key: str) -> Value:
-    """The metadata value of `key`, the cursor standing at its type."""
+def _value(cursor: _Cursor, key: str) -> tuple[Value, tuple[GGUFValueType, ...]]:
+    """The metadata value of `key` and its type, the cursor standing at the type."""
     what = f"metadata {short(key)}"
     kind = _value_type(cursor, what)
     if key == "general.alignment" and kind != GGUFValueType.UINT32:
@@ -222,17 +227,18 @@ def _value(cursor: _Cursor, key: str) -> Value:
     if key == "general.architecture" and kind != GGUFValueType.STRING:
         raise cursor.fail(f"{what} is {kind.name}, not STRING")
     if kind == GGUFValueType.STRING:
-        return cursor.string(what)
+        return cursor.string(what), (kind,)
     if kind != GGUFValueType.ARRAY:
         array = _numbers(cursor, 1, kind, what)
-        return array[0].item()
-    kind = _value_type(cursor, what)
+        return array[0].item(), (kind,)
+    types = kind, _value_type(cursor, what)
+    kind = types[1]
     count = cursor.number(U64, f"the length of {what}")
     if kind == GGUFValueType.ARRAY:
         raise cursor.fail(f"{what} is an array of arrays, which no model needs")
     if kind == GGUFValueType.STRING:
-        return cursor.strings(count, what)
-    return _numbers(cursor, count, kind, what)
+        return cursor.strings(count, what), types
+    return _numbers(cursor, count, kind, what), types
 
 
 def _numbers(cursor: _Cursor, count: int, kind: GGUFValueType, what: str) -> np.ndarray:

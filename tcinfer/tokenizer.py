@@ -36,6 +36,7 @@ ADD_SPACE_PREFIX = "tokenizer.ggml.add_space_prefix"
 REMOVE_EXTRA_WHITESPACES = "tokenizer.ggml.remove_extra_whitespaces"
 CHARSMAP = "tokenizer.ggml.precompiled_charsmap"
 HUGGINGFACE_JSON = "tokenizer.huggingface.json"
+CHAT_TEMPLATE = "tokenizer.chat_template"
 
 # tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)

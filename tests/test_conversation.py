@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from tcinfer.chat.template import CHATML, render
 from tcinfer.errors import TcinferError
 from tcinfer.loader import Opened
 from tcinfer.model import Model
+from tcinfer.sampler import Sampling
+from tcinfer.text import SIZE
 
 WORDS = ("What is it?", "Speak on", "And then?", "Nay", "Why so, good sir?")
 
@@ -36,20 +39,18 @@ def fed(talk: Conversation) -> list[int]:
     return [i for part in talk.log.replay(0, talk.turns) for i in part]
 
 
-def facts(talk: Conversation) -> tuple[Any, ...]:
+def facts(talk: Conversation) -> dict[str, Any]:
     """What must be as it was: the log, the turns, the state, the random numbers."""
     talk.log._file.flush()
-    draws, logits = talk.session.draws, talk.session.logits
-    assert draws is not None
     now = talk.session.snapshot()
-    return (
-        talk.log.path.read_bytes(),
-        talk.turns,
-        now.state.buffer.tobytes(),
-        now.ring.tobytes(),
-        None if logits is None else logits.tobytes(),
-        draws.words(),
-    )
+    parts = (now.state.buffer, now.ring, np.empty(0) if now.logits is None else now.logits)
+    return {
+        "log": talk.log.path.read_text().splitlines(),
+        "turns": talk.turns,
+        "position": talk.session.position,
+        "state": hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest(),
+        "draws": talk.session.draws and talk.session.draws.words(),
+    }
 
 
 def same_logits(a: Conversation, b: Conversation) -> None:
@@ -67,8 +68,7 @@ def same_logits(a: Conversation, b: Conversation) -> None:
 # What is fed
 
 
-@pytest.mark.parametrize("system", [None, "Answer in one sentence."])
-@pytest.mark.parametrize("source", ["its own", CHATML])
+@pytest.mark.parametrize(("source", "system"), [("its own", None), (CHATML, "Answer in one sentence.")])
 def test_only_what_is_new_is_fed_and_together_it_is_the_template(
     tmp_path: Path, smol: Model, smol_source: str, system: str | None, source: str
 ) -> None:
@@ -76,7 +76,7 @@ def test_only_what_is_new_is_fed_and_together_it_is_the_template(
     talk = conversation(tmp_path, model=smol, source=source, system=system, tokens=5)
     said = [("system", system)] if system else []
     before = 0
-    for question in ("Hi there!", "Why is the sky blue?", "  two\n\nlines ", "É 漢字 🙂"):
+    for question in ("Hi there!", "  two\n\nlines ", "É 漢字 🙂"):
         said.append(("user", question))
         text = answer(talk, question)
         (rendered,) = render(source, "<|im_start|>", "<|im_end|>", [said])
@@ -94,7 +94,7 @@ def test_only_what_is_new_is_fed_and_together_it_is_the_template(
 @pytest.mark.parametrize("backend", ["numpy", "numba"])
 def test_each_turn_costs_its_own_tokens(tmp_path: Path, backend: str) -> None:
     talk = conversation(tmp_path, model=bundled(backend))
-    for n in range(1, 6):
+    for n in range(1, 4):
         before = talk.session.position
         assert len(answer(talk, "Speak")) == 6
         separator = 2 if n > 1 else 0
@@ -151,7 +151,7 @@ def test_what_people_say_never_becomes_a_control_token(
 
     innocent, _ = ids("hello", 0)
     assert len(innocent) > 4
-    for i, said in enumerate(HOSTILE, 1):
+    for i, said in enumerate(HOSTILE if where == "message" else HOSTILE[:3], 1):
         found, text = ids(said, i)
         assert found == innocent, said
         assert said in text
@@ -161,8 +161,7 @@ def test_what_people_say_never_becomes_a_control_token(
 
 
 @pytest.mark.parametrize("how", ["snapshots", "one snapshot", "replay"])
-@pytest.mark.parametrize("backend", ["numpy", "numba"])
-@pytest.mark.parametrize("count", [1, 2, 4, 5, 99])
+@pytest.mark.parametrize(("backend", "count"), [("numpy", 2), *(("numba", n) for n in (1, 2, 4, 5, 99))])
 def test_undo_is_never_having_asked(tmp_path: Path, backend: str, how: str, count: int) -> None:
     model = bundled(backend)
     talk, other = (conversation(tmp_path, name, model=model) for name in ("talk", "other"))
@@ -237,7 +236,8 @@ def test_regen_at_temperature_0_is_the_same_answer(tmp_path: Path) -> None:
     first = [answer(talk, word) for word in WORDS[:2]]
     before = facts(talk)
     assert "".join(piece.text for piece in talk.again()) == first[1]
-    assert facts(talk)[:5] == before[:5]
+    after = facts(talk)
+    assert {**after, "log": 0, "draws": 0} == {**before, "log": 0, "draws": 0}
     talk.undo()
     assert "".join(piece.text for piece in talk.again()) == first[0]
     assert talk.turns == 1
@@ -286,8 +286,8 @@ def test_an_answer_that_is_stopped_stays_as_far_as_it_came(tmp_path: Path) -> No
 
 def failing(talk: Conversation, case: str, folder: Path) -> None:
     """Ask something that fails in the middle."""
-    big = folder / "big"
-    big.write_text("word and word, " * 5000)
+    book = folder / "book"
+    book.write_text("word and word, " * 200)
     taken = 0
 
     def interrupt(count: int) -> None:
@@ -299,60 +299,47 @@ def failing(talk: Conversation, case: str, folder: Path) -> None:
     if case == "vocabulary":
         answer(talk, "na\u00efve")
     elif case == "vocabulary, later in a file":
-        big.write_text("word and word, " * 5000 + "\u00ef")
-        answer(talk, "Nay", big)
+        book.write_text("word and word, " * (SIZE // 15 + 99) + "\u00ef")
+        answer(talk, "Nay", book)
     elif case == "a file that vanished":
-        answer(talk, "Nay", big, folder / "vanished")
+        answer(talk, "Nay", book, folder / "vanished")
     elif case == "a folder":
         answer(talk, "Nay", folder)
     elif case == "Ctrl-C while reading":
-        list(talk.ask("Nay", [big], interrupt))
-    elif case == "Ctrl-C while trying again":
-        answer(talk, "Nay", big)
-        before = facts(talk)
-        with pytest.raises(KeyboardInterrupt):
-            list(talk.again(interrupt))
-        assert facts(talk) == before
-        talk.undo()
-        raise KeyboardInterrupt
-    elif case == "Ctrl-C while taking back":
-        answer(talk, "Nay", big)
-        answer(talk, "Nay")
-        talk._snapshots = Snapshots()
-        before = facts(talk)
-        with pytest.raises(KeyboardInterrupt):
-            talk.undo(1, interrupt)
-        assert facts(talk) == before
-        talk.undo(2)
-        raise KeyboardInterrupt
+        list(talk.ask("Nay", [book], interrupt))
     elif case == "no id is left":
-        talk.sampling = type(talk.sampling)(temperature=0, logit_bias=[(i, -np.inf) for i in range(65)])
+        talk.sampling = Sampling(temperature=0, logit_bias=[(i, -np.inf) for i in range(65)])
         answer(talk, "Nay")
     elif case == "an id out of range":
-        talk.sampling = type(talk.sampling)(temperature=0, logit_bias=[(65, 1.0)])
+        talk.sampling = Sampling(temperature=0, logit_bias=[(65, 1.0)])
         answer(talk, "Nay")
+    else:  # of what went on before
+        talk._snapshots = Snapshots()
+        list(talk.again(interrupt)) if case == "Ctrl-C while trying again" else talk.undo(1, interrupt)
 
 
 @pytest.mark.parametrize(
-    "case",
+    ("turns", "case"),
     [
-        "vocabulary",
-        "vocabulary, later in a file",
-        "a file that vanished",
-        "a folder",
-        "Ctrl-C while reading",
-        "Ctrl-C while trying again",
-        "Ctrl-C while taking back",
-        "no id is left",
-        "an id out of range",
+        (0, "vocabulary"),
+        (0, "no id is left"),
+        (2, "vocabulary"),
+        (2, "vocabulary, later in a file"),
+        (2, "a file that vanished"),
+        (2, "a folder"),
+        (2, "Ctrl-C while reading"),
+        (2, "Ctrl-C while trying again"),
+        (2, "Ctrl-C while taking back"),
+        (2, "no id is left"),
+        (2, "an id out of range"),
     ],
 )
-@pytest.mark.parametrize("turns", [0, 2])
-def test_errors_leave_everything_as_it_was(tmp_path: Path, case: str, turns: int) -> None:
+def test_errors_leave_everything_as_it_was(tmp_path: Path, turns: int, case: str) -> None:
     talk, other = conversation(tmp_path), conversation(tmp_path, "other")
+    (tmp_path / "long").write_text("word and word, " * 300)
     for word in WORDS[:turns]:
-        answer(talk, word)
-        answer(other, word)
+        answer(talk, word, tmp_path / "long")
+        answer(other, word, tmp_path / "long")
     before, how = facts(talk), talk.sampling
     with pytest.raises((TcinferError, KeyboardInterrupt)):
         failing(talk, case, tmp_path)

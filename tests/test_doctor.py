@@ -217,7 +217,9 @@ def test_scripts_are_clicks_own(shell: str) -> None:
 
 def test_other_shells_are_refused() -> None:
     assert "'bash', 'zsh', 'fish'" in refused(command("completion", "tcsh"))
-    assert tcinfer(env=os.environ | {"_TCINFER_COMPLETE": "tcsh_source"}).returncode == 1
+    for asked in ("tcsh_source", "bash_complete", "bash_nonsense", ""):  # nor is there a line being typed
+        done = tcinfer(env=os.environ | {"_TCINFER_COMPLETE": asked})
+        assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
 
 
 def test_the_help_tells_how_to_install_it() -> None:

@@ -14,7 +14,7 @@ from conftest import shared, smollm2
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tcinfer import loader, reader, text, tokenizer
+from tcinfer import loader, progress, reader, text, tokenizer
 
 # what cuts are about: words, punctuation, white space of every kind, characters of one to four bytes
 TEXTS = st.text(st.sampled_from("ab.,  \n\r\t\u00a0\u3000é中😀\x1c\u0301"), max_size=100)
@@ -204,3 +204,22 @@ def test_bos_comes_once_and_before_nothing_too() -> None:
     assert first + [token for part in rest for token in part] == words.encode(whole, bos=True)
     assert list(text.ids(words, io.BytesIO(b""), bos=True)) == [[words.bos_id]]
     assert list(text.ids(words, io.BytesIO(b""))) == []
+
+
+# The bar of a text whose length nobody knows
+
+
+def test_bar_without_a_total_shows_the_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with progress.bar("reading", None) as advance:
+        advance(1000)
+        advance(234)
+    assert "reading" in terminal.getvalue()
+    assert "1,234" in terminal.getvalue()

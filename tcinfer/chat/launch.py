@@ -18,9 +18,9 @@ from tcinfer.errors import TcinferError
 from tcinfer.kernels.reference import Reference
 from tcinfer.loader import Opened
 from tcinfer.model import Model
-from tcinfer.sampler import Sampling
+from tcinfer.sampling import Sampling
+from tcinfer.tokenizer import CHAT_TEMPLATE
 
-TEMPLATE = "tokenizer.chat_template"
 LARGEST_WINDOW = 1024  # tokens, that a plain model gets unless told otherwise
 PINNED = 32 * 2**20  # bytes of a system prompt's keys and values that are kept for ever
 
@@ -47,11 +47,11 @@ class Chats:
         self._ops, self._asked, self._notice = ops, asked, notice
         self._said: set[str] = set()
         self._model: Model | None = None
-        source = self.opened.metadata.get(TEMPLATE) if template is None else template
+        source = self.opened.metadata.get(CHAT_TEMPLATE) if template is None else template
         if source is None:
             self._once("this model has no chat template of its own: ChatML is used (--chat-template takes another)")
         elif not isinstance(source, str):
-            raise TcinferError(f"{self.opened.path}: {TEMPLATE} is no text; --chat-template chatml uses the plain one")
+            raise TcinferError(f"{self.opened.path}: {CHAT_TEMPLATE} is no text; use --chat-template chatml")
         tokenizer = self.opened.tokenizer
         bos, eos = tokenizer.bos_id, min(tokenizer.eos_ids, default=None)
         self.template = ChatTemplate(source, tokenizer.control_text(bos), tokenizer.control_text(eos))

@@ -54,15 +54,15 @@ def close_stdout() -> None:
 
 
 class Interrupts:
-    """Called between tokens: raises KeyboardInterrupt if a signal has come since the start."""
+    """Called between tokens: if a signal has come since the start, raises KeyboardInterrupt, or what ends a program."""
 
     def __init__(self) -> None:
-        self.hits = 0
+        self.hits: list[int] = []
         self.waiting = False  # for input: then a signal takes effect at once
 
     def __call__(self) -> None:
         if self.hits:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt if self.hits[-1] == signal.SIGINT else SystemExit(TERMINATED)
 
     def waits(self, parts: Iterator[T]) -> Iterator[T]:
         """The same, each part waited for."""
@@ -85,10 +85,10 @@ def interruptible(*also: int) -> Iterator[Interrupts]:
     """
     check = Interrupts()
 
-    def handler(*_: object) -> None:
-        check.hits += 1
-        if check.waiting or check.hits > 1:
-            raise KeyboardInterrupt
+    def handler(signum: int, _: object) -> None:
+        check.hits.append(signum)
+        if check.waiting or len(check.hits) > 1:
+            check()
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, *also)}
     try:

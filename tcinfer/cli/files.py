@@ -28,14 +28,22 @@ if TYPE_CHECKING:
     help="f32, f16, bf16, q8_0, q4_0, q4_1, q5_0 or q5_1. Gates, decays and rates always stay f32.",
 )
 @click.option("--tokenizer", metavar="FILE", help="Without it, the one that lies beside the checkpoint.")
+@click.option("--chat-template", metavar="FILE", help="A Jinja file; without it, the one beside the checkpoint.")
 @click.option("--verify/--no-verify", default=None, help="Decode from both and compare; on below 1 GiB.")
-def convert(checkpoint: str, output: str | None, outtype: str, tokenizer: str | None, verify: bool | None) -> None:
-    """Convert a checkpoint (ckpt.pt, or a Hugging Face folder) to GGUF. Needs no PyTorch."""
+def convert(
+    checkpoint: str,
+    output: str | None,
+    outtype: str,
+    tokenizer: str | None,
+    chat_template: str | None,
+    verify: bool | None,
+) -> None:
+    """Convert a checkpoint (ckpt.pt, a Hugging Face folder, or GGUF) to GGUF. Needs no PyTorch."""
     _check_type("--outtype", outtype)
     path = Path(checkpoint)
     name = path.resolve().name if os.path.isdir(path) else path.stem
     out = Path(output or f"{name}-{outtype}.gguf")
-    source, written, found = _convert(path, out, outtype, Path(tokenizer) if tokenizer else None, verify)
+    source, written, found = _convert(path, out, outtype, tokenizer, verify, template=chat_template)
     if found:
         say(one_line(f"tokenizer: {found}"))
     elif any(key.startswith("tokenizer.") for key in source.keys):
@@ -72,12 +80,20 @@ def _check_type(what: str, outtype: str) -> None:
 
 
 def _convert(
-    path: Path, out: Path, outtype: str, words: Path | None, verify: bool | None, only: str | None = None
+    path: Path,
+    out: Path,
+    outtype: str,
+    words: str | None,
+    verify: bool | None,
+    only: str | None = None,
+    template: str | None = None,
 ) -> tuple[Source, Written, Path | None]:
     from tcinfer import converters
 
     signal.signal(signal.SIGTERM, terminated)  # so that what is half-written is removed
-    source, written, found = converters.convert(path, out, outtype, words, verify, only)
+    source, written, found = converters.convert(
+        path, out, outtype, Path(words) if words else None, verify, only, Path(template) if template else None
+    )
     for note in source.notes:
         say(f"not used: {one_line(note)}")
     if source.packed and outtype not in ("f32", "f16", "bf16"):

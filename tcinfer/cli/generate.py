@@ -81,9 +81,10 @@ def generate(**options: Any) -> None:
             pieces = session.generate(None, options["max_tokens"], how, stop, (), banned, follow)
             _write(pieces, figures)
         finally:
-            if options["save"] and session.whole:
+            refused = isinstance(sys.exception(), TcinferError) and not figures.new_tokens
+            if options["save"] and session.whole and not refused:
                 session.save(path)
-            if not options["quiet"] and (figures.prompt_tokens or figures.new_tokens):
+            if not options["quiet"] and not refused:  # an error is one line, and nothing beside it
                 figures.show(session, options["stats"])
 
 

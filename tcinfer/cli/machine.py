@@ -67,7 +67,10 @@ def complete(cli: click.Command, instruction: str) -> int:
     from click.shell_completion import shell_complete
 
     _offer_files(cli)
-    return shell_complete(cli, {}, "tcinfer", COMPLETE, instruction)
+    try:
+        return shell_complete(cli, {}, "tcinfer", COMPLETE, instruction)
+    except (KeyError, ValueError):  # no script asked: what it would say of the words is not there
+        return 1
 
 
 def _offer_files(command: click.Command) -> None:
