@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from gguf.quants import quantize
 from numpy.typing import NDArray
 
 from tcinfer import format as schema
+from tcinfer.atomic import replacing
 from tcinfer.converters.source import F32, Source
 from tcinfer.errors import FileError, TcinferError
 from tcinfer.loader import bind, load, operators
@@ -116,44 +116,33 @@ def write(
     _check_names(source, specs)
     kinds = {name: kind_of(specs[name], wanted) for name in source.tensors}
     done = Written(path, 0)
-    writer = GGUFWriter(None, source.config.arch)
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    except OSError as e:
-        raise FileError(f"{path}: cannot be written: {e.strerror}") from None
-    os.close(handle)
-    try:
-        keys = schema.to_metadata(source.config) | dict(vocabulary)
-        keys |= {"general.file_type": int(FILE_TYPES[wanted]), "general.quantization_version": 2}
-        for key, value in keys.items():
-            if key != "general.architecture":  # the writer has put it there
-                _add(writer, key, value)
-        for name, kind in kinds.items():
-            _announce(writer, name, specs[name].shape, kind)
-        writer.write_header_to_file(Path(temporary))
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        with bar("writing", len(kinds)) as advance:
+    with replacing(path) as temporary:
+        writer = GGUFWriter(None, source.config.arch)
+        try:
+            keys = schema.to_metadata(source.config) | dict(vocabulary)
+            keys |= {"general.file_type": int(FILE_TYPES[wanted]), "general.quantization_version": 2}
+            for key, value in keys.items():
+                if key != "general.architecture":  # the writer has put it there
+                    _add(writer, key, value)
             for name, kind in kinds.items():
-                writer.write_tensor_data(pack(name, source.tensors[name].load(), kind).data)
-                done.kinds[kind.name] = done.kinds.get(kind.name, 0) + 1
-                if specs[name].matrix and kind != wanted:
-                    done.fallback.append(name)
-                advance(1)
-        writer.close()
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
+                _announce(writer, name, specs[name].shape, kind)
+            writer.write_header_to_file(temporary)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            with bar("writing", len(kinds)) as advance:
+                for name, kind in kinds.items():
+                    writer.write_tensor_data(pack(name, source.tensors[name].load(), kind).data)
+                    done.kinds[kind.name] = done.kinds.get(kind.name, 0) + 1
+                    if specs[name].matrix and kind != wanted:
+                        done.fallback.append(name)
+                    advance(1)
+            writer.close()
+        finally:
+            with suppress(OSError):  # of a full disk; closed already where all went well
+                writer.close()
         done.nbytes = os.path.getsize(temporary)
         if check or (check is None and done.nbytes < VERIFIED_BELOW):
-            done.verified = _verified(source, Path(temporary), path, wanted)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as e:
-        raise FileError(f"{path}: cannot be written: {e.strerror}") from None
-    finally:
-        with suppress(OSError):  # of a full disk; closed already where all went well
-            writer.close()
-        Path(temporary).unlink(missing_ok=True)
+            done.verified = _verified(source, temporary, path, wanted)
     return done
 
 
@@ -187,12 +176,6 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
         writer.add_string(key, value)
     else:
         writer.add_array(key, value)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _verified(source: Source, temporary: Path, path: Path, kind: Kind) -> Verified:

@@ -125,7 +125,7 @@ class Result:
             axes = figure.add_subplot()
             for rows in zip(*self.bins, strict=True):
                 middles = [(row.first + row.last + 1) / 2 / self.window for row in rows]
-                errors = [row.error or 0.0 for row in rows]
+                errors = [math.nan if row.error is None else row.error for row in rows]  # nan: no bar
                 axes.errorbar(middles, [row.nll for row in rows], errors, marker="o", capsize=3, label=rows[0].memory)
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:g}")

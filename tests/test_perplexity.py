@@ -260,11 +260,12 @@ def test_without_by_position_there_is_one_row_for_each(sample: str) -> None:
 
 def test_a_pipe_and_a_file_are_the_same(sample: str) -> None:
     rest = ("perplexity", "--memory", "window:16", "--memory", "sinks:16:2", "-o", "csv", "--by-position")
-    outs = {
-        tcinfer(*rest, "-f", sample).stdout,
-        tcinfer(*rest, "-f", "-", input=SAMPLE).stdout,
-        tcinfer(*rest, "-f", "-", input=None, stdin=open(sample)).stdout,  # noqa: SIM115
-    }
+    with open(sample) as file:
+        outs = {
+            tcinfer(*rest, "-f", sample).stdout,
+            tcinfer(*rest, "-f", "-", input=SAMPLE).stdout,
+            tcinfer(*rest, "-f", "-", input=None, stdin=file).stdout,
+        }
     assert len(outs) == 1
     assert outs.pop().count("\n") > 10
 

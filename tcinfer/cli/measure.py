@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from tcinfer.cli.console import both, interruptible, say
+from tcinfer.cli.console import both, interruptible, one_line, say
 from tcinfer.cli.options import MEMORY, MODEL, RUNNING, load_model, model_options, notice, together
 from tcinfer.errors import TcinferError
 
@@ -115,7 +115,8 @@ def perplexity(**options: Any) -> None:
         result = _measured(_models(options), stream, options["limit"])
     of = {"model": options["model"] or str(bundled()), "text": options["file"]}
     if options["output"] == "md":
-        click.echo(f"{of['model']} on {of['text']}: {result.whole[0].tokens:,} tokens\n")
+        click.echo(one_line(f"{of['model']} on {of['text']}: {result.whole[0].tokens:,} tokens"))
+        click.echo()
         click.echo(result.markdown(options["by_position"]))
     elif options["output"] == "csv":
         click.echo(result.csv(options["by_position"]))

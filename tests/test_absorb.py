@@ -1,0 +1,387 @@
+"""Session files on the command line and on the disk: streams into them, what is said of them, and how they are written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import resource
+import signal
+import stat
+import string
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import shared, small, tcinfer
+from test_cli import COMMAND, FAST, command, refused, write_model
+from test_memory import IDS
+
+import tcinfer as package
+from tcinfer import insight, session_file
+from tcinfer.converters.source import Source, Tensor
+from tcinfer.converters.write import write
+from tcinfer.errors import FileError, TcinferError
+from tcinfer.session import Session
+
+CHARACTERS = string.printable[:95] + "\n\ufffd"
+WINDOW = {"vocab_size": len(CHARACTERS), "memory": "window", "window": 8}
+MINUTE = {"n_layers": 1, "d_model": 4, "d_ff": 4, "n_heads": 1, "n_kv_heads": 1, "head_dim": 4, "rope_dim": 4}
+TEXT = "Line after line, and\n  some of them indented.\nROMEO:\nWhat, again?\n" * 20
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "m.gguf", CHARACTERS, **WINDOW)
+
+
+@pytest.fixture(scope="module")
+def minute(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that takes some ten thousand characters a second."""
+    return write_model(tmp_path_factory.mktemp("model") / "m.gguf", CHARACTERS, **WINDOW | MINUTE)
+
+
+def byte_level(path: Path) -> Path:
+    """A small model with GPT-2's vocabulary."""
+    from conftest import SMALL, random_weights
+    from dataclasses import replace
+
+    from tcinfer.reader import read
+
+    found = read(shared("data", "tokenizers", "gguf_vocab", "ggml-vocab-gpt-2.gguf")).metadata
+    keys = {key: value for key, value in found.items() if key.startswith("tokenizer.")}
+    config = replace(SMALL, vocab_size=len(found["tokenizer.ggml.tokens"]), memory="window", window=8)
+    tensors = {name: Tensor(name, x.shape, partial(np.copy, x)) for name, x in random_weights(config).items()}
+    write(Source(config, tensors, path.parent), path, "f32", keys)
+    return path
+
+
+class Live:
+    """`absorb` of a pipe in the background."""
+
+    def __init__(self, path: Path, model: Path, *options: object) -> None:
+        self.path = path
+        arguments = ("absorb", "-s", path, "-m", model, *FAST, *options)
+        restored = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            [COMMAND, *map(str, arguments)], stdin=pipe, stdout=pipe, stderr=pipe, preexec_fn=restored
+        )
+        assert self.reaches(0, 30)
+
+    @property
+    def position(self) -> int:
+        """Tokens in the file, which is checked whole."""
+        return session_file.read(self.path).position if self.path.exists() else -1
+
+    def write(self, text: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(text.encode())
+        self.process.stdin.flush()
+
+    def reaches(self, position: int, seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while self.position != position and time.monotonic() < end:
+            time.sleep(0.01)
+        return self.position == position
+
+    def ends(self) -> tuple[int, str]:
+        """Its exit status and what it said."""
+        with contextlib.suppress(BrokenPipeError):
+            out, err = self.process.communicate(timeout=30)
+        assert out == b""
+        return self.process.returncode, err.decode()
+
+
+@pytest.fixture
+def live(tmp_path: Path, model: Path) -> Iterator[Callable[..., Live]]:
+    started: list[Live] = []
+
+    def start(*options: object, model: Path = model) -> Live:
+        started.append(Live(tmp_path / "s.tcs", model, *options))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.communicate()
+
+
+# Streams
+
+
+def test_a_stream_is_the_text_fed_at_once(tmp_path: Path) -> None:
+    """From a file and from a pipe; the files are the same to the byte, and so is what Python saves."""
+    (tmp_path / "text").write_text(TEXT)
+    assert command("absorb", "-s", tmp_path / "file.tcs", "-f", tmp_path / "text").status == 0
+    done = tcinfer("absorb", "-s", str(tmp_path / "pipe.tcs"), input=TEXT)
+    session = package.load().session()
+    session.feed(session.model.tokenizer.encode(TEXT))
+    size = session.save(tmp_path / "python.tcs")
+    assert len({(tmp_path / f"{name}.tcs").read_bytes() for name in ("file", "pipe", "python")}) == 1
+    says = f"absorbed 1,340 tokens, [\\d,.]+ tokens/s; .*pipe.tcs: 1,340 tokens in {size:,} bytes, 1,212 of them outside"
+    assert re.fullmatch(f"{says} the exact window\n", done.stderr)
+
+
+@pytest.mark.parametrize("kind", ["characters", "byte-level", "SentencePiece with BOS"])
+def test_texts_cut_at_line_ends_are_one_stream(kind: str, tmp_path: Path) -> None:
+    options: tuple[object, ...] = ()
+    if kind != "characters":
+        gguf = ("models", "stories260K", "stories260K-f32.gguf")
+        path = byte_level(tmp_path / "m.gguf") if kind == "byte-level" else shared(*gguf)
+        options = ("-m", path, *("--memory", "sinks", "--window", "20"))
+    lines = TEXT.splitlines(keepends=True)
+    for name, parts in (("whole", [TEXT]), ("parts", ["".join(lines[a:b]) for a, b in ((0, 1), (1, 50), (50, 80))])):
+        for part in parts:
+            (tmp_path / "text").write_text(part)
+            done = command("absorb", "-s", tmp_path / f"{name}.tcs", "-f", tmp_path / "text", *options)
+            assert done.status == 0, done.err
+    assert (tmp_path / "parts.tcs").read_bytes() == (tmp_path / "whole.tcs").read_bytes()
+
+
+def test_the_file_follows_a_live_pipe(live: Callable[..., Live]) -> None:
+    process = live("--every", 60)
+    process.write("hello world\n")
+    assert process.reaches(12, 2)
+    time.sleep(0.5)
+    process.write("more\nand no line end")
+    assert process.reaches(17, 2)
+    process.write(" yet\n")
+    assert process.reaches(36, 2)
+    process.write("the end")
+    status, err = process.ends()
+    assert (status, process.position) == (0, 43)
+    assert err.startswith("absorbed 43 tokens, ")
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_end_with_130(number: int, busy: bool, live: Callable[..., Live]) -> None:
+    process = live("--every", 60)
+    process.write("some text\n" * (6000 if busy else 1))
+    if busy:
+        time.sleep(1)
+        assert process.position == 0
+    else:
+        assert process.reaches(10, 2)
+    process.process.send_signal(number)
+    assert process.process.wait(3) == 130
+    _, err = process.ends()
+    assert process.position == 10 if not busy else 0 < process.position < 60_000
+    assert err == f"absorbed {err.split()[1]} tokens, {err.split(', ', 1)[1]}"
+    assert f"{process.position:,} tokens in {process.path.stat().st_size:,} bytes" in err
+    assert err.count("\n") == 1
+
+
+def test_lines_that_never_pause_are_in_the_file_after_every_seconds(live: Callable[..., Live]) -> None:
+    """A log of ten lines a second, and kill -9."""
+    process, start = live("--every", 0.5), time.monotonic()
+    while time.monotonic() < start + 4:
+        process.write("a line\n")
+        time.sleep(0.1)
+    process.process.kill()
+    process.process.wait()
+    assert process.position > 70  # one second's lines of four
+
+
+def test_a_long_text_is_saved_every_seconds(live: Callable[..., Live]) -> None:
+    """Of a piece of 65,536 characters, which takes this model longer than that; then kill -9."""
+    process = live("--every", 0.5)
+    process.write("word " * 14_000)
+    time.sleep(3)
+    process.process.kill()
+    process.process.wait()
+    assert process.position > 0
+
+
+@pytest.mark.slow
+def test_a_stream_that_rests_is_in_the_file_to_the_last_token(live: Callable[..., Live], minute: Path) -> None:
+    """After a long piece follows the beginning of a line, and then nothing."""
+    process = live("--every", 1, model=minute)
+    process.write("word " * 14_000)
+    assert process.reaches(65_534, 20)
+
+
+@pytest.mark.slow
+def test_two_megabytes_take_no_memory(live: Callable[..., Live], minute: Path) -> None:
+    def most() -> int:
+        status = Path(f"/proc/{process.process.pid}/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+
+    process = live("--every", 0.1, model=minute)
+    process.write("abba ab\n" * 50_000)
+    assert process.reaches(400_000, 60)
+    before = most()
+    for _ in range(4):
+        process.write("abba ab\n" * 50_000)
+    assert process.reaches(2_000_000, 120)
+    assert most() - before < 2 * 2**20
+
+
+@pytest.mark.parametrize("text", ["", "\n"])
+def test_nothing_is_a_stream_too(text: str, model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "s.tcs"
+    done = tcinfer("absorb", "-s", str(path), "-m", str(model), *FAST, input=text)
+    assert (done.returncode, session_file.read(path).position) == (0, len(text))
+    done = command("generate", *FAST, "-m", model, "-s", path, "-p", "a", "-n", 3)
+    assert (done.status, len(done.out)) == (0, 3)
+
+
+def test_invalid_utf8_is_replaced_and_said(model: Path, tmp_path: Path) -> None:
+    path = str(tmp_path / "s.tcs")
+    done = tcinfer("absorb", "-s", path, "-m", str(model), *FAST, "-q", input=b"a\xff\xfeb", text=False)
+    assert (done.returncode, session_file.read(path).position) == (0, 4)
+    assert done.stderr.splitlines() == [b"tcinfer: the text given is not valid UTF-8; what is not was replaced"]
+
+
+def test_quiet_says_nothing(model: Path, tmp_path: Path) -> None:
+    done = tcinfer("absorb", "-s", str(tmp_path / "s.tcs"), "-m", str(model), *FAST, "-q", input=TEXT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_what_cannot_be_absorbed_is_refused_before_it_is_read(model: Path, tmp_path: Path) -> None:
+    """No file is made or changed, and the pipe still holds its text."""
+    other = write_model(tmp_path / "other.gguf", CHARACTERS, **WINDOW | {"d_ff": 32})
+    good, broken, text = tmp_path / "good.tcs", tmp_path / "broken.tcs", tmp_path / "text"
+    text.write_text("text")
+    assert command("absorb", "-s", good, "-m", model, *FAST, "-f", text).status == 0
+    broken.write_bytes(good.read_bytes()[:-1])
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "s.tcs")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    ours, theirs = os.pipe()
+    os.write(theirs, b"some text\n")
+    os.close(theirs)
+    for arguments, says in (
+        (("-s", model, "-m", model), "no session file"),
+        (("-s", broken, "-m", model), "damaged"),
+        (("-s", tmp_path, "-m", model), "is a folder"),
+        (("-s", "/dev/null", "-m", model), "pipe or a device"),
+        (("-s", tmp_path / "nowhere" / "s.tcs", "-m", model), "cannot be written: No such file"),
+        (("-s", good, "-m", other), "d_ff is 64, this model's 32"),
+        (("-s", good), "another model"),
+        (("-s", good, "-m", model, "--window", "9"), "window 8, and this model runs with 9"),
+        (("-s", tmp_path / "new.tcs", "-m", tmp_path / "nowhere.gguf"), "No such file"),
+        (("-s", tmp_path / "new.tcs", "-m", model, "-f", tmp_path / "nowhere.txt"), "No such file"),
+        (("-s", tmp_path / "new.tcs", "-m", model, "-f", tmp_path), "Is a directory"),
+        (("-s", tmp_path / "new.tcs", "-m", model, "--every", "nan"), "--every must be"),
+        (("-s", tmp_path / "new.tcs", "-m", model, "--every", "-1"), "--every must be"),
+    ):
+        done = subprocess.run([COMMAND, "absorb", *FAST, *map(str, arguments)], stdin=ours, capture_output=True, text=True)
+        assert says in refused(done)
+    assert os.read(ours, 100) == b"some text\n"
+    os.close(ours)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_what_came_before_a_text_that_cannot_be_written_is_kept(minute: Path, tmp_path: Path) -> None:
+    path, text = tmp_path / "s.tcs", tmp_path / "text"
+    text.write_text("word " * 14_000 + "na\u00efve")
+    done = command("absorb", "-s", path, "-m", minute, *FAST, "-f", text)
+    assert done.status == 1
+    assert done.err.splitlines()[-1] == "tcinfer: the character '\u00ef' (U+00EF) is not in the vocabulary"
+    assert session_file.read(path).position == 65_534
+
+
+# session show, diff, fork, verify
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, Session]:
+    """A file of the bundled model and the session that it was."""
+    session = package.load(backend="numpy").session()
+    list(session.generate(TEXT[:300], max_tokens=2, seed=1))
+    session.save(tmp_path / "s.tcs")
+    return tmp_path / "s.tcs", session
+
+
+def test_show_tells_all(saved: tuple[Path, Session]) -> None:
+    path, session = saved
+    done, parsed = command("session", "show", path), command("session", "show", path, "--json")
+    config, layers = session.model.config, insight.layers(session.model.config, session._state)
+    facts = {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "model": f"{config.name or 'without a name'} (tcgpt, 4 layers of 128)",
+        "fingerprint": session.model.fingerprint.hex()[:16],
+        "memory": "tensor",
+        "window": 128,
+        "sinks": 0,
+        "cache_type": "f16",
+        "tokens": 302,
+        "outside_window": 174,
+        "state_bytes": session.nbytes,
+        "random_numbers": True,
+    }
+    assert json.loads(parsed.out) == facts | {"layers": [layer._asdict() for layer in layers]}
+    lines = [f"{k.replace('_', ' '):<22}{f'{v:,}' if type(v) is int else v}" for k, v in facts.items()]
+    lines += [f"  layer {x.layer:<14}norm {x.norm:.4g}, {x.saturation:.0%} saturated" for x in layers]
+    assert done.out.splitlines() == lines
+    assert (done.status, done.err, len(layers)) == (0, "", 4)
+
+
+def test_show_of_any_name_is_lines_for_a_terminal(model: Path, tmp_path: Path) -> None:
+    named = write_model(tmp_path / "m.gguf", CHARACTERS, **WINDOW, name="a\x1b[2J\nstate bytes 0")
+    path = tmp_path / "a\x1b[1m\n.tcs"
+    session = package.load(named, backend="numpy").session()
+    session.save(path)
+    done = command("session", "show", path)
+    assert done.status == 0
+    assert all(line.isprintable() for line in done.out.splitlines())
+    assert len(done.out.splitlines()) == 12
+    for other in ("fork", "diff"):
+        done = command("session", other, path, *([tmp_path / "b.tcs"] if other == "fork" else [path]))
+        assert all(line.isprintable() for line in done.out.splitlines())
+
+
+def test_diff_tells_how_far_apart(saved: tuple[Path, Session], model: Path, tmp_path: Path) -> None:
+    path, session = saved
+    assert command("session", "diff", path, path).out == "tokens                302 and 302\nthe same state\n"
+    other = session.fork()
+    other._state.layers[2]["A"][0, 1] *= 1.5
+    other.save(tmp_path / "b.tcs")
+    one, two = session._state.layers[2]["A"], other._state.layers[2]["A"]
+    apart = np.linalg.norm((one - two).astype(np.float64)) / np.linalg.norm(two.astype(np.float64))
+    want = f"tokens                302 and 302\n  layer 2   A          {apart:.3g} of its length apart\ndifferent states\n"
+    assert command("session", "diff", path, tmp_path / "b.tcs").out == want
+    other = session.fork()
+    other.feed([1])
+    other.save(tmp_path / "c.tcs")
+    lines = command("session", "diff", path, tmp_path / "c.tcs").out.splitlines()
+    assert (lines[0], lines[-1]) == ("tokens                302 and 303", "different states")
+    assert {line[2:9] for line in lines[1:-1]} == {f"layer {i}" for i in range(4)}
+    package.load(model, backend="numpy").session().save(tmp_path / "d.tcs")
+    assert "of different models or memory options" in refused(command("session", "diff", path, tmp_path / "d.tcs"))
+    assert "No such file" in refused(command("session", "diff", path, tmp_path / "nowhere"))
+
+
+def test_fork_copies_what_is_whole_to_where_nothing_is(saved: tuple[Path, Session], tmp_path: Path) -> None:
+    path, _ = saved
+    copy = tmp_path / "copy.tcs"
+    done = command("session", "fork", path, copy)
+    assert (done.status, done.out) == (0, f"{copy}: 302 tokens in {path.stat().st_size:,} bytes\n")
+    assert copy.read_bytes() == path.read_bytes()
+    assert "is there already" in refused(command("session", "fork", path, copy))
+    assert "No such file" in refused(command("session", "fork", path, tmp_path / "nowhere" / "copy.tcs"))
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "damaged" in refused(command("session", "fork", path, tmp_path / "broken.tcs"))
+    assert {path.name for path in tmp_path.iterdir()} == {"s.tcs", "copy.tcs"}
+
+
+def test_verify_tells_whether_it_goes_on(saved: tuple[Path, Session], model: Path) -> None:
+    path, session = saved
+    whole = f"{path}: whole, 302 tokens in {path.stat().st_size:,} bytes"
+    assert command("session", "verify", path).out == f"{whole}\n"
+    bundled = package.loader.bundled()
+    assert command("session", "verify", path, *FAST, "-m", bundled).out == f"{whole}; it goes on in {bundled}\n"
+    assert "another model" in refused(command("session", "verify", path, *FAST, "-m", model))
+    assert "window 128" in refused(command("session", "verify", path, *FAST, "-m", bundled, "--window", 64))
+    path.write_bytes(path.read_bytes()[:1000] + b"x" + path.read_bytes()[1001:])
+    assert "checksum" in refused(command("session", "verify", path))
+
+
