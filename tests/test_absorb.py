@@ -1,9 +1,10 @@
-"""Session files on the command line and on the disk: streams into them, what is said of them, and how they are written."""
+"""Session files on the command line and on the disk: streams into them, what is said of them, how they are written."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import resource
@@ -13,13 +14,14 @@ import string
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import shared, small, tcinfer
+from conftest import SMALL, random_weights, shared, small, tcinfer
 from test_cli import COMMAND, FAST, command, refused, write_model
 from test_memory import IDS
 
@@ -28,6 +30,7 @@ from tcinfer import insight, session_file
 from tcinfer.converters.source import Source, Tensor
 from tcinfer.converters.write import write
 from tcinfer.errors import FileError, TcinferError
+from tcinfer.reader import read
 from tcinfer.session import Session
 
 CHARACTERS = string.printable[:95] + "\n\ufffd"
@@ -49,11 +52,6 @@ def minute(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def byte_level(path: Path) -> Path:
     """A small model with GPT-2's vocabulary."""
-    from conftest import SMALL, random_weights
-    from dataclasses import replace
-
-    from tcinfer.reader import read
-
     found = read(shared("data", "tokenizers", "gguf_vocab", "ggml-vocab-gpt-2.gguf")).metadata
     keys = {key: value for key, value in found.items() if key.startswith("tokenizer.")}
     config = replace(SMALL, vocab_size=len(found["tokenizer.ggml.tokens"]), memory="window", window=8)
@@ -125,8 +123,10 @@ def test_a_stream_is_the_text_fed_at_once(tmp_path: Path) -> None:
     session.feed(session.model.tokenizer.encode(TEXT))
     size = session.save(tmp_path / "python.tcs")
     assert len({(tmp_path / f"{name}.tcs").read_bytes() for name in ("file", "pipe", "python")}) == 1
-    says = f"absorbed 1,340 tokens, [\\d,.]+ tokens/s; .*pipe.tcs: 1,340 tokens in {size:,} bytes, 1,212 of them outside"
-    assert re.fullmatch(f"{says} the exact window\n", done.stderr)
+    count, far = f"{len(TEXT):,} tokens", f"{len(TEXT) - 128:,} of them outside the exact window"
+    assert re.fullmatch(
+        rf"absorbed {count}, [\d,.]+ tokens/s; .*pipe.tcs: {count} in {size:,} bytes, {far}\n", done.stderr
+    )
 
 
 @pytest.mark.parametrize("kind", ["characters", "byte-level", "SentencePiece with BOS"])
@@ -153,11 +153,11 @@ def test_the_file_follows_a_live_pipe(live: Callable[..., Live]) -> None:
     process.write("more\nand no line end")
     assert process.reaches(17, 2)
     process.write(" yet\n")
-    assert process.reaches(36, 2)
+    assert process.reaches(37, 2)
     process.write("the end")
     status, err = process.ends()
-    assert (status, process.position) == (0, 43)
-    assert err.startswith("absorbed 43 tokens, ")
+    assert (status, process.position) == (0, 44)
+    assert err.startswith("absorbed 44 tokens, ")
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
@@ -272,7 +272,9 @@ def test_what_cannot_be_absorbed_is_refused_before_it_is_read(model: Path, tmp_p
         (("-s", tmp_path / "new.tcs", "-m", model, "--every", "nan"), "--every must be"),
         (("-s", tmp_path / "new.tcs", "-m", model, "--every", "-1"), "--every must be"),
     ):
-        done = subprocess.run([COMMAND, "absorb", *FAST, *map(str, arguments)], stdin=ours, capture_output=True, text=True)
+        done = subprocess.run(
+            [COMMAND, "absorb", *FAST, *map(str, arguments)], stdin=ours, capture_output=True, text=True
+        )
         assert says in refused(done)
     assert os.read(ours, 100) == b"some text\n"
     os.close(ours)
@@ -291,17 +293,24 @@ def test_what_came_before_a_text_that_cannot_be_written_is_kept(minute: Path, tm
 # session show, diff, fork, verify
 
 
+class Saved(NamedTuple):
+    """A file of the bundled model, what is in it, and the session that it was."""
+
+    path: Path
+    good: bytes
+    session: Session
+
+
 @pytest.fixture
-def saved(tmp_path: Path) -> tuple[Path, Session]:
-    """A file of the bundled model and the session that it was."""
-    session = package.load(backend="numpy").session()
+def saved(tmp_path: Path) -> Saved:
+    session, path = package.load(backend="numpy").session(), tmp_path / "s.tcs"
     list(session.generate(TEXT[:300], max_tokens=2, seed=1))
-    session.save(tmp_path / "s.tcs")
-    return tmp_path / "s.tcs", session
+    session.save(path)
+    return Saved(path, path.read_bytes(), session)
 
 
-def test_show_tells_all(saved: tuple[Path, Session]) -> None:
-    path, session = saved
+def test_show_tells_all(saved: Saved) -> None:
+    path, _, session = saved
     done, parsed = command("session", "show", path), command("session", "show", path, "--json")
     config, layers = session.model.config, insight.layers(session.model.config, session._state)
     facts = {
@@ -339,15 +348,17 @@ def test_show_of_any_name_is_lines_for_a_terminal(model: Path, tmp_path: Path) -
         assert all(line.isprintable() for line in done.out.splitlines())
 
 
-def test_diff_tells_how_far_apart(saved: tuple[Path, Session], model: Path, tmp_path: Path) -> None:
-    path, session = saved
+def test_diff_tells_how_far_apart(saved: Saved, model: Path, tmp_path: Path) -> None:
+    path, _, session = saved
     assert command("session", "diff", path, path).out == "tokens                302 and 302\nthe same state\n"
     other = session.fork()
     other._state.layers[2]["A"][0, 1] *= 1.5
     other.save(tmp_path / "b.tcs")
     one, two = session._state.layers[2]["A"], other._state.layers[2]["A"]
     apart = np.linalg.norm((one - two).astype(np.float64)) / np.linalg.norm(two.astype(np.float64))
-    want = f"tokens                302 and 302\n  layer 2   A          {apart:.3g} of its length apart\ndifferent states\n"
+    want = (
+        f"tokens                302 and 302\n  layer 2   A          {apart:.3g} of its length apart\ndifferent states\n"
+    )
     assert command("session", "diff", path, tmp_path / "b.tcs").out == want
     other = session.fork()
     other.feed([1])
@@ -360,8 +371,8 @@ def test_diff_tells_how_far_apart(saved: tuple[Path, Session], model: Path, tmp_
     assert "No such file" in refused(command("session", "diff", path, tmp_path / "nowhere"))
 
 
-def test_fork_copies_what_is_whole_to_where_nothing_is(saved: tuple[Path, Session], tmp_path: Path) -> None:
-    path, _ = saved
+def test_fork_copies_what_is_whole_to_where_nothing_is(saved: Saved, tmp_path: Path) -> None:
+    path = saved.path
     copy = tmp_path / "copy.tcs"
     done = command("session", "fork", path, copy)
     assert (done.status, done.out) == (0, f"{copy}: 302 tokens in {path.stat().st_size:,} bytes\n")
@@ -373,8 +384,8 @@ def test_fork_copies_what_is_whole_to_where_nothing_is(saved: tuple[Path, Sessio
     assert {path.name for path in tmp_path.iterdir()} == {"s.tcs", "copy.tcs"}
 
 
-def test_verify_tells_whether_it_goes_on(saved: tuple[Path, Session], model: Path) -> None:
-    path, session = saved
+def test_verify_tells_whether_it_goes_on(saved: Saved, model: Path) -> None:
+    path, _, session = saved
     whole = f"{path}: whole, 302 tokens in {path.stat().st_size:,} bytes"
     assert command("session", "verify", path).out == f"{whole}\n"
     bundled = package.loader.bundled()
@@ -385,3 +396,104 @@ def test_verify_tells_whether_it_goes_on(saved: tuple[Path, Session], model: Pat
     assert "checksum" in refused(command("session", "verify", path))
 
 
+# Writing
+
+
+def test_what_cannot_be_written(saved: Saved, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for name in ("nowhere/s.tcs", "folder", "s.tcs/s.tcs", "a\0b", "x" * 256):
+        with pytest.raises(FileError, match="cannot be written"):
+            saved.session.save(tmp_path / name)
+    assert {path.name for path in tmp_path.iterdir()} == {"s.tcs", "folder"}
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "\N{PARROT}" * 63, " ", ".hidden", "a\nb"], ids=ascii)
+def test_any_name_that_the_system_takes(name: str, saved: Saved, tmp_path: Path) -> None:
+    saved.session.save(tmp_path / name)
+    assert (tmp_path / name).read_bytes() == saved.good
+
+
+def test_a_disk_that_fills_up_leaves_the_old_file(saved: Saved, tmp_path: Path) -> None:
+    """A limit on the size of files stands for it: a write in the middle fails."""
+    session = saved.session.fork()
+    session.feed(1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for most in (0, 100, 200_000, len(saved.good) - 1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+        try:
+            with pytest.raises(FileError, match="cannot be written: File too large"):
+                session.save(saved.path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert saved.path.read_bytes() == saved.good
+    assert list(tmp_path.iterdir()) == [saved.path]
+
+
+def test_a_link_is_replaced_and_not_written_through(saved: Saved, tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("mine")
+    for target in ("target", "nowhere"):
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(target)
+        saved.session.save(tmp_path / "link")
+        assert not (tmp_path / "link").is_symlink()
+        assert (tmp_path / "link").read_bytes() == saved.good
+    assert (tmp_path / "target").read_text() == "mine"
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_pipe_or_a_device_is_not_replaced(saved: Saved, tmp_path: Path) -> None:
+    """As root, /dev/null would become a file."""
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(FileError):
+        saved.session.save(tmp_path / "fifo")
+    assert stat.S_ISFIFO(os.stat(tmp_path / "fifo").st_mode)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_permissions_are_the_umasks_or_those_that_the_file_has(umask: int, saved: Saved, tmp_path: Path) -> None:
+    def mode(name: str) -> int:
+        saved.session.save(tmp_path / name)
+        return stat.S_IMODE((tmp_path / name).stat().st_mode)
+
+    before = os.umask(umask)
+    try:
+        assert mode("new.tcs") == 0o666 & ~umask
+        assert os.umask(umask) == umask
+        saved.path.chmod(0o600)
+        assert mode("s.tcs") == 0o600
+    finally:
+        os.umask(before)
+
+
+def test_a_session_that_overflowed_does_not_replace_a_good_file(saved: Saved) -> None:
+    for spoil in ("state", "logits"):
+        session = saved.session.fork()
+        session._logits = session.logits.copy()
+        (session._logits if spoil == "logits" else session._state.layers[0]["A"]).flat[0] = math.inf
+        with pytest.raises(TcinferError):
+            session.save(saved.path)
+        assert saved.path.read_bytes() == saved.good
+
+
+def test_killed_while_it_saves_the_file_is_always_whole(tmp_path: Path) -> None:
+    one, path, seen = small("numpy", memory="window", window=2000).session(), tmp_path / "s.tcs", set[bytes]()
+    one.feed(IDS)
+    two = one.fork()
+    two.feed(IDS)
+    two.save(path)
+    contents = {path.read_bytes()}
+    one.save(path)
+    contents.add(path.read_bytes())
+    for delay in np.random.default_rng(0).uniform(0, 0.06, 40):
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(Exception):
+                while True:
+                    two.save(path)
+                    one.save(path)
+            os._exit(1)
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        seen.add(path.read_bytes())
+    assert seen == contents

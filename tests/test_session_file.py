@@ -12,9 +12,6 @@ import json
 import math
 import os
 import re
-import resource
-import signal
-import stat
 import struct
 import time
 import tracemalloc
@@ -25,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import BACKENDS, SMALL, build, random_weights, small
+from conftest import BACKENDS, SMALL, build, random_weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cli import FAST, command, refused
