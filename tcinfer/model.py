@@ -108,7 +108,7 @@ class Model:
             flat, strip = data.reshape(-1), 512  # bytes
             digest.update(f"{name} {kind} {data.shape}".encode())
             for at in {i * max(0, flat.size - strip) // 7: None for i in range(8)}:
-                digest.update(flat[at : at + strip])
+                digest.update(flat[at : at + strip].tobytes())
         return digest.digest()
 
     def session(self) -> Session:

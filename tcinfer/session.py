@@ -46,6 +46,9 @@ class Snapshot:
 class Session:
     """The state of one sequence, made by `model.session()`. Not for several threads at once; sessions are cheap."""
 
+    draws: Draws | None  # what sampling keeps between tokens; made by the first `generate`
+    _logits: NDArray[np.float32] | None  # never written to: snapshots share it
+
     def __init__(self, model: Model, past: Snapshot | None = None) -> None:
         """Called by `model.session()`, at position 0, and by `fork` and `load_session` with a past to go on from."""
         self.model = model
@@ -156,10 +159,10 @@ class Session:
     def reset(self) -> None:
         """Forget everything: position 0, as new."""
         self._state = State(memory.layout(self.model.config, GROWTH))
-        self._logits: NDArray[np.float32] | None = None  # never written to: snapshots share it
+        self._logits = None
         self._ring = np.zeros(RECENT, np.int32)  # the id at position p in p mod RECENT
         self._torn = False  # a pass was interrupted half way: some layers have moved on, some have not
-        self.draws: Draws | None = None  # what sampling keeps between tokens; made by the first `generate`
+        self.draws = None
 
     def save(self, path: str | PathLike[str]) -> int:
         """Write the session to a file, in one step, and give its bytes: the same number however long the session is.

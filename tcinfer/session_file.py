@@ -103,7 +103,7 @@ def write(snapshot: Snapshot, path: str | os.PathLike[str], private: bool = Fals
         *words,
     )
     last = np.zeros(config.vocab_size, np.float32) if logits is None else logits
-    parts = (header, description, state.buffer, snapshot.ring, np.ascontiguousarray(last))
+    parts: tuple[Any, ...] = (header, description, state.buffer, snapshot.ring, np.ascontiguousarray(last))
     digest = hashlib.blake2b(digest_size=DIGEST)
     size = DIGEST
     with replacing(Path(path), private) as temporary, open(temporary, "wb") as out:

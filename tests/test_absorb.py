@@ -53,7 +53,8 @@ def minute(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def byte_level(path: Path) -> Path:
     """A small model with GPT-2's vocabulary."""
     found = read(shared("data", "tokenizers", "gguf_vocab", "ggml-vocab-gpt-2.gguf")).metadata
-    keys = {key: value for key, value in found.items() if key.startswith("tokenizer.")}
+    names = ("ggml.model", "ggml.pre", "ggml.tokens", "ggml.merges")
+    keys = {key: list(v) if not isinstance(v := found[key], str) else v for key in map("tokenizer.{}".format, names)}
     config = replace(SMALL, vocab_size=len(found["tokenizer.ggml.tokens"]), memory="window", window=8)
     tensors = {name: Tensor(name, x.shape, partial(np.copy, x)) for name, x in random_weights(config).items()}
     write(Source(config, tensors, path.parent), path, "f32", keys)
@@ -162,7 +163,7 @@ def test_the_file_follows_a_live_pipe(live: Callable[..., Live]) -> None:
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_save_and_end_with_130(number: int, busy: bool, live: Callable[..., Live]) -> None:
+def test_signals_save_and_end(number: int, busy: bool, model: Path, live: Callable[..., Live]) -> None:
     process = live("--every", 60)
     process.write("some text\n" * (6000 if busy else 1))
     if busy:
@@ -171,10 +172,13 @@ def test_signals_save_and_end_with_130(number: int, busy: bool, live: Callable[.
     else:
         assert process.reaches(10, 2)
     process.process.send_signal(number)
-    assert process.process.wait(3) == 130
+    assert process.process.wait(3) == (130 if number == signal.SIGINT else 143)
     _, err = process.ends()
-    assert process.position == 10 if not busy else 0 < process.position < 60_000
-    assert err == f"absorbed {err.split()[1]} tokens, {err.split(', ', 1)[1]}"
+    assert (process.position == 10) is not busy
+    assert 0 < process.position < 60_000
+    done = command("generate", *FAST, "-m", model, "-s", process.path, "-p", "and", "-n", 3)
+    assert (done.status, len(done.out)) == (0, 3)
+    assert err.startswith(f"absorbed {process.position:,} tokens, ")
     assert f"{process.position:,} tokens in {process.path.stat().st_size:,} bytes" in err
     assert err.count("\n") == 1
 
@@ -385,12 +389,12 @@ def test_fork_copies_what_is_whole_to_where_nothing_is(saved: Saved, tmp_path: P
 
 
 def test_verify_tells_whether_it_goes_on(saved: Saved, model: Path) -> None:
-    path, _, session = saved
+    path = saved.path
     whole = f"{path}: whole, 302 tokens in {path.stat().st_size:,} bytes"
     assert command("session", "verify", path).out == f"{whole}\n"
     bundled = package.loader.bundled()
     assert command("session", "verify", path, *FAST, "-m", bundled).out == f"{whole}; it goes on in {bundled}\n"
-    assert "another model" in refused(command("session", "verify", path, *FAST, "-m", model))
+    assert re.search("another model|no weights for", refused(command("session", "verify", path, *FAST, "-m", model)))
     assert "window 128" in refused(command("session", "verify", path, *FAST, "-m", bundled, "--window", 64))
     path.write_bytes(path.read_bytes()[:1000] + b"x" + path.read_bytes()[1001:])
     assert "checksum" in refused(command("session", "verify", path))
@@ -407,7 +411,7 @@ def test_what_cannot_be_written(saved: Saved, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"s.tcs", "folder"}
 
 
-@pytest.mark.parametrize("name", ["x" * 255, "\N{PARROT}" * 63, " ", ".hidden", "a\nb"], ids=ascii)
+@pytest.mark.parametrize("name", ["x" * 255, "\N{PARROT}" * 63, " ", ".hidden", "a\nb"], ids=len)
 def test_any_name_that_the_system_takes(name: str, saved: Saved, tmp_path: Path) -> None:
     saved.session.save(tmp_path / name)
     assert (tmp_path / name).read_bytes() == saved.good

@@ -135,6 +135,7 @@ def test_a_damaged_session_file_is_refused_with_the_way_out(tmp_path: Path, dama
         data[len(data) // 2] ^= 1
     elif damage == "another model":  # as this one, but with other memory
         other = chats(memory="window").begin(None, "other")
+        other.max_tokens = 3
         answer(other, "Hi")
         other.close()
         data = bytearray(other.log.session_path.read_bytes())
@@ -171,11 +172,11 @@ START = '{"start":{"model":"m","system":null,"memory":{"memory":null,"window":nu
         "no list of ids": '{"turn":1,"user":""}\n{"in":7}\n{"end":1,"position":1}\n',
         "negative ids": '{"turn":1,"user":""}\n{"in":[-1]}\n{"end":1,"position":1}\n',
         "ids beyond the vocabulary": '{"turn":1,"user":""}\n{"in":[65]}\n{"end":1,"position":1}\n',
-        "ids beyond int64": '{"turn":1,"user":""}\n{"in":[%d]}\n{"end":1,"position":1}\n' % 2**70,
+        "ids beyond int64": f'{{"turn":1,"user":""}}\n{{"in":[{2**70}]}}\n{{"end":1,"position":1}}\n',
         "thousands of digits": '{"turn":1,"user":""}\n{"in":[1%s]}\n{"end":1,"position":1}\n' % ("0" * 9999),
         "a turn that is a word": '{"turn":"a"}\n' + IDS,
         "an end without a place": '{"end":1}\n' + IDS,
-        "a huge end": '{"turn":1,"user":""}\n{"in":[1]}\n{"end":%d,"position":1}\n' % 2**70,
+        "a huge end": f'{{"turn":1,"user":""}}\n{{"in":[1]}}\n{{"end":{2**70},"position":1}}\n',
         "a negative end": '{"turn":1,"user":""}\n{"in":[1]}\n{"end":-5,"position":1}\n',
         "turns out of order": IDS + '{"turn":1,"user":""}\n{"in":[1]}\n{"end":1,"position":10}\n',
         "2 MiB in a line": IDS.replace("2", "1") + '{"turn":2,"user":"%s"}\n' % ("a" * 2**21) + IDS,

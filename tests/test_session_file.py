@@ -134,6 +134,21 @@ def test_a_growing_cache_is_saved_as_long_as_it_is(name: str, tmp_path: Path) ->
     assert sizes[0] == sizes[1] < sizes[2] < sizes[3]
 
 
+def test_an_interrupted_prompt_is_saved_and_gone_on_from(backend: str, tmp_path: Path) -> None:
+    """Between two chunks of it, where no logits were computed."""
+
+    def stop(n: int) -> None:
+        raise KeyboardInterrupt
+
+    session, path = model("tensor-everything", backend).session(), tmp_path / "s.tcs"
+    with pytest.raises(KeyboardInterrupt):
+        session.feed(np.resize(IDS, 600), progress=stop)
+    session.save(path)
+    other = session.model.load_session(path)
+    assert other.position == session.position == 256
+    np.testing.assert_array_equal(other.feed(IDS), session.feed(IDS))
+
+
 OPERATIONS = ("feed", "generate", "snapshot", "restore", "file", "fork", "reset")
 
 
@@ -268,7 +283,7 @@ KINDS = {
     "version 0": (lambda t: t.with_at((8, struct.pack("<I", 0))), "version 0"),
     "a flag that is none": (lambda t: t.with_at((FLAGS, b"\7")), "flags"),
     "flags of 2^63": (lambda t: t.with_at((FLAGS + 7, b"\x80")), "flags"),
-    "no logits": (lambda t: t.with_at((FLAGS, b"\2")), "without a token, or a token without logits"),
+    "logits without a token": (lambda t: t.at_position(0), "logits without a token"),
     "an even increment": (lambda t: t.with_at((WORDS + 24, b"\0")), "random"),
     "a negative position": (lambda t: t.at_position(-1), "position"),
     "a position of -2^63": (lambda t: t.at_position(-(2**63)), "position"),
