@@ -110,7 +110,8 @@ class _SentencePiece(_Pieces):
         proto.trainer_spec.byte_fallback = BYTE in self._types
         normalizer = proto.normalizer_spec
         normalizer.add_dummy_prefix = self._space_prefix
-        normalizer.remove_extra_whitespaces = value(metadata, REMOVE_EXTRA_WHITESPACES, bool, False)
+        self._trims = value(metadata, REMOVE_EXTRA_WHITESPACES, bool, False)
+        normalizer.remove_extra_whitespaces = self._trims
         if CHARSMAP in metadata:
             normalizer.precompiled_charsmap = _charsmap(metadata[CHARSMAP])
         seen: set[str] = set()
@@ -153,6 +154,8 @@ class _SentencePiece(_Pieces):
 
     def _encode_plain(self, text: str, prefix: bool) -> list[int]:
         # The library itself matches user-defined pieces, and puts no space before what follows one.
+        if self._trims and text.startswith(" "):  # it drops the space, and the prefix is one
+            prefix = True
         library = self._library if prefix or not self._space_prefix else self._without_prefix
         ids: list[int] = library.encode(text)
         if len(self._tokens) in ids:

@@ -21,14 +21,14 @@ TEXTS = st.text(st.sampled_from("ab.,  \n\r\t\u00a0\u3000é中😀\x1c\u0301"), 
 
 
 class Drops(io.RawIOBase):
-    """A stream that gives its bytes in these parts."""
+    """A stream that gives its bytes in these parts, and long ones in several reads."""
 
     def __init__(self, parts: Iterable[bytes]) -> None:
-        self._parts = iter(parts)
+        self._parts, self._part = filter(None, parts), b""
 
     def read(self, size: int = -1) -> bytes:
-        part = next(filter(None, self._parts), b"")
-        assert len(part) <= size
+        part = self._part or next(self._parts, b"")
+        part, self._part = part[:size], part[size:]
         return part
 
 
