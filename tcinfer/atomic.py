@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +16,12 @@ from tcinfer.errors import FileError
 def replacing(path: Path, private: bool = False) -> Iterator[Path]:
     """Yields a temporary file's path beside `path`; at the end it is on disk and takes its place, in one step.
 
-    private: readable by its owner alone, whatever the umask. Raises FileError where that cannot be; `path` is then as
-    it was, and so it is after an exception within.
+    private: readable by its owner alone, whatever the umask; else a file that was there keeps its permissions. Raises
+    FileError where that cannot be; `path` is then as it was, and so it is after an exception within.
     """
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".part")
+        mode = _mode(path, private)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tcinfer-", suffix=".part")
     except (OSError, ValueError) as e:  # ValueError: a NUL in the name
         raise FileError(f"{path}: cannot be written: {getattr(e, 'strerror', None) or e}") from None
     os.close(handle)
@@ -28,7 +30,7 @@ def replacing(path: Path, private: bool = False) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
-        os.chmod(temporary, 0o600 if private else 0o666 & ~_umask())
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as e:
@@ -37,10 +39,21 @@ def replacing(path: Path, private: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
+def _mode(path: Path, private: bool) -> int:
+    """The permissions that the new file gets. Raises FileError where `path` is something that is no file."""
+    if "\0" in str(path):
+        raise ValueError("a name cannot hold a NUL")
+    if os.path.lexists(path) and not os.path.islink(path):  # a link itself is replaced
+        found = os.stat(path).st_mode
+        if not stat.S_ISREG(found):
+            raise FileError(f"{path}: cannot be written: it is no regular file")
+        if not private:
+            return stat.S_IMODE(found)
+    if private:
+        return 0o600
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    return 0o666 & ~mask
 
 
 def _sync_folder(folder: Path) -> None:

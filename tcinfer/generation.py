@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tcinfer.session import Progress, Session
     from tcinfer.tokenizer import StreamDecoder
 
-UNFINISHED = 32  # ids: more than any half-finished character has
+UNFINISHED = 32  # ids: more than any half-finished character has, or most banned strings
 
 
 class Piece(NamedTuple):
@@ -54,7 +54,15 @@ class Generation:
             raise TcinferError(f"generate has no option {wrong!r}; sampling has {known}") from None
         check_count("max_tokens", max_tokens, -1)
         self._session, self._max_tokens, self._constraint = session, max_tokens, constraint
-        self._ends = session.model.tokenizer.eos_ids.union(int(i) for i in stop_ids)
+        if constraint is not None and not hasattr(constraint, "allowed"):
+            raise TcinferError(f"constraint is a tcinfer.constraint.Constraint, not {type(constraint).__name__}")
+        try:
+            ends = session._check(stop_ids).tolist() if len(stop_ids) else []
+            self._ends = session.model.tokenizer.eos_ids.union(ends)
+            if self._how.logit_bias:
+                session._check([token for token, _ in self._how.logit_bias])
+        except (TypeError, TcinferError) as e:
+            raise TcinferError(f"stop_ids and logit_bias: {e}") from None
         self._stops, self._banned = strings("stop", stop), strings("banned", banned)
         self._ids = self._prompt_ids(prompt)
         if np.size(self._ids):
@@ -78,7 +86,7 @@ class Generation:
             session.feed(self._ids, progress=progress)
         if session.draws is None or self._how.seed >= 0:
             session.draws = self._how.draws()
-        text = _Text(self._stops, self._banned, self._decoder())
+        text = _Text(self._stops, self._banned, *self._decoder())
         breaks = None
         if self._how.dry_multiplier:
             breaks = breaker_ids(tokenizer, self._how.dry_sequence_breakers, session.model.config.vocab_size)
@@ -119,15 +127,13 @@ class Generation:
             allowed = np.ones(len(session.logits), bool) if allowed is None else allowed.copy()
             allowed[chosen] = False
 
-    def _decoder(self) -> StreamDecoder | None:
-        """A decoder in the midst of the session's text: a character half of which is there already is completed."""
+    def _decoder(self) -> tuple[StreamDecoder | None, str]:
+        """A decoder in the midst of the session's text, and the end of that text: what is half there is completed."""
         tokenizer = self._session.model.tokenizer
         if not tokenizer.vocab_size:  # a file without one: ids, no text
-            return None
+            return None, ""
         decoder = tokenizer.stream()
-        for token in self._session.recent[-UNFINISHED:]:
-            decoder.push(int(token))
-        return decoder
+        return decoder, "".join(decoder.push(int(token)) for token in self._session.recent[-UNFINISHED:])
 
 
 def strings(name: str, given: str | Sequence[str]) -> list[str]:
@@ -141,11 +147,12 @@ def strings(name: str, given: str | Sequence[str]) -> list[str]:
 class _Text:
     """Ids in, text out: complete characters, and nothing that may yet turn out to be part of a stop string."""
 
-    def __init__(self, stops: list[str], banned: list[str], decoder: StreamDecoder | None) -> None:
+    def __init__(self, stops: list[str], banned: list[str], decoder: StreamDecoder | None, before: str) -> None:
+        """before: the text that stands before this one; a banned string may have begun there."""
         self._stops, self._banned, self._decoder = stops, banned, decoder
         self._held = ""  # the beginning of a stop string, perhaps
-        self._tail = ""  # as much as a banned string needs to be seen
         self._longest = max(map(len, banned), default=1) - 1
+        self._tail = self._ending(before)
         self.stopped = False
 
     def forbids(self, token: int) -> bool:
@@ -159,9 +166,12 @@ class _Text:
         if self._decoder is None:
             return ""
         new = self._decoder.push(token)
-        if self._longest:
-            self._tail = (self._tail + new)[-self._longest :]
+        self._tail = self._ending(self._tail + new)
         return self._release(new)
+
+    def _ending(self, text: str) -> str:
+        """As much of a text's end as a banned string needs to be seen."""
+        return text[-self._longest :] if self._longest else ""
 
     def flush(self) -> str:
         """All that was held back, now that the text is over."""

@@ -47,10 +47,13 @@ def shares(model: Model, before: Snapshot, ids: Sequence[int]) -> dict[int, floa
     Of the last CHUNK of the ids, which follow on the snapshot. For each token and layer it is the length of what the
     memory added over the sum of that and of what the window added; layers without a memory are not in it.
     """
+    if not len(ids):
+        return {}
     session = Session(model, before)
-    first = max(0, len(ids) - CHUNK)
+    checked, first = session._check(ids), max(0, len(ids) - CHUNK)
     if first:
-        session.feed(ids[:first])
+        session.feed(checked[:first])
+    session._make_room(len(checked) - first)
     found: dict[int, NDArray[np.float32]] = {}
-    model.forward(session._state, np.asarray(ids[first:], np.int64), "none", found)
+    model.forward(session._state, checked[first:], "none", found)
     return {layer: float(share.mean()) for layer, share in found.items()}

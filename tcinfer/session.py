@@ -100,12 +100,11 @@ class Session:
         out = _rows(len(checked), V) if all_logits else None
         for a in range(0, len(checked), CHUNK):
             part = checked[a : a + CHUNK]
-            last = a + CHUNK >= len(checked)
             self._torn = True
             # Damaged weights show in the logits, which `sample` checks.
             with np.errstate(all="ignore"):
-                logits = self.model.forward(self._state, part, "all" if all_logits else "last" if last else "none")
-            self._taken(part, logits[-1].copy() if len(logits) else None)  # no view: that would keep every row
+                logits = self.model.forward(self._state, part, "all" if all_logits else "last")
+            self._taken(part, logits[-1].copy())  # no view: that would keep every row
             if out is not None:
                 out[a : a + len(part)] = logits
             if progress is not None:
@@ -174,9 +173,10 @@ class Session:
 
         return session_file.write(self.snapshot(), path)
 
-    def _taken(self, ids: NDArray[np.int64], logits: NDArray[np.float32] | None) -> None:
+    def _taken(self, ids: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
         """A pass has taken ids in (and has moved the position on)."""
         self._ring[np.arange(self.position - len(ids), self.position) % RECENT] = ids
+        logits.flags.writeable = False  # snapshots share it
         self._logits, self._torn = logits, False
 
     def _check_whole(self) -> None:

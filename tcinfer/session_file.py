@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -36,8 +35,8 @@ from tcinfer import memory
 from tcinfer.atomic import replacing
 from tcinfer.config import ModelConfig
 from tcinfer.errors import FileError, TcinferError
-from tcinfer.memory.state import ALIGNMENT, State
-from tcinfer.reader import map_file
+from tcinfer.memory.state import State
+from tcinfer.reader import file_error, map_file
 from tcinfer.sampler import Draws
 from tcinfer.session import RECENT, Session, Snapshot, rounded_up
 
@@ -50,6 +49,8 @@ WORDS = 7  # of Draws
 HEADER = struct.Struct(f"<8sII32sqqQ{WORDS}Q")
 DIGEST = 32
 LONGEST_DESCRIPTION = 2**16
+MOST_LAYERS = 4096
+MOST_TOKENS = 2**53  # up to which float64 counts, and angles of rotation are computed from it
 HAS_LOGITS, HAS_DRAWS = 1, 2
 # What `--memory` and its fellows change: a session goes on in a model that was loaded with the same.
 MEMORY_FIELDS = ("memory", "window", "sinks", "sink_positions", "key_conv", "cache_type", "options")
@@ -78,7 +79,7 @@ class SessionFile:
         return {
             "memory": config.memory,
             "window": config.window or None,
-            "sinks": config.sinks if config.memory == "sinks" else None,
+            "sinks": None if config.memory in ("full", "window") else config.sinks,
             "cache_type": config.cache_type,
         }
 
@@ -86,6 +87,10 @@ class SessionFile:
 def write(snapshot: Snapshot, path: str | os.PathLike[str], private: bool = False) -> int:
     """Write a session's snapshot; returns the file's bytes. private: for its owner's eyes alone."""
     config, state = snapshot.model.config, snapshot.state
+    try:
+        _check_finite(state, snapshot.logits)
+    except TcinferError as e:
+        raise TcinferError(f"the session {e}: it is damaged, and was not saved") from None
     if not snapshot.model.bounded:
         state = state.resized(memory.layout(config, rounded_up(state.position)))
     draws, logits = snapshot.draws, snapshot.logits
@@ -119,14 +124,11 @@ def write(snapshot: Snapshot, path: str | os.PathLike[str], private: bool = Fals
 def read(path: str | os.PathLike[str]) -> SessionFile:
     """Read a session file, all but its fit to a model checked. Raises FileError."""
     path = Path(path)
-    data = map_file(path)
-    with data:
-        try:
-            return _parsed(path, memoryview(data))
-        except FileError:
-            raise
-        except TcinferError as e:
-            raise FileError(f"{path}: {e}") from None
+    data = memoryview(map_file(path))
+    try:
+        return _parsed(path, data)
+    except TcinferError as e:
+        raise file_error(path, str(e)) from None
 
 
 def load(model: Model, path: str | os.PathLike[str]) -> Session:
@@ -148,9 +150,7 @@ def arrays(state: State) -> Iterator[tuple[int, str, NDArray]]:
 
 
 def _parsed(path: Path, data: memoryview) -> SessionFile:
-    def fail(text: str) -> FileError:
-        return FileError(f"{path}: {text}")
-
+    fail = TcinferError
     if bytes(data[: len(MAGIC)]) != MAGIC:
         raise fail("is no session file")
     if len(data) < HEADER.size + DIGEST:
@@ -164,7 +164,7 @@ def _parsed(path: Path, data: memoryview) -> SessionFile:
     if described > min(LONGEST_DESCRIPTION, len(data)):
         raise fail(f"says that its description has {described} bytes")
     config = _config(bytes(data[HEADER.size : HEADER.size + described]), len(data))
-    if position < 0 or capacity < 0 or flags > HAS_LOGITS + HAS_DRAWS:
+    if not 0 <= position <= MOST_TOKENS or capacity < 0 or flags > HAS_LOGITS + HAS_DRAWS:
         raise fail("holds a position, a size or flags that cannot be")
     bounded = memory.bounded(config)
     if capacity != (0 if bounded else rounded_up(position)) or capacity > len(data):
@@ -182,15 +182,19 @@ def _parsed(path: Path, data: memoryview) -> SessionFile:
         raise fail(f"is at position {position} in its header, but at {state.position} in its state")
     if ring.min() < 0 or ring.max() >= config.vocab_size:
         raise fail(f"holds an id outside the vocabulary of {config.vocab_size}")
-    for layer, name, array in arrays(state):
-        if not np.isfinite(array).all():
-            raise fail(f"holds NaN or Inf in {name} of layer {layer}")
-    if not np.isfinite(logits).all():
-        raise fail("holds NaN or Inf in its logits")
+    _check_finite(state, logits)
     if bool(flags & HAS_LOGITS) != (position > 0):
         raise fail("has logits without a token, or a token without logits")
     draws = Draws.from_words(words) if flags & HAS_DRAWS else None
     return SessionFile(path, len(data), config, fingerprint, state, ring, logits if position else None, draws)
+
+
+def _check_finite(state: State, logits: NDArray[np.float32] | None) -> None:
+    for layer, name, array in arrays(state):
+        if not np.isfinite(array).all():
+            raise TcinferError(f"holds NaN or Inf in {name} of layer {layer}")
+    if logits is not None and not np.isfinite(logits).all():
+        raise TcinferError("holds NaN or Inf in its logits")
 
 
 def _described(config: ModelConfig) -> bytes:
@@ -202,31 +206,23 @@ def _config(description: bytes, nbytes: int) -> ModelConfig:
     """The configuration described, in a file of so many bytes. Raises TcinferError where it is none."""
     try:
         values = json.loads(description)
-        names = {f.name for f in fields(ModelConfig)}
-        if not isinstance(values, dict) or set(values) != names:
-            raise FileError("its description is that of another version, or of no model")
-        values = _plain(values)
-        mode = memory.MODES.get(values["memory"])
-        options = values["options"]
+        if not isinstance(values, dict) or set(values) != {f.name for f in fields(ModelConfig)}:
+            raise TcinferError("its description is that of another version, or of no model")
+        for f in fields(ModelConfig):
+            kinds = {"str": (str,), "int": (int,), "float": (int, float)}.get(str(f.type))  # of `options` none
+            if kinds is not None and type(values[f.name]) not in kinds:
+                raise TcinferError(f"{f.name} in its description is {values[f.name]!r}"[:200])
+        mode, options = memory.MODES.get(values["memory"]), values["options"]
         if mode is not None and mode.mechanism.Options is not None and isinstance(options, Mapping):
             values["options"] = mode.mechanism.Options(**options)
         config = ModelConfig(**values)
         memory.mechanism(config)
     except (ValueError, TypeError, RecursionError, OverflowError) as e:
-        raise FileError(f"its description is no model's configuration: {e}") from None
-    # Each layer has its keys, and the layout is a list of them: bound both before it is made.
-    if config.n_layers * ALIGNMENT > nbytes or config.vocab_size * 4 > nbytes:
-        raise FileError("its description is of a larger session than the file holds")
+        raise TcinferError(f"its description is no model's configuration: {e}") from None
+    # A layout is a list of layers: bound it before it is made.
+    if config.n_layers > MOST_LAYERS or config.vocab_size * 4 > nbytes:
+        raise TcinferError("its description is of a larger session than the file holds")
     return config
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    for name, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise FileError(f"{name} in its description is {value}")
-        if name != "options" and not isinstance(value, str | int | float):
-            raise FileError(f"{name} in its description is {value!r}"[:200])
-    return values
 
 
 def _check_fit(file: SessionFile, model: Model) -> None:

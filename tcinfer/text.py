@@ -12,6 +12,7 @@ import codecs
 import os
 import re
 import select
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -28,7 +29,7 @@ def pieces(stream: BinaryIO, live: float | None = None, invalid: Callable[[], No
 
     Where the cuts are depends on the text alone, not on how its bytes arrive; SIZE characters without a place for one
     are cut hard. With `live` (seconds; for streams with a file descriptor, from which nothing was read yet) that is
-    given up for speed: when no more has arrived for so long, all up to the last line end is a piece at once.
+    given up for speed: once it has waited so long for more, all up to the last line end is a piece at once.
     invalid: called once if there are bytes that are no UTF-8; each becomes U+FFFD as in `bytes.decode`.
     """
     held, length = list[str](), 0  # what was read and not yielded, and its characters
@@ -73,7 +74,7 @@ def ids(
 
 
 def _reads(stream: BinaryIO, live: float | None) -> Iterator[bytes]:
-    """What each read gives; with `live`, an empty one after so many seconds without more."""
+    """What each read gives; with `live`, an empty one after so many seconds spent on waiting."""
     try:
         descriptor = stream.fileno() if live is not None else None
     except (AttributeError, OSError):
@@ -82,16 +83,20 @@ def _reads(stream: BinaryIO, live: float | None) -> Iterator[bytes]:
         while data := stream.read(SIZE):
             yield data
         return
-    waiting = True  # whether there may be text to hand out meanwhile
+    waited, pending = 0.0, False  # seconds spent on waiting since something was read that may be handed out
     while True:
-        if not select.select([descriptor], [], [], live if waiting else None)[0]:
-            waiting = False
+        start = time.monotonic()
+        ready, _, _ = select.select([descriptor], [], [], max(0.0, live - waited) if pending else None)
+        waited += time.monotonic() - start
+        if pending and (not ready or waited >= live):
+            waited, pending = 0.0, False
             yield b""
-        elif data := os.read(descriptor, SIZE):
-            waiting = True
+        if ready:
+            data = os.read(descriptor, SIZE)
+            if not data:
+                return
+            waited, pending = waited if pending else 0.0, True
             yield data
-        else:
-            return
 
 
 def _decoded(reads: Iterator[bytes], invalid: Callable[[], None] | None) -> Iterator[str]:

@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tcinfer import session_file, text
 from tcinfer.chat.snapshots import Snapshots
 from tcinfer.chat.store import Log
-from tcinfer.chat.template import ChatTemplate, fill
+from tcinfer.chat.template import ChatTemplate, Part, fill
 from tcinfer.errors import FileError, TcinferError
+from tcinfer.generation import UNFINISHED
 from tcinfer.sampler import Sampling
 from tcinfer.session import Snapshot
 
@@ -62,7 +64,7 @@ class Conversation:
         """
         first = self.session.position == 0
         has_system = self.system is not None
-        parts = self.template.opening(has_system) if first else self.template.next(has_system)
+        parts = self.template.opening(has_system) if first else self._next(has_system)
         at = next(i for i, part in enumerate(parts) if part.who == "user")
         before = fill(parts[:at], system=self.system)
         after = fill(parts[at + 1 :], system=self.system)
@@ -71,8 +73,9 @@ class Conversation:
             for ids in self._encoded(first, before, message, files, after):
                 self.session.feed(ids, progress=progress)
                 self.log.fed("in", ids)
+            answer = self._begun()
         self._snapshots.add(self.turns, past)
-        yield from self._answer()
+        yield from self._answer(*answer)
 
     def again(self, progress: Progress | None = None) -> Iterator[Piece]:
         """Another answer to the last message. Raises TcinferError where there is none."""
@@ -84,8 +87,9 @@ class Conversation:
             session_file.write(self.session.snapshot(), self.log.session_path, private=True)
             for ids in self.log.question(turn):
                 self.session.feed(ids, progress=progress)
+            answer = self._begun()
         self.log.back_to(turn - 1, keep_question=True)
-        yield from self._answer()
+        yield from self._answer(*answer)
 
     def undo(self, turns: int = 1, progress: Progress | None = None) -> int:
         """Take back the last turns; gives how many that were. Raises TcinferError where there are none."""
@@ -120,9 +124,31 @@ class Conversation:
     def close(self) -> None:
         self.log.close()
 
-    def _answer(self) -> Iterator[Piece]:
+    def _next(self, system: bool) -> list[Part]:
+        """The template's next turn, without the text that ended the answer, where the session has read that already."""
+        parts = self.template.next(system)
+        tail = self.model.tokenizer.decode(self.session.recent[-UNFINISHED:].tolist())
+        for stop in self._stops:
+            if tail.endswith(stop):
+                text = parts[0].text
+                parts = [Part(text[text.index(stop) + len(stop) :], None), *parts[1:]]
+        return parts
+
+    def _begun(self) -> tuple[int, Iterator[Piece], Piece | None]:
+        """An answer with its first token chosen: what can be wrong with how it is to be chosen has shown by then."""
+        start = self.session.position
+        pieces = self.session.generate(
+            max_tokens=self.max_tokens,
+            sampling=replace(self.sampling, seed=-1),  # the conversation's own random numbers go on
+            stop=[*self._stops, *self.stop],
+            stop_ids=self._stop_ids,
+            banned=self.banned,
+        )
+        return start, pieces, next(pieces, None)
+
+    def _answer(self, logged: int, pieces: Iterator[Piece], first: Piece | None) -> Iterator[Piece]:
+        """The answer as it comes, written down from position `logged` on."""
         session = self.session
-        logged = session.position
 
         def write_down(at_least: int) -> None:
             nonlocal logged
@@ -131,13 +157,7 @@ class Conversation:
                 logged = session.position
 
         try:
-            for piece in session.generate(
-                max_tokens=self.max_tokens,
-                sampling=replace(self.sampling, seed=-1),  # the conversation's own random numbers go on
-                stop=[*self._stops, *self.stop],
-                stop_ids=self._stop_ids,
-                banned=self.banned,
-            ):
+            for piece in chain(() if first is None else (first,), pieces):
                 write_down(LOGGED)
                 yield piece
         finally:
@@ -200,11 +220,12 @@ class Conversation:
         at = None
         if self.log.session_path.exists():
             try:
-                self.session = session_file.load(self.model, self.log.session_path)
+                found = session_file.read(self.log.session_path)
             except FileError as e:
                 raise FileError(f"{e}; remove that file to have the conversation fed again from its log") from None
-            at = next((turn for turn, position in self.log.positions() if position == self.session.position), None)
-            if at is None and not self.turns:
+            self.session = session_file.attach(self.model, found)
+            at = next((turn for turn, position in self.log.positions() if position == found.position), None)
+            if not found.position:
                 at = 0
         if at is None:
             self._rewind(self.turns)

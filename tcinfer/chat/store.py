@@ -37,8 +37,9 @@ def chats() -> Path:
 
     folder = user_state_path("tcinfer", appauthor=False) / "chats"
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.chmod(folder, 0o700)
+        folder.mkdir(parents=True, exist_ok=True)
+        for ours in (folder.parent, folder):
+            os.chmod(ours, 0o700)
     except OSError as e:
         raise TcinferError(f"{folder}: conversations cannot be kept there: {e.strerror}") from None
     return folder
@@ -117,8 +118,11 @@ class Log:
         try:
             _lock(self._file, name)
             if start is not None:
+                for left in (self.session_path, self.base_path):  # of a conversation whose log is gone
+                    left.unlink(missing_ok=True)
                 self._append({"start": start}, sync=True)
             self.start = self._recover()
+            os.utime(self.path)  # who is used last is gone on with
         except BaseException:
             self._file.close()
             raise
@@ -187,10 +191,13 @@ class Log:
             raise TcinferError(f"there is a conversation {name!r} already: choose another name")
         self._file.flush()
         log = self._folder / f"{name}.jsonl"
-        for path in (self.session_path, self.base_path, self.path):  # the log last: with it, the conversation is there
+        targets = {self.session_path: f"{name}.tcs", self.base_path: f"{name}.base.tcs"}
+        for path, target in targets.items():
             if path.exists():
-                target = self._folder / path.name.replace(self.name, name, 1)
-                _private_copy(path, target if path != self.path else log)
+                _private_copy(path, self._folder / target)
+        _private_copy(self.path, log)  # last: with it, the conversation is there
+        used = self.path.stat()
+        os.utime(log, ns=(used.st_atime_ns, used.st_mtime_ns - 1))  # this one is still the last used
 
     def _turns(self, after: int, until: int) -> Iterator[dict[str, Any]]:
         current = 0
@@ -207,26 +214,30 @@ class Log:
         with open(self.path, "rb") as file:
             at = 0
             while line := file.readline(LONGEST_LINE):
-                if not line.endswith(b"\n"):
+                if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
                     return  # cut off while it was written
                 try:
                     record = json.loads(line)
                     if not _is_record(record):
                         raise ValueError
                 except (ValueError, RecursionError):
-                    raise FileError(f"{self.path}: line at byte {at} is no record of a conversation") from None
+                    raise self._broken(at) from None
                 yield at, record
                 at += len(line)
 
     def _recover(self) -> dict[str, Any]:
         """Drop what was cut off, count the turns, give what the conversation began with."""
-        start, whole = None, 0
+        start, whole, current = None, 0, 0
         for at, record in self._records():
             if "start" in record and not at:
                 start = record["start"]
-            if "end" in record:
-                self.turns = record["end"]
-            if "start" in record or "end" in record:
+            elif "turn" in record and record["turn"] == self.turns + 1 == current + 1:
+                current = record["turn"]
+            elif "end" in record and record["end"] == current == self.turns + 1:
+                self.turns = current
+            elif not current > self.turns or not ("in" in record or "out" in record):
+                raise self._broken(at)
+            if current == self.turns:
                 whole = at
         if start is None:
             raise FileError(f"{self.path}: does not begin as a conversation does")
@@ -235,6 +246,9 @@ class Log:
             whole += len(file.readline())
         self._file.truncate(whole)
         return start
+
+    def _broken(self, at: int) -> FileError:
+        return FileError(f"{self.path}: the line at byte {at} is no record of a conversation, or in the wrong place")
 
     def _append(self, record: dict[str, Any], sync: bool = False) -> None:
         try:

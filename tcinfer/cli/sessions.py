@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tcinfer.cli.console import both, interruptible, invalid, one_line, rate, say
+from tcinfer.cli.console import interruptible, invalid, one_line, rate, say
 from tcinfer.cli.options import load_model, model_options, open_text
 from tcinfer.config import check_number
 from tcinfer.errors import TcinferError
@@ -54,15 +54,25 @@ def absorb(path: str, file: str | None, every: float, quiet: bool, **options: An
         first, start, saved = session.position, time.monotonic(), time.monotonic()
         try:
             with interruptible(signal.SIGTERM) as check, bar("absorbing", None) as advance:
-                bos = first == 0 and model.tokenizer.add_bos
-                parts = text.ids(model.tokenizer, stream, bos, LIVE, continues=first > 0, invalid=invalid)
-                waited_from = time.monotonic()
-                for part in check.waits(parts):
-                    quiet_stream = time.monotonic() - waited_from > LIVE
-                    session.feed(part, progress=both(advance, check))
-                    if quiet_stream or time.monotonic() - saved > every:
+
+                def save_after(seconds: float) -> None:
+                    nonlocal saved
+                    if time.monotonic() - saved > seconds:
                         session.save(path)
                         saved = time.monotonic()
+
+                def progress(n: int) -> None:
+                    advance(n)
+                    check()
+                    save_after(every)
+
+                bos, live = first == 0 and model.tokenizer.add_bos, None if file is not None else LIVE
+                parts = text.ids(model.tokenizer, stream, bos, live, continues=first > 0, invalid=invalid)
+                waited_from = time.monotonic()
+                for part in check.waits(parts):
+                    live_part = time.monotonic() - waited_from >= LIVE
+                    session.feed(part, progress=progress)
+                    save_after(0 if live_part else every)  # who waits for a stream has time to save
                     waited_from = time.monotonic()
         finally:
             count, seconds = session.position - first, time.monotonic() - start
