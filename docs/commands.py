@@ -9,7 +9,7 @@ import click
 
 from tcinfer.cli import cli
 
-WIDTH = 100  # columns
+WIDTH = 98  # columns: what click leaves of 100
 HEAD = """# Every command and option
 
 `python docs/commands.py` writes this page; a test sees that it is what the commands say. [chat.md](chat.md) tells how

@@ -23,7 +23,7 @@ COLUMNS, ROWS = 100, 34
 SAID = (
     ("My name is Anna and I grow roses. Suggest one tool I need.", 12),
     ("/fork roses", 1),
-    ("Write a long story about the sea.", -3),  # stopped after 3 seconds
+    ("Write a long story about the sea.", -0.4),  # stopped after so many seconds
     ("/undo", 1),
     ("What do I grow?", 12),
     ("/memory", 1),
@@ -36,7 +36,7 @@ def record(model: Path) -> pyte.Screen:
     stream = pyte.Stream(screen)
     command = str(Path(sys.executable).parent / "tcinfer")
     arguments = ["chat", "-m", str(model), "--memory", "sinks", "--window", "512", "--temp", "0.3", "--seed", "5"]
-    arguments += ["-n", "60", "-sys", "You are a gardener. Answer in one short sentence."]
+    arguments += ["-n", "200", "-sys", "You are a gardener. Answer in one short sentence."]
     with tempfile.TemporaryDirectory() as state:
         env = os.environ | {"XDG_STATE_HOME": state, "TERM": "xterm-256color"}
         child = pexpect.spawn(command, arguments, env=env, dimensions=(ROWS, COLUMNS), encoding="utf-8", timeout=60)

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -171,7 +171,10 @@ class _LlamaCpp:
             "flash_attn": flash,
             "verbose": False,
         }
-        self._model = llama_cpp.Llama(path, n_threads=threads, n_threads_batch=threads, **options)
+        try:
+            self._model = llama_cpp.Llama(path, n_threads=threads, n_threads_batch=threads, **options)
+        except ValueError as e:
+            raise TcinferError(f"llama.cpp cannot run this file: {e}") from None
         self._context = self._model._ctx.ctx
         self._batch = llama_cpp.llama_batch_init(512, 0, 1)
 
@@ -278,10 +281,21 @@ def _round(runner: Runner, row: Measured, ids: NDArray[np.int64], prompt: int, t
         row.latencies += [1000 * t for t in taken]
 
 
-def soak(model: Model, tokens: int, parts: int = 10, progress: Callable[[int], None] = lambda n: None) -> str:
-    """Stream `tokens` tokens one by one through one session: speed and memory in each of `parts`, as a table."""
+class Soaked(NamedTuple):
+    """One part of a soak."""
+
+    tokens: int  # so far
+    tokens_per_second: float
+    ms_p50: float  # of a token
+    ms_p99: float
+    state_bytes: int
+    resident_bytes: int
+
+
+def soak(model: Model, tokens: int, parts: int = 10, progress: Callable[[int], None] = lambda n: None) -> list[Soaked]:
+    """Stream `tokens` tokens one by one through one session: speed and memory in each of `parts`."""
     session, ids = model.session(), _ids(model)(tokens)
-    lines = ["| tokens | tokens/s | ms p50 / p99 | state MB | resident MB |", "|---:|---:|---:|---:|---:|"]
+    rows = []
     for part in np.array_split(ids, min(parts, tokens)):
         taken = []
         for token in part:
@@ -289,10 +303,18 @@ def soak(model: Model, tokens: int, parts: int = 10, progress: Callable[[int], N
             session.feed(token)
             taken.append(1000 * (time.perf_counter() - started))
             progress(1)
-        p50, p99 = np.percentile(taken, (50, 99))
+        p50, p99 = (float(p) for p in np.percentile(taken, (50, 99)))
+        rows.append(Soaked(session.position, 1000 / p50, p50, p99, session.nbytes, resident()))
+    return rows
+
+
+def soak_table(rows: list[Soaked]) -> str:
+    """A soak for people."""
+    lines = ["| tokens | tokens/s | ms p50 / p99 | state MB | resident MB |", "|---:|---:|---:|---:|---:|"]
+    for r in rows:
         lines.append(
-            f"| {session.position:,} | {1000 / p50:,.1f} | {p50:.2f} / {p99:.2f} | {session.nbytes / 1e6:,.2f} | "
-            f"{resident() / 1e6:,.1f} |"
+            f"| {r.tokens:,} | {r.tokens_per_second:,.1f} | {r.ms_p50:.2f} / {r.ms_p99:.2f} | "
+            f"{r.state_bytes / 1e6:,.2f} | {r.resident_bytes / 1e6:,.1f} |"
         )
     return "\n".join(lines)
 

@@ -96,7 +96,7 @@ class Sampling:
 
     def chain(self) -> list[str]:
         """The names in `samplers`."""
-        return self.samplers.split(";") if self.samplers else []
+        return [name.strip() for name in self.samplers.split(";")] if self.samplers else []
 
     def draws(self) -> Draws:
         """What changes while sampling, at its start: the same seed, the same draws, on every machine."""

@@ -49,7 +49,8 @@ class Conversation:
         self._stop_ids, self._stops = ends(model.tokenizer, template, self.system is not None)
         if log.turns or log.base_path.exists() or log.session_path.exists():
             self._resume()
-        self.session.draws = self.session.draws or sampling.draws()
+        if self.session.draws is None or sampling.seed >= 0:
+            self.session.draws = sampling.draws()
 
     @property
     def turns(self) -> int:
@@ -220,13 +221,11 @@ class Conversation:
         at = None
         if self.log.session_path.exists():
             try:
-                found = session_file.read(self.log.session_path)
+                self.session = session_file.load(self.model, self.log.session_path)
             except FileError as e:
                 raise FileError(f"{e}; remove that file to have the conversation fed again from its log") from None
-            self.session = session_file.attach(self.model, found)
-            at = next((turn for turn, position in self.log.positions() if position == found.position), None)
-            if not found.position:
-                at = 0
+            position = self.session.position
+            at = next((turn for turn, end in self.log.positions() if end == position), None) if position else 0
         if at is None:
             self._rewind(self.turns)
             return

@@ -66,8 +66,14 @@ class Chats:
             found = session_file.read(base)
             options = found.memory_options()
             session_file.attach(self._load(options), found)
+        fingerprint = self._load(options).fingerprint.hex()
         name = store.new_name(self.folder) if name is None else name
-        start = {"model": str(self.opened.path.resolve()), "system": system, "memory": options}
+        start = {
+            "model": str(self.opened.path.resolve()),
+            "fingerprint": fingerprint,
+            "system": system,
+            "memory": options,
+        }
         log = Log(self.folder, name, start)
         if base is not None:
             with replacing(log.base_path, private=True) as temporary:
@@ -83,7 +89,11 @@ class Chats:
             options = log.start.get("memory")
             if not isinstance(options, dict) or set(options) != {"memory", "window", "sinks", "cache_type"}:
                 raise TcinferError(f"{log.path}: does not say with which memory it ran")
-            return Conversation(self._load(options), self.template, log, self.sampling)
+            model = self._load(options)
+            if log.start.get("fingerprint") != model.fingerprint.hex():
+                made_by = log.start.get("model")
+                raise TcinferError(f"conversation {log.name!r} is of another model, {made_by}: name it with -m")
+            return Conversation(model, self.template, log, self.sampling)
         except BaseException:
             log.close()
             raise

@@ -45,9 +45,11 @@ def main() -> None:
         status = 0
     except click.exceptions.Exit as e:  # --help, --version
         status = e.exit_code
+    except click.exceptions.NoArgsIsHelpError as e:  # a group alone
+        click.echo(e.format_message(), err=True)
     except click.ClickException as e:  # no such option, no number where one is needed
         command = e.ctx.command_path if isinstance(e, click.UsageError) and e.ctx else "tcinfer"
-        complain(f"{e.format_message()} See: {command} --help")
+        complain(f"{' '.join(e.format_message().split())} See: {command} --help")
     except TcinferError as e:
         complain(str(e))
     except (KeyboardInterrupt, click.Abort):

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from tcinfer.cli.console import argument, interruptible, say
+from tcinfer.cli.console import argument
 from tcinfer.cli.options import (
     banned_option,
     model_options,
@@ -48,8 +48,8 @@ def chat(**options: Any) -> None:
     """
     from tcinfer.chat import store
     from tcinfer.chat.launch import Chats
-    from tcinfer.chat.repl import Repl
     from tcinfer.chat.template import CHATML
+    from tcinfer.cli.repl import Repl
     from tcinfer.generation import strings
     from tcinfer.loader import operators
 
@@ -75,7 +75,7 @@ def chat(**options: Any) -> None:
     conversation.stop, conversation.banned = (
         strings(name, [argument(text) for text in options[name]]) for name in ("stop", "banned")
     )
-    repl = Repl(chats, conversation, interruptible, say)
+    repl = Repl(chats, conversation)
     if not options["quiet"]:
         repl.greet()
     try:

@@ -77,8 +77,9 @@ class Interrupts:
 
 
 @contextmanager
-def interruptible(*also: int) -> Iterator[Interrupts]:
-    """Ctrl-C (and the signals in `also`) takes effect at the next call of what this yields; a second one at once.
+def interruptible(*also: int, patient: bool = False) -> Iterator[Interrupts]:
+    """Ctrl-C (and the signals in `also`) takes effect at the next call of what this yields; a second one at once, but
+    for the patient, whose session must stay whole.
 
     Between tokens, because a KeyboardInterrupt in the middle of one may land where it is swallowed: Numba compiles
     through callbacks that print exceptions and go on.
@@ -87,7 +88,7 @@ def interruptible(*also: int) -> Iterator[Interrupts]:
 
     def handler(signum: int, _: object) -> None:
         check.hits.append(signum)
-        if check.waiting or len(check.hits) > 1:
+        if check.waiting or (len(check.hits) > 1 and not patient):
             check()
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, *also)}

@@ -42,6 +42,9 @@ def convert(
     _check_type("--outtype", outtype)
     path = Path(checkpoint)
     name = path.resolve().name if os.path.isdir(path) else path.stem
+    for option, given in (("-o", output), ("--tokenizer", tokenizer), ("--chat-template", chat_template)):
+        if given == "":
+            raise TcinferError(f"{option} names no file")
     out = Path(output or f"{name}-{outtype}.gguf")
     source, written, found = _convert(path, out, outtype, tokenizer, verify, template=chat_template)
     if found:

@@ -75,6 +75,8 @@ def generate(**options: Any) -> None:
         model = load_model(options, file)
         session = model.session() if file is None else session_file.attach(model, file)
         follow = constraint(options, model)
+        if options["save"]:
+            session.save(path)  # what cannot be written should show before the work
         figures = Figures()
         try:
             _read(session, stream, figures)

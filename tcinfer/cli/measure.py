@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
@@ -49,13 +50,17 @@ def bench(**options: Any) -> None:
     for depth in depths:
         check_count("--depth", depth, 0)
     check_choice("--output", options["output"], ("md", "json"))
-    check_choice("--compare", options["compare"], (None, "llama.cpp"))
+    if options["compare"] is not None:
+        check_choice("--compare", options["compare"], ("llama.cpp",))
     model = load_model(options)
     if options["soak"] is not None:
         check_count("--soak", options["soak"], 1)
+        if options["compare"] is not None:
+            raise TcinferError("--soak and --compare exclude each other")
         with interruptible() as check, bar("streaming", options["soak"]) as advance:
-            text = measuring.soak(model, options["soak"], progress=both(advance, check))
-        click.echo(text)
+            soaked = measuring.soak(model, options["soak"], progress=both(advance, check))
+        as_json = options["output"] == "json"
+        click.echo(json.dumps([row._asdict() for row in soaked]) if as_json else measuring.soak_table(soaked))
         return
     path = options["model"] or str(bundled())
     figures = options["rounds"] * len(depths) * (3 if options["compare"] else 1)
@@ -85,7 +90,7 @@ def bench(**options: Any) -> None:
     *MEMORY[1:],
     *RUNNING,
 )
-@click.option("-f", "--file", required=True, metavar="TEXT", help="A text of any length; - is standard input.")
+@click.option("-f", "--file", required=True, metavar="FILE", help="A text of any length; - is standard input.")
 @click.option("--limit", type=int, metavar="TOKENS", help="Take no more of the text.")
 @click.option("--by-position", is_flag=True, help="Also at 0-1, 1-2, 2-4, 4-8 ... windows from the start.")
 @click.option("-o", "--output", default="md", show_default=True, metavar="FORMAT", help="md, csv or json.")

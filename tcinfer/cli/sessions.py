@@ -76,8 +76,9 @@ def absorb(path: str, file: str | None, every: float, quiet: bool, **options: An
                     waited_from = time.monotonic()
         finally:
             count, seconds = session.position - first, time.monotonic() - start
+            refused = isinstance(sys.exception(), TcinferError) and not count
             size = session.save(path) if session.whole else os.path.getsize(path)
-            if not quiet:
+            if not quiet and not refused:
                 say(
                     f"absorbed {count:,} tokens, {rate(count, seconds)}; {path}: {session.position:,} tokens in "
                     f"{size:,} bytes, {session.outside_window:,} of them outside the exact window"
@@ -179,14 +180,15 @@ def fork(file: str, copy: str) -> None:
 
 @session.command()
 @FILE
-@model_options
-def verify(file: str, **options: Any) -> None:
+@click.option("-m", "--model", metavar="MODEL.gguf", help="Also check that it goes on in this model.")
+def verify(file: str, model: str | None) -> None:
     """Check every byte of a session file; with -m, also that it goes on in that model."""
     from tcinfer import session_file
+    from tcinfer.loader import load
 
     found = session_file.read(file)
     fits = ""
-    if options["model"] is not None:
-        session_file.attach(load_model(options, found), found)
-        fits = f"; it goes on in {one_line(options['model'])}"
+    if model is not None:
+        session_file.attach(load(model, backend="numpy", **found.memory_options()), found)
+        fits = f"; it goes on in {one_line(model)}"
     click.echo(f"{one_line(file)}: whole, {found.position:,} tokens in {found.nbytes:,} bytes{fits}")

@@ -8,18 +8,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tcinfer.chat import store
 from tcinfer.chat.conversation import Conversation
 from tcinfer.chat.launch import Chats
+from tcinfer.cli.console import both, interruptible, say
 from tcinfer.errors import TcinferError
 from tcinfer.progress import bar
 from tcinfer.sampling import Sampling, parsed
 
 if TYPE_CHECKING:
-    from tcinfer.cli.console import Interrupts
     from tcinfer.generation import Piece
 
 BLOCK = '"""'  # opens and closes a message of several lines
@@ -37,12 +38,8 @@ class Command(NamedTuple):
 class Repl:
     """One person at one terminal (or a pipe: then each line is a message, and an error ends it)."""
 
-    def __init__(
-        self, chats: Chats, conversation: Conversation, interruptible: Any, say: Callable[[str], None]
-    ) -> None:
-        """interruptible: a context manager that gives a check for Ctrl-C; say: writes a line beside the text."""
+    def __init__(self, chats: Chats, conversation: Conversation) -> None:
         self.chats, self.conversation = chats, conversation
-        self._interruptible, self._say = interruptible, say
         self._files: list[Path] = []  # that go before the next message
         self._rate = ""
         self.person = sys.stdin.isatty() and sys.stdout.isatty()
@@ -56,9 +53,9 @@ class Repl:
             except TcinferError as e:
                 if not self.person:
                     raise
-                self._say(f"tcinfer: {e}")
+                say(f"tcinfer: {e}")
             except KeyboardInterrupt:
-                self._say("interrupted; the conversation is as it was")
+                say("interrupted; the conversation is as it was")
             if self.done:
                 return
 
@@ -71,24 +68,34 @@ class Repl:
             command.run(self, rest.strip())
         elif line.strip() or self._files:
             message = line[1:] if line.startswith("//") else line
-            with self._reading() as progress:
-                answer = self.conversation.ask(message, self._files, progress)
-                first = next(answer, None)
-            self._files = []
-            self._stream(first, answer)
+            files, self._files = self._files, []
+            try:
+                self._stream(lambda progress: self.conversation.ask(message, files, progress))
+            except TcinferError:
+                self._files = files  # for another try
+                raise
 
-    def _stream(self, first: Piece | None, answer: Iterator[Piece]) -> None:
-        """Show an answer as it comes; Ctrl-C stops it, and what was said stays said."""
-        count, start = int(first is not None), time.monotonic()
+    def _stream(self, answer_of: Callable[[Callable[[int], None]], Iterator[Piece]]) -> None:
+        """Show an answer as it comes; Ctrl-C stops it, and what was said stays said.
+
+        Raises KeyboardInterrupt where it came before the answer began: then there is no turn.
+        """
+        count, answer, start = 0, None, time.monotonic()
         try:
-            with closing(answer), self._interruptible() as check:  # type: ignore[type-var]
-                self._show(first)
-                for piece in answer:
-                    check()
-                    self._show(piece)
-                    count += 1
+            with interruptible(patient=True) as check:
+                with bar("reading", None) as advance:
+                    answer = answer_of(both(advance, check))
+                    first = next(answer, None)
+                start = time.monotonic()
+                with closing(answer):  # type: ignore[type-var]
+                    for piece in chain(() if first is None else (first,), answer):
+                        check()
+                        self._show(piece)
+                        count += 1
         except KeyboardInterrupt:
-            self._say(("\n" if self.person else "") + "(stopped)")
+            if not count:
+                raise
+            say(("\n" if self.person else "") + "(stopped)")
         else:
             sys.stdout.write("\n")
             sys.stdout.flush()
@@ -101,10 +108,6 @@ class Repl:
             sys.stdout.write(printable(piece.text))
             sys.stdout.flush()
 
-    def _reading(self) -> Any:
-        """A context with progress to hand on, for what may take long before an answer begins."""
-        return _Reading(self._interruptible, "reading")
-
     def _lines(self) -> Iterator[str]:
         """Messages and commands, each whole."""
         read = self._prompt() if self.person else _piped
@@ -114,7 +117,7 @@ class Repl:
                 while line.lstrip().startswith(BLOCK) and (line.count(BLOCK) < 2 or not line.rstrip().endswith(BLOCK)):
                     line += "\n" + read(". ")
             except KeyboardInterrupt:
-                self._say("/exit or Ctrl-D leaves")
+                say("/exit or Ctrl-D leaves")
                 continue
             except EOFError:
                 return
@@ -159,37 +162,34 @@ class Repl:
     # Commands, each with the rest of its line
 
     def _help(self, _: str) -> None:
-        for command in COMMANDS.values():
-            self._say(f"  {command.usage:<22}{command.text}")
-        self._say(f"  {BLOCK} ... {BLOCK}           a message of several lines; so does Alt-Enter")
-        self._say("  Ctrl-C                stops an answer; Ctrl-D leaves")
+        for command in dict.fromkeys(COMMANDS.values()):
+            say(f"  {command.usage:<22}{command.text}")
+        say(f"  {BLOCK} ... {BLOCK}           a message of several lines; so does Alt-Enter")
+        say("  Ctrl-C                stops an answer; Ctrl-D leaves")
 
     def _system(self, text: str) -> None:
         if not text:
-            self._say(self.conversation.system or "no system prompt")
+            say(self.conversation.system or "no system prompt")
             return
         self._goes_to(lambda: self.chats.begin(text))
-        self._say(f"a new conversation, {self.conversation.log.name}, with this system prompt")
+        say(f"a new conversation, {self.conversation.log.name}, with this system prompt")
 
     def _clear(self, _: str) -> None:
         before = self.conversation.log.name
         self._goes_to(lambda: self.chats.begin(self.conversation.system))
-        self._say(f"a new conversation, {self.conversation.log.name}; /switch {before} goes back")
+        say(f"a new conversation, {self.conversation.log.name}; /switch {before} goes back")
 
     def _regen(self, _: str) -> None:
-        with self._reading() as progress:
-            answer = self.conversation.again(progress)
-            first = next(answer, None)
-        self._stream(first, answer)
+        self._stream(self.conversation.again)
 
     def _undo(self, text: str) -> None:
-        with self._reading() as progress:
-            count = self.conversation.undo(whole(text, "/undo"), progress)
-        self._say(f"took back {count} turn{'s' * (count > 1)}; {self.conversation.turns} left")
+        with interruptible(patient=True) as check, bar("reading", None) as advance:
+            count = self.conversation.undo(whole(text, "/undo"), both(advance, check))
+        say(f"took back {count} turn{'s' * (count > 1)}; {self.conversation.turns} left")
 
     def _fork(self, name: str) -> None:
         self.conversation.fork(needed(name, "/fork NAME"))
-        self._say(f"{name} is as this conversation is now; /switch {name} goes there")
+        say(f"{name} is as this conversation is now; /switch {name} goes there")
 
     def _switch(self, name: str) -> None:
         name = needed(name, "/switch NAME")
@@ -201,13 +201,14 @@ class Repl:
     def _sessions(self, _: str) -> None:
         for name in store.names(self.chats.folder):
             here = "*" if name == self.conversation.log.name else " "
-            self._say(f"{here} {name:<28}{store.summary(self.chats.folder, name)}")
+            say(f"{here} {name:<28}{store.summary(self.chats.folder, name)}")
 
     def _save(self, path: str) -> None:
         if not path:
-            self._say(f"saved after every turn: {self.conversation.log.session_path}")
+            say(f"saved after every turn: {self.conversation.log.session_path}")
             return
-        self._say(f"{path}: {self.conversation.session.save(path):,} bytes")
+        path = os.path.expanduser(path)
+        say(f"{path}: {self.conversation.session.save(path):,} bytes")
 
     def _load(self, path: str) -> None:
         path = needed(path, "/load FILE.tcs")
@@ -219,7 +220,7 @@ class Repl:
         if not file.is_file():
             raise TcinferError(f"{file}: no such file")
         self._files.append(file)
-        self._say(f"{file} ({file.stat().st_size:,} bytes) goes before your next message")
+        say(f"{file} ({file.stat().st_size:,} bytes) goes before your next message")
 
     def _memory(self, _: str) -> None:
         from tcinfer import insight
@@ -227,17 +228,17 @@ class Repl:
         conversation, config = self.conversation, self.conversation.model.config
         session = conversation.session
         held = min(session.position, config.window + config.sinks) if config.window else session.position
-        self._say(f"window: {held:,} tokens held exactly, {session.outside_window:,} outside; {size(session.nbytes)}")
+        say(f"window: {held:,} tokens held exactly, {session.outside_window:,} outside; {size(session.nbytes)}")
         layers = insight.layers(config, session._state)
         if not layers:
-            self._say(f"{config.memory} memory has no second level: the window's share of every answer is 100%")
+            say(f"{config.memory} memory has no second level: the window's share of every answer is 100%")
             return
         last = conversation.last_answer()
         shares = insight.shares(session.model, *last) if last is not None else {}
         for layer in layers:
             share = shares.get(layer.layer)
             came = f", last turn: window {1 - share:.0%}, memory {share:.0%}" if share is not None else ""
-            self._say(f"  layer {layer.layer:<4} norm {layer.norm:<8.3g} {layer.saturation:.0%} saturated{came}")
+            say(f"  layer {layer.layer:<4} norm {layer.norm:<8.3g} {layer.saturation:.0%} saturated{came}")
 
     def _set(self, text: str) -> None:
         name, _, value = text.partition(" ")
@@ -245,8 +246,8 @@ class Repl:
         how = self.conversation.sampling
         if not name:
             for flag, field in options.items():
-                self._say(f"  {flag:<24}{getattr(how, field)!r}")
-            self._say(f"  {'max-tokens':<24}{self.conversation.max_tokens}")
+                say(f"  {flag:<24}{getattr(how, field)!r}")
+            say(f"  {'max-tokens':<24}{self.conversation.max_tokens}")
         elif name == "max-tokens":
             self.conversation.max_tokens = whole(value, "/set max-tokens", least=-1)
         elif name in options:
@@ -274,18 +275,16 @@ class Repl:
         window = f", window {config.window:,}" if config.window else ""
         sinks = f", {config.sinks:,} first tokens kept" if config.sinks else ""
         bound = "whatever the length" if session.model.bounded else "and it grows with every token"
-        self._say(
-            f"{config.name or config.arch}: {config.memory} memory{window}{sinks}; {size(session.nbytes)}, {bound}"
-        )
-        self._say("/help lists the commands, Ctrl-C stops an answer, /exit or Ctrl-D leaves")
+        say(f"{config.name or config.arch}: {config.memory} memory{window}{sinks}; {size(session.nbytes)}, {bound}")
+        say("/help lists the commands, Ctrl-C stops an answer, /exit or Ctrl-D leaves")
         if session.position:
             self._where()
 
     def _where(self) -> None:
         """Where the conversation stands."""
-        self._say(self.status())
+        say(self.status())
         if text := self.conversation.last_text():
-            self._say(f"the last answer was: {printable(' '.join(text.split()))[:200]}")
+            say(f"the last answer was: {printable(' '.join(text.split()))[:200]}")
 
 
 COMMANDS = {
@@ -305,27 +304,6 @@ COMMANDS = {
     "/exit": Command(Repl._exit, "/exit", "leave; `tcinfer chat --continue` comes back"),
 }
 COMMANDS["/bye"] = COMMANDS["/quit"] = COMMANDS["/exit"]
-
-
-class _Reading:
-    """Ctrl-C and a bar for what comes before an answer."""
-
-    def __init__(self, interruptible: Any, what: str) -> None:
-        self._interruptible, self._bar = interruptible(), bar(what, None)
-
-    def __enter__(self) -> Callable[[int], None]:
-        check: Interrupts = self._interruptible.__enter__()
-        advance = self._bar.__enter__()
-
-        def progress(n: int) -> None:
-            advance(n)
-            check()
-
-        return progress
-
-    def __exit__(self, *error: Any) -> None:
-        self._bar.__exit__(*error)
-        self._interruptible.__exit__(*error)
 
 
 def _piped(_: str) -> str:
