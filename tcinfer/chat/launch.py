@@ -47,18 +47,12 @@ class Chats:
         self._ops, self._asked, self._notice = ops, asked, notice
         self._said: set[str] = set()
         self._model: Model | None = None
-        source = self.opened.metadata.get(CHAT_TEMPLATE) if template is None else template
-        if source is None:
-            self._once("this model has no chat template of its own: ChatML is used (--chat-template takes another)")
-        elif not isinstance(source, str):
-            raise TcinferError(f"{self.opened.path}: {CHAT_TEMPLATE} is no text; use --chat-template chatml")
-        tokenizer = self.opened.tokenizer
-        bos, eos = tokenizer.bos_id, min(tokenizer.eos_ids, default=None)
-        self.template = ChatTemplate(source, tokenizer.control_text(bos), tokenizer.control_text(eos))
+        self._source = template
+        self._templates: dict[str | None, ChatTemplate] = {}
 
     def begin(self, system: str | None, name: str | None = None, base: Path | None = None) -> Conversation:
         """A new conversation; base: a session file that it goes on from."""
-        if self.template.rewrites_history(system is not None):
+        if self._template(self._source).rewrites_history(system is not None):
             self._once("this chat template writes earlier turns anew; here they stay as they were read")
         if base is None:
             options = self._options(system)
@@ -68,12 +62,8 @@ class Chats:
             session_file.attach(self._load(options), found)
         fingerprint = self._load(options).fingerprint.hex()
         name = store.new_name(self.folder) if name is None else name
-        start = {
-            "model": str(self.opened.path.resolve()),
-            "fingerprint": fingerprint,
-            "system": system,
-            "memory": options,
-        }
+        start = {"model": str(self.opened.path.resolve()), "fingerprint": fingerprint}
+        start |= {"system": system, "memory": options, "template": self._source}
         log = Log(self.folder, name, start)
         if base is not None:
             with replacing(log.base_path, private=True) as temporary:
@@ -93,10 +83,23 @@ class Chats:
             if log.start.get("fingerprint") != model.fingerprint.hex():
                 made_by = log.start.get("model")
                 raise TcinferError(f"conversation {log.name!r} is of another model, {made_by}: name it with -m")
-            return Conversation(model, self.template, log, self.sampling)
+            return Conversation(model, self._template(log.start.get("template", self._source)), log, self.sampling)
         except BaseException:
             log.close()
             raise
+
+    def _template(self, own: Any) -> ChatTemplate:
+        """A template of the user's, or else the model's; rendered once."""
+        if own not in self._templates:
+            source = self.opened.metadata.get(CHAT_TEMPLATE) if own is None else own
+            if source is None:
+                self._once("this model has no chat template of its own: ChatML is used (--chat-template takes another)")
+            elif not isinstance(source, str):
+                raise TcinferError(f"{self.opened.path}: {CHAT_TEMPLATE} is no text; use --chat-template chatml")
+            tokenizer = self.opened.tokenizer
+            bos, eos = tokenizer.bos_id, min(tokenizer.eos_ids, default=None)
+            self._templates[own] = ChatTemplate(source, tokenizer.control_text(bos), tokenizer.control_text(eos))
+        return self._templates[own]
 
     def _load(self, options: dict[str, Any]) -> Model:
         """The model with this memory: the one at hand, if it has it."""
@@ -130,7 +133,7 @@ class Chats:
     def _pinned(self, system: str | None) -> int:
         """Tokens of the system prompt and what stands before it, as many as may be kept for ever."""
         tokenizer, config = self.opened.tokenizer, self.opened.config
-        parts = fill(self.template.system_part(system is not None), system=system)
+        parts = fill(self._template(self._source).system_part(system is not None), system=system)
         count = len(tokenizer.encode_parts(parts, bos=tokenizer.add_bos))
         sizes = [
             memory.layout(memory.with_memory(config, "sinks", 1, sinks, self._asked["cache_type"])).nbytes

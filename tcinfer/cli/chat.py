@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
@@ -54,8 +55,13 @@ def chat(**options: Any) -> None:
     from tcinfer.loader import operators
 
     check_count("max_tokens", options["max_tokens"], -1)
+    if sys.stdin is None:
+        raise TcinferError("standard input is closed: there is nobody to talk with")
+    stop, banned = (strings(name, [argument(text) for text in options[name]]) for name in ("stop", "banned"))
     how, folder, name = sampling(options), store.chats(), options["name"]
     path, template = options["model"], options["chat_template"]
+    if template is not None:
+        template = CHATML if template == "chatml" else read_text(template)
     asked = {key: options[key] for key in ("memory", "window", "sinks", "cache_type")}
     if options["resume"]:
         if options["system"] is not None or any(value is not None for value in asked.values()):
@@ -64,21 +70,15 @@ def chat(**options: Any) -> None:
         if not known:
             raise TcinferError(f"there is no conversation in {folder} to go on with")
         name = known[0] if name is None else name
-        start = store.start_of(folder, name)
-        path = start["model"] if path is None else path
-    if template is not None:
-        template = CHATML if template == "chatml" else read_text(template)
+        path = store.start_of(folder, name)["model"] if path is None else path
     chats = Chats(path, operators(options["backend"], options["threads"]), asked, template, how, notice)
     system = None if options["system"] is None else argument(options["system"])
     conversation = chats.resume(name) if options["resume"] else chats.begin(system, name)
-    conversation.max_tokens = options["max_tokens"]
-    conversation.stop, conversation.banned = (
-        strings(name, [argument(text) for text in options[name]]) for name in ("stop", "banned")
-    )
+    conversation.max_tokens, conversation.stop, conversation.banned = options["max_tokens"], stop, banned
     repl = Repl(chats, conversation)
-    if not options["quiet"]:
-        repl.greet()
     try:
+        if not options["quiet"]:
+            repl.greet()
         repl.run()
     finally:
         repl.conversation.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import fields, replace
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from tcinfer.generation import Piece
 
 BLOCK = '"""'  # opens and closes a message of several lines
+DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they reorder what stands around them
 HISTORY = "history"  # of lines typed, beside the conversations
 
 
@@ -69,23 +71,20 @@ class Repl:
         elif line.strip() or self._files:
             message = line[1:] if line.startswith("//") else line
             files, self._files = self._files, []
-            try:
-                self._stream(lambda progress: self.conversation.ask(message, files, progress))
-            except TcinferError:
-                self._files = files  # for another try
-                raise
+            self._stream(lambda progress: self.conversation.ask(message, files, progress))
 
     def _stream(self, answer_of: Callable[[Callable[[int], None]], Iterator[Piece]]) -> None:
         """Show an answer as it comes; Ctrl-C stops it, and what was said stays said.
 
         Raises KeyboardInterrupt where it came before the answer began: then there is no turn.
         """
-        count, answer, start = 0, None, time.monotonic()
+        count, began, start = 0, False, time.monotonic()
         try:
             with interruptible(patient=True) as check:
                 with bar("reading", None) as advance:
                     answer = answer_of(both(advance, check))
                     first = next(answer, None)
+                    began = True
                 start = time.monotonic()
                 with closing(answer):  # type: ignore[type-var]
                     for piece in chain(() if first is None else (first,), answer):
@@ -93,7 +92,7 @@ class Repl:
                         self._show(piece)
                         count += 1
         except KeyboardInterrupt:
-            if not count:
+            if not began:
                 raise
             say(("\n" if self.person else "") + "(stopped)")
         else:
@@ -114,13 +113,18 @@ class Repl:
         while True:
             try:
                 line = read("> ")
-                while line.lstrip().startswith(BLOCK) and (line.count(BLOCK) < 2 or not line.rstrip().endswith(BLOCK)):
-                    line += "\n" + read(". ")
             except KeyboardInterrupt:
                 say("/exit or Ctrl-D leaves")
                 continue
             except EOFError:
                 return
+            try:
+                while line.lstrip().startswith(BLOCK) and (line.count(BLOCK) < 2 or not line.rstrip().endswith(BLOCK)):
+                    line += "\n" + read(". ")
+            except KeyboardInterrupt:
+                continue
+            except EOFError:  # of a pipe that ends within a block
+                line += BLOCK
             text = line.strip()
             block = text.startswith(BLOCK) and len(text) >= 2 * len(BLOCK)
             yield text[len(BLOCK) : -len(BLOCK)].strip("\n") if block else line
@@ -184,7 +188,7 @@ class Repl:
 
     def _undo(self, text: str) -> None:
         with interruptible(patient=True) as check, bar("reading", None) as advance:
-            count = self.conversation.undo(whole(text, "/undo"), both(advance, check))
+            count = self.conversation.undo(whole(text or "1", "/undo"), both(advance, check))
         say(f"took back {count} turn{'s' * (count > 1)}; {self.conversation.turns} left")
 
     def _fork(self, name: str) -> None:
@@ -250,13 +254,13 @@ class Repl:
             say(f"  {'max-tokens':<24}{self.conversation.max_tokens}")
         elif name == "max-tokens":
             self.conversation.max_tokens = whole(value, "/set max-tokens", least=-1)
-        elif name in options:
+        elif name in options and value:
             how = replace(how, **{options[name]: parsed(options[name], value)})
             self.conversation.sampling = self.chats.sampling = how
             if name == "seed":
                 self.conversation.session.draws = how.draws()
         else:
-            raise TcinferError(f"there is no setting {name!r}; /set lists them")
+            raise TcinferError(f"there is no setting {text!r}; /set lists them, /set NAME VALUE changes one")
 
     def _exit(self, _: str) -> None:
         self.done = True
@@ -275,7 +279,8 @@ class Repl:
         window = f", window {config.window:,}" if config.window else ""
         sinks = f", {config.sinks:,} first tokens kept" if config.sinks else ""
         bound = "whatever the length" if session.model.bounded else "and it grows with every token"
-        say(f"{config.name or config.arch}: {config.memory} memory{window}{sinks}; {size(session.nbytes)}, {bound}")
+        name = " ".join(printable(config.name or config.arch).split())
+        say(f"{name}: {config.memory} memory{window}{sinks}; {size(session.nbytes)}, {bound}")
         say("/help lists the commands, Ctrl-C stops an answer, /exit or Ctrl-D leaves")
         if session.position:
             self._where()
@@ -315,8 +320,12 @@ def _piped(_: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Text of a model as a terminal may show it: line ends and tabs, but nothing that drives the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" if c != "\r" else "" for c in text)
+    """Text of a model as a terminal may show it: every script, but nothing that drives the terminal."""
+    return "".join("\ufffd" if _drives(c) else c for c in text if c != "\r")
+
+
+def _drives(c: str) -> bool:
+    return c not in "\n\t" and (unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or c in DIRECTIONS)
 
 
 def size(nbytes: int) -> str:
@@ -331,9 +340,9 @@ def needed(text: str, usage: str) -> str:
 
 
 def whole(text: str, usage: str, least: int = 1) -> int:
-    """A whole number; 1 if there is none."""
+    """A whole number. Raises TcinferError."""
     try:
-        number = int(text or "1")
+        number = int(text)
     except ValueError:
         number = least - 1
     if number < least:
