@@ -19,13 +19,7 @@ def replacing(path: Path, private: bool = False) -> Iterator[Path]:
     private: readable by its owner alone, whatever the umask; else a file that was there keeps its permissions. Raises
     FileError where that cannot be; `path` is then as it was, and so it is after an exception within.
     """
-    try:
-        mode = _mode(path, private)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tcinfer-", suffix=".part")
-    except (OSError, ValueError) as e:  # ValueError: a NUL in the name
-        raise FileError(f"{path}: cannot be written: {getattr(e, 'strerror', None) or e}") from None
-    os.close(handle)
-    temporary = Path(name)
+    temporary, mode = _temporary(path, private)
     try:
         yield temporary
         with open(temporary, "rb") as f:
@@ -37,6 +31,22 @@ def replacing(path: Path, private: bool = False) -> Iterator[Path]:
         raise FileError(f"{path}: cannot be written: {e.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raise FileError where `replacing` could not begin; for before long work."""
+    _temporary(path, private=True)[0].unlink()
+
+
+def _temporary(path: Path, private: bool) -> tuple[Path, int]:
+    """An empty file beside `path`, and the permissions that it gets at the end."""
+    try:
+        mode = _mode(path, private)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tcinfer-", suffix=".part")
+    except (OSError, ValueError) as e:  # ValueError: a NUL in the name
+        raise FileError(f"{path}: cannot be written: {getattr(e, 'strerror', None) or e}") from None
+    os.close(handle)
+    return Path(name), mode
 
 
 def _mode(path: Path, private: bool) -> int:

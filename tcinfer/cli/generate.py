@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
@@ -61,6 +62,7 @@ def generate(**options: Any) -> None:
       tcinfer generate -s notes.tcs -p "What was the name?" --temp 0
     """
     from tcinfer import session_file
+    from tcinfer.atomic import check_writable
     from tcinfer.generation import strings
 
     check_choice("--stats", options["stats"], ("text", "json"))
@@ -76,7 +78,7 @@ def generate(**options: Any) -> None:
         session = model.session() if file is None else session_file.attach(model, file)
         follow = constraint(options, model)
         if options["save"]:
-            session.save(path)  # what cannot be written should show before the work
+            check_writable(Path(path))  # what cannot be written should show before the work
         figures = Figures()
         try:
             _read(session, stream, figures)

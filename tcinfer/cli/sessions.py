@@ -77,8 +77,10 @@ def absorb(path: str, file: str | None, every: float, quiet: bool, **options: An
         finally:
             count, seconds = session.position - first, time.monotonic() - start
             refused = isinstance(sys.exception(), TcinferError) and not count
-            size = session.save(path) if session.whole else os.path.getsize(path)
+            if session.whole and not refused:
+                session.save(path)
             if not quiet and not refused:
+                size = os.path.getsize(path)
                 say(
                     f"absorbed {count:,} tokens, {rate(count, seconds)}; {path}: {session.position:,} tokens in "
                     f"{size:,} bytes, {session.outside_window:,} of them outside the exact window"
