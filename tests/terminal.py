@@ -116,6 +116,7 @@ class Terminal:
         self._stream = pyte.ByteStream(self.screen)
         self.raw = bytearray()  # the last of what the program wrote
         self.ended = False
+        self._entered = ""
         restored: Callable[[], Any] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         self.child = pexpect.spawn(
             COMMAND,
@@ -179,6 +180,10 @@ class Terminal:
         cursor = self.screen.cursor
         return cursor.x == 2 and self.screen.display[cursor.y].rstrip() == ">" and bool(self.status)
 
+    def streaming(self) -> bool:
+        """Whether an answer to the last line can be seen to come, and no prompt waits."""
+        return not self.status and len("".join(self._after(self._entered))) > 20
+
     def typed(self, text: str) -> None:
         """Keys, and no Enter; returns once they can be seen."""
         self.child.send(text)
@@ -188,6 +193,7 @@ class Terminal:
     def enter(self, text: str) -> None:
         """A line; returns at once."""
         self.typed(text)
+        self._entered = text
         self.child.send(ENTER)
 
     def says(self, text: str, seconds: float = SECONDS) -> list[str]:
@@ -197,10 +203,13 @@ class Terminal:
         return self.below(text)
 
     def below(self, text: str) -> list[str]:
-        """The lines between the last line typed and the prompt."""
+        """The lines between this line, as it was typed last, and the prompt."""
+        return self._after(text, self.screen.cursor.y)
+
+    def _after(self, text: str, end: int | None = None) -> list[str]:
         lines = self.lines()
-        at = max((i for i, line in enumerate(lines) if line == f"> {text}".rstrip()), default=-1)
-        return lines[at + 1 : self.screen.cursor.y]
+        places = [i for i, line in enumerate(lines) if line == f"> {text}".rstrip()]
+        return lines[places[-1] + 1 : end] if places else []
 
     def stop(self) -> None:
         """Ctrl-C."""

@@ -22,8 +22,8 @@ from test_cli import write_model
 
 from tcinfer import memory, session
 from tcinfer.chat import launch, snapshots
-from tcinfer.cli.repl import COMMANDS
 from tcinfer.cli import cli
+from tcinfer.cli.repl import COMMANDS
 from tcinfer.loader import Opened
 from tcinfer.sampling import SAMPLERS, Sampling
 

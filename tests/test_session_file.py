@@ -153,7 +153,7 @@ OPERATIONS = ("feed", "generate", "snapshot", "restore", "file", "fork", "reset"
 
 
 @pytest.mark.parametrize("name", ["full", "sinks-in-cache", "infini-delta-unbounded", "tensor-everything"])
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(st.tuples(st.integers(0, 1), st.sampled_from(OPERATIONS), st.integers(0, 99)), max_size=14))
 def test_forks_never_influence_each_other(name: str, backend: str, tmp_path: Path, steps: list) -> None:
     """Both of two forks, whatever is done to either, stand where an independent session with its history stands."""
@@ -388,22 +388,43 @@ def test_not_a_number_in_any_array(cache_type: str, bad: float, tmp_path: Path) 
         at = array.ctypes.data + array.nbytes - array.itemsize - buffer.ctypes.data
         value = np.array(bad, array.dtype).tobytes()
         path.write_bytes(sealed(good[: start + at] + value + good[start + at + len(value) :]))
-        assert refusal(path) == f"holds NaN or Inf in {name} of layer {layer}"
+        assert f"NaN or Inf in {name} of layer {layer}" in refusal(path)
 
 
-def go_on_from(folder: str, backend: str) -> None:
+def test_a_growing_cache_with_other_room_than_its_position_needs(tmp_path: Path) -> None:
+    session, path = model("full", "numpy").session(), tmp_path / "s.tcs"
+    session.feed(np.resize(IDS, 200))
+    session.save(path)
+    good, at = path.read_bytes(), DESCRIPTION + struct.unpack_from("<I", path.read_bytes(), 12)[0]
+    for room, position, says in (
+        (0, 200, "room for 0 tokens at position 200"),
+        (512, 200, "room for 512 tokens"),
+        (256, 257, "room for 256 tokens at position 257"),
+        (512, 300, "bytes where its description makes"),
+        (2**62, 2**62, "room for|position"),
+        (-256, 200, "cannot be"),
+    ):
+        data = bytearray(good)
+        struct.pack_into("<qq", data, POSITION, position, room)
+        struct.pack_into("<q", data, at, position)
+        path.write_bytes(sealed(data))
+        assert re.search(says, refusal(path))
+
+
+def go_on_from(folder: str) -> None:
     """From positions that no stream reaches: refused, or gone on from. In a process: an address may be made of one."""
-    t = Tiny(Path(folder, "s.tcs"), backend)
-    for position in (2**31, 2**32 + 5, 2**53, 2**62, 2**63 - 40, 2**63 - 2, 2**63 - 1):
-        t.path.write_bytes(t.at_position(position))
-        with contextlib.suppress(FileError):
-            session = t.model.load_session(t.path)
-            assert np.isfinite(session.feed(IDS)).all()
-            assert session.position == position + len(IDS)
+    for backend in BACKENDS:
+        t = Tiny(Path(folder, "s.tcs"), backend)
+        for position in (2**31, 2**32 + 5, 2**53, 2**62, 2**63 - 40, 2**63 - 2, 2**63 - 1):
+            t.path.write_bytes(t.at_position(position))
+            with contextlib.suppress(FileError):
+                session = t.model.load_session(t.path)
+                assert np.isfinite(session.feed(IDS)).all()
+                assert session.position == position + len(IDS)
 
 
-def test_a_huge_position_is_refused_or_gone_on_from(tmp_path: Path, backend: str) -> None:
-    process(f"import test_session_file as t; t.go_on_from({str(tmp_path)!r}, {backend!r})")
+def test_a_huge_position_is_refused_or_gone_on_from(tmp_path: Path) -> None:
+    process(f"import test_session_file as t; t.go_on_from({str(tmp_path)!r})")
 
 
 def test_thousands_of_damaged_bytes(tiny: Tiny) -> None:
@@ -421,7 +442,7 @@ def test_thousands_of_forged_bytes(tmp_path: Path, backend: str) -> None:
     """Sealed again: refused, or a session of finite numbers that takes ids."""
     t, rng, loaded = Tiny(tmp_path / "s.tcs", backend), np.random.default_rng(1), 0
     places = np.concatenate([np.arange(t.ring), rng.integers(t.ring, len(t.good) - DIGEST, 300)])
-    for at in rng.choice(places, 1500).tolist():
+    for at in rng.choice(places, 400).tolist():
         t.path.write_bytes(t.with_at((at, bytes([t.good[at] ^ 1 << int(rng.integers(8))]))))
         try:
             session = t.model.load_session(t.path)
@@ -433,7 +454,7 @@ def test_thousands_of_forged_bytes(tmp_path: Path, backend: str) -> None:
         assert np.isfinite(session.logits).all()
         with contextlib.suppress(TcinferError):
             session.feed(IDS[:2])
-    assert 100 < loaded < 1400
+    assert 30 < loaded < 370
 
 
 # Other models
