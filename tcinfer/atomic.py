@@ -28,7 +28,7 @@ def replacing(path: Path, private: bool = False) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as e:
-        raise FileError(f"{path}: cannot be written: {e.strerror}") from None
+        raise FileError(f"{path}: cannot be written: {e.strerror or e}") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -57,10 +57,10 @@ class Generation:
         if constraint is not None and not hasattr(constraint, "allowed"):
             raise TcinferError(f"constraint is a tcinfer.constraint.Constraint, not {type(constraint).__name__}")
         try:
-            ends = session._check(stop_ids).tolist() if len(stop_ids) else []
+            ends = session._check_ids(stop_ids).tolist() if len(stop_ids) else []
             self._ends = session.model.tokenizer.eos_ids.union(ends)
             if self._how.logit_bias:
-                session._check([token for token, _ in self._how.logit_bias])
+                session._check_ids([token for token, _ in self._how.logit_bias])
         except (TypeError, TcinferError) as e:
             raise TcinferError(f"stop_ids and logit_bias: {e}") from None
         self._stops, self._banned = strings("stop", stop), strings("banned", banned)

@@ -57,7 +57,7 @@ class Sampling:
     dry_multiplier: float = _number(0.0, "--dry-multiplier M", "Penalty for going on a repetition; 0: off.", 0)
     dry_base: float = _number(1.75, "--dry-base B", "Times B for each token more.", 1)
     dry_allowed_length: int = _count(2, "--dry-allowed-length N", "From N tokens on it is a repetition.", 1)
-    dry_penalty_last_n: int = _count(-1, "--dry-penalty-last-n N", "Tokens looked back; 0: off, -1: all.", -1)
+    dry_penalty_last_n: int = _count(-1, "--dry-penalty-last-n N", "Tokens looked back; 0: off, -1: 4,096.", -1)
     dry_sequence_breakers: tuple[str, ...] = _option(
         ("\n", ":", '"', "*"), "--dry-sequence-breaker TEXT", "Where a repetition ends; may be repeated."
     )
@@ -69,7 +69,7 @@ class Sampling:
     )
     mirostat_tau: float = _number(5.0, "--mirostat-ent TAU", "The surprise wanted, in bits.", 0)
     mirostat_eta: float = _number(0.1, "--mirostat-lr ETA", "How fast it gets there.", 0)
-    repeat_last_n: int = _count(64, "--repeat-last-n N", "Tokens penalised; 0: off, -1: all.", -1)
+    repeat_last_n: int = _count(64, "--repeat-last-n N", "Tokens penalised; 0: off, -1: 4,096.", -1)
     repeat_penalty: float = _number(1.0, "--repeat-penalty X", "Divides their logits; 1: off.", 0, above=True)
     presence_penalty: float = _number(0.0, "--presence-penalty X", "Taken from their logits; 0: off.")
     frequency_penalty: float = _number(0.0, "--frequency-penalty X", "For each time they occur; 0: off.")

@@ -189,7 +189,17 @@ class Session:
     def _check(self, ids: ArrayLike) -> NDArray[np.int64]:
         """ids as int64 [n], n >= 1, each in the vocabulary and all within what the model can take."""
         self._check_whole()
-        config = self.model.config
+        config, array = self.model.config, self._check_ids(ids)
+        if config.learned_positions and self.position + array.size > config.context_length:
+            raise TcinferError(
+                f"this model has learned positions and ends at token {config.context_length}: "
+                f"{self.position} are taken, {array.size} more do not fit"
+            )
+        return array
+
+    def _check_ids(self, ids: ArrayLike) -> NDArray[np.int64]:
+        """ids as int64 [n], n >= 1, each in the vocabulary."""
+        vocab_size = self.model.config.vocab_size
         try:
             array = np.atleast_1d(np.asarray(ids))
         except (ValueError, TypeError, OverflowError) as e:
@@ -198,15 +208,10 @@ class Session:
             raise TcinferError("ids must be a flat list of at least one id")
         if array.dtype.kind not in "iu":
             raise TcinferError(f"ids must be whole numbers below {2**63}, not {array.dtype}")
-        bad = (array < 0) | (array >= config.vocab_size)
+        bad = (array < 0) | (array >= vocab_size)
         if bad.any():
             at = int(np.argmax(bad))
-            raise TcinferError(f"id {array[at]} at index {at} is outside the vocabulary of {config.vocab_size}")
-        if config.learned_positions and self.position + array.size > config.context_length:
-            raise TcinferError(
-                f"this model has learned positions and ends at token {config.context_length}: "
-                f"{self.position} are taken, {array.size} more do not fit"
-            )
+            raise TcinferError(f"id {array[at]} at index {at} is outside the vocabulary of {vocab_size}")
         return array.astype(np.int64)
 
     def _make_room(self, count: int) -> None:

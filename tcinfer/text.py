@@ -25,11 +25,12 @@ _CUT = re.compile(r".*(?:\S(?= )|\S\n(?=\S))", re.DOTALL)  # up to the last plac
 
 
 def pieces(stream: BinaryIO, live: float | None = None, invalid: Callable[[], None] | None = None) -> Iterator[str]:
-    """The UTF-8 text of a stream in pieces of at most SIZE characters, none of them empty.
+    """The UTF-8 text of a stream in pieces of at most SIZE characters.
 
     Where the cuts are depends on the text alone, not on how its bytes arrive; SIZE characters without a place for one
     are cut hard. With `live` (seconds; for streams with a file descriptor, from which nothing was read yet) that is
-    given up for speed: once it has waited so long for more, all up to the last line end is a piece at once.
+    given up for speed: once it has waited so long for more, all up to the last line end is a piece at once,
+    and an empty one follows: the stream rests.
     invalid: called once if there are bytes that are no UTF-8; each becomes U+FFFD as in `bytes.decode`.
     """
     held, length = list[str](), 0  # what was read and not yielded, and its characters
@@ -44,9 +45,11 @@ def pieces(stream: BinaryIO, live: float | None = None, invalid: Callable[[], No
             end = found.end() if found else at + SIZE
             yield text[at:end]
             at = end
-        if not new and (end := text.rfind("\n", at) + 1):
-            yield text[at:end]
-            at = end
+        if not new:
+            if end := text.rfind("\n", at) + 1:
+                yield text[at:end]
+                at = end
+            yield ""
         held, length = [text[at:]], len(text) - at
     if length:
         yield "".join(held)
@@ -66,6 +69,9 @@ def ids(
     live, invalid: as for `pieces`. Raises TokenizerError where the text cannot be written in the vocabulary.
     """
     for text in pieces(stream, live, invalid):
+        if not text:  # the stream rests
+            yield []
+            continue
         if found := tokenizer.encode(text, bos=bos, continues=continues):
             yield found
         bos, continues = False, True

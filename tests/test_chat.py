@@ -57,8 +57,9 @@ def said(home: Path, name: str = "play") -> list[str]:
 
 
 def last_answer(home: Path, name: str = "play") -> str:
-    ids = [i for record in log(home, name) if "end" in record or "out" in record for i in record.get("out", [])]
-    return bundled("numpy").tokenizer.decode(ids)
+    records = log(home, name)
+    last = max(i for i, record in enumerate(records) if "turn" in record)
+    return bundled("numpy").tokenizer.decode([i for record in records[last:] for i in record.get("out", [])])
 
 
 # Commands
@@ -202,10 +203,10 @@ def test_ctrl_c_at_the_prompt_stays_and_in_an_answer_stops_it(romeo: Terminal, h
         romeo.until(romeo.ready)
         assert "(stopped)" in romeo.text()
         assert turns(home) == n
-    shown = "".join(romeo.below(f"Speak {'again ' * 2}")).removesuffix("(stopped)").removesuffix("^C")
+    shown = "".join(romeo.below(f"Speak {'again ' * 2}")).removesuffix("(stopped)").partition("^C")[0]
     assert len(shown) > 20
-    kept = last_answer(home)
-    assert kept.endswith(shown) or kept[:-1].endswith(shown)  # one more may have been under way
+    assert last_answer(home).startswith(shown)  # a terminal drops what it has not yet shown at Ctrl-C
+    assert len(last_answer(home)) - len(shown) < 20
     romeo.says("/set max-tokens 8")
     romeo.says("On")
     assert turns(home) == 3
@@ -274,7 +275,8 @@ def test_a_file_that_cannot_be_read_stands_in_nobodys_way(romeo: Terminal, home:
         if text.isascii():
             (home / "brief").unlink()
         line = "".join(romeo.says("What is it?"))
-        assert line.startswith("tcinfer: ")
+        assert "tcinfer: " in line
+        assert "not read: brief" in line
         assert says in line
         romeo.says("Speak")
     assert said(home) == ["Speak", "Speak"]

@@ -40,10 +40,10 @@ def test_200_turns_in_a_terminal_then_ctrl_c_undo_fork_save_kill_and_continue(ho
             seconds.append(time.monotonic() - start)
             if turn in (1, 10, 20, 50, 100, 150, TURNS):
                 resident[turn] = chat.rss()
-        early, late = np.median(seconds[5:15]), np.median(seconds[-10:])
+        early, late = min(seconds[5:15]), min(seconds[-10:])  # of others at work the best knows least
         print(f"\n{chat.status}")
         print("resident MB after turn", {turn: round(nbytes / 1e6, 1) for turn, nbytes in resident.items()})
-        print(f"turn 10: {early:.3f} s, turn {TURNS}: {late:.3f} s (medians of ten)")
+        print(f"turn 10: {early:.3f} s, turn {TURNS}: {late:.3f} s (best of ten)")
         assert chat.status.startswith("long | ")
 
         chat.says("/set max-tokens 500")
@@ -57,7 +57,7 @@ def test_200_turns_in_a_terminal_then_ctrl_c_undo_fork_save_kill_and_continue(ho
         chat.until(chat.streaming)
         chat.stop()
         chat.until(chat.ready)
-        partial = "".join(chat.below("Write a long story about a fox.")).removesuffix("(stopped)").removesuffix("^C")
+        partial = "".join(chat.below("Write a long story about a fox.")).removesuffix("(stopped)").partition("^C")[0]
         assert len(partial) > 10
         assert chat.says("/fork branch") == ["branch is as this conversation is now; /switch branch goes there"]
         assert chat.says("/save mine.tcs") == [f"mine.tcs: {(home / 'mine.tcs').stat().st_size:,} bytes"]
@@ -99,15 +99,15 @@ def test_3000_turns_of_the_bundled_model(home: Path) -> None:
     talk, process = conversation(home, tokens=1), psutil.Process()
     seconds, resident, descriptors = [], {}, set()
     for turn in range(1, 3001):
-        start = time.monotonic()
+        start = time.process_time()
         answer(talk, "Ay")
-        seconds.append(time.monotonic() - start)
+        seconds.append(time.process_time() - start)
         if turn % 500 == 0 or turn == 10:
             resident[turn] = process.memory_info().rss
             descriptors.add(process.num_fds())
-    early, late = np.median(seconds[10:110]), np.median(seconds[-100:])
+    early, late = (np.quantile(part, 0.05) for part in (seconds[20:320], seconds[-300:]))  # others are at work too
     print("\nresident MB after turn", {turn: round(nbytes / 1e6, 1) for turn, nbytes in resident.items()})
-    print(f"turn 100: {early * 1e3:.2f} ms, turn 3,000: {late * 1e3:.2f} ms; descriptors {descriptors}")
+    print(f"turn 100: {early * 1e3:.2f} ms of CPU, turn 3,000: {late * 1e3:.2f}; descriptors {descriptors}")
     start = time.monotonic()
     assert talk.undo(1000) == 1000
     print(f"/undo 1000 took {time.monotonic() - start:.2f} s")

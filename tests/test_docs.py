@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import string
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -149,6 +150,7 @@ def test_the_python_of_chat_md_runs(
 def test_the_shell_of_sessions_runs(tmp_path: Path) -> None:
     (block,) = [block for block in blocks("text") if "absorb" in block]
     (tmp_path / "server.log").write_text("An error: the rose is gone.\n" * 9)
+    shutil.copy(ROOT / "models" / "shakespeare.gguf", tmp_path / "model.gguf")
     script = f"set -eo pipefail; PATH={Path(sys.executable).parent}:$PATH; {block.replace('tail -f', 'cat')}"
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

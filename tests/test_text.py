@@ -128,7 +128,7 @@ def slowly(*parts: bytes, pause: float = 0.3) -> Iterator[tuple[float, str]]:
     started, writer = time.monotonic(), Thread(target=write)
     writer.start()
     with os.fdopen(ours, "rb") as stream:
-        for piece in text.pieces(stream, live=0.1):
+        for piece in filter(None, text.pieces(stream, live=0.1)):
             yield time.monotonic() - started, piece
     writer.join()
 

@@ -6,10 +6,11 @@ the conversation but its log on disk (store.py).
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from tcinfer.model import Model
     from tcinfer.tokenizer import Tokenizer
 
+MEASURED = 4096  # tokens of a turn, at most, that are fed again to measure it
 LOGGED = 256  # ids of an answer between two lines of the log
 
 Progress = Callable[[int], None]
@@ -76,21 +78,22 @@ class Conversation:
                 self.log.fed("in", ids)
             answer = self._begun()
         self._snapshots.add(self.turns, past)
-        yield from self._answer(*answer)
+        yield from self._answer(past, *answer)
 
     def again(self, progress: Progress | None = None) -> Iterator[Piece]:
-        """Another answer to the last message. Raises TcinferError where there is none."""
+        """Another answer to the last message. Raises TcinferError where there is none; a later one drops the turn."""
         turn = self.turns
         if not turn:
             raise TcinferError("there is no answer to try again yet")
         with self._or_back():
             self._rewind(turn - 1, progress)
-            session_file.write(self.session.snapshot(), self.log.session_path, private=True)
+            before = self.session.snapshot()
+            session_file.write(before, self.log.session_path, private=True)
             for ids in self.log.question(turn):
                 self.session.feed(ids, progress=progress)
             answer = self._begun()
         self.log.back_to(turn - 1, keep_question=True)
-        yield from self._answer(*answer)
+        yield from self._answer(before, *answer)
 
     def undo(self, turns: int = 1, progress: Progress | None = None) -> int:
         """Take back the last turns; gives how many that were. Raises TcinferError where there are none."""
@@ -106,17 +109,18 @@ class Conversation:
         return count
 
     def last_answer(self) -> tuple[Snapshot, list[int]] | None:
-        """The state before the last answer's turn, if it is at hand, and the ids of its message and answer."""
+        """The state before the last turn and the turn's ids, if that is at hand and no longer than MEASURED."""
         kept = self._snapshots.nearest(self.turns - 1)
         if not self.turns or kept is None or kept[0] != self.turns - 1:
             return None
-        ids = [i for part in self.log.replay(self.turns - 1, self.turns) for i in part]
-        return kept[1], ids
+        turn = chain.from_iterable(self.log.replay(self.turns - 1, self.turns))
+        ids = list(islice(turn, MEASURED + 1))
+        return (kept[1], ids) if len(ids) <= MEASURED else None
 
     def last_text(self) -> str:
         """The last answer, for people."""
-        ids = [i for part in self.log.answer(self.turns) for i in part] if self.turns else []
-        return self.model.tokenizer.decode(ids[-4096:])
+        ids = deque(chain.from_iterable(self.log.answer(self.turns)) if self.turns else (), MEASURED)
+        return self.model.tokenizer.decode(ids)
 
     def fork(self, name: str) -> None:
         """Keep a copy of all that is here under another name."""
@@ -147,9 +151,9 @@ class Conversation:
         )
         return start, pieces, next(pieces, None)
 
-    def _answer(self, logged: int, pieces: Iterator[Piece], first: Piece | None) -> Iterator[Piece]:
-        """The answer as it comes, written down from position `logged` on."""
-        session = self.session
+    def _answer(self, past: Snapshot, logged: int, pieces: Iterator[Piece], first: Piece | None) -> Iterator[Piece]:
+        """The answer as it comes, written down from position `logged` on; an error drops the turn, back to `past`."""
+        session, turns = self.session, self.turns
 
         def write_down(at_least: int) -> None:
             nonlocal logged
@@ -158,13 +162,19 @@ class Conversation:
                 logged = session.position
 
         try:
-            for piece in chain(() if first is None else (first,), pieces):
-                write_down(LOGGED)
-                yield piece
-        finally:
+            try:
+                for piece in chain(() if first is None else (first,), pieces):
+                    write_down(LOGGED)
+                    yield piece
+            except GeneratorExit:
+                pass  # stopped: what was said stays said
             write_down(1)
             self.log.end(session.position)
-            session_file.write(session.snapshot(), self.log.session_path, private=True)
+        except BaseException:
+            session.restore(past)
+            self.log.back_to(turns)
+            raise
+        session_file.write(session.snapshot(), self.log.session_path, private=True)
 
     def _encoded(
         self, first: bool, before: list[tuple[str, bool]], message: str, files: Sequence[Path], after: Any

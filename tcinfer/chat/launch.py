@@ -66,8 +66,12 @@ class Chats:
         start |= {"system": system, "memory": options, "template": self._source}
         log = Log(self.folder, name, start)
         if base is not None:
-            with replacing(log.base_path, private=True) as temporary:
-                shutil.copyfile(base, temporary)
+            try:
+                with replacing(log.base_path, private=True) as temporary:
+                    shutil.copyfile(base, temporary)
+            except BaseException:
+                log.close()
+                raise
         return self._conversation(log)
 
     def resume(self, name: str) -> Conversation:
@@ -105,7 +109,6 @@ class Chats:
         """The model with this memory: the one at hand, if it has it."""
         wanted = memory.with_memory(self.opened.config, **options)
         if self._model is None or self._model.config != wanted:
-            self._model = None  # before its successor: both together would take twice the memory
             self._model = self.opened.model(self._ops, **options, notice=self._notice)
         return self._model
 

@@ -14,6 +14,7 @@ A turn without its end is one that was cut off, and is dropped. Everything is pr
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -77,11 +78,16 @@ def start_of(folder: Path, name: str) -> dict[str, Any]:
 def summary(folder: Path, name: str) -> str:
     """Turns, tokens and the day of the last one, from the end of a conversation's log."""
     path = folder / f"{name}.jsonl"
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - LONGEST_LINE))
-        ends = re.findall(rb'^\{"end":(\d+),"position":(\d+)\}$', file.read(), re.MULTILINE)
+    try:
+        with open(path, "rb") as file:
+            used = os.fstat(file.fileno())
+            file.seek(max(0, used.st_size - LONGEST_LINE))
+            tail = file.read()
+    except OSError:  # gone meanwhile
+        return "cannot be read"
+    ends = re.findall(rb'^\{"end":(\d+),"position":(\d+)\}$', tail, re.MULTILINE)
     turns, position = (int(n) for n in ends[-1]) if ends else (0, 0)
-    day = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+    day = time.strftime("%Y-%m-%d %H:%M", time.localtime(used.st_mtime))
     return f"{turns:,} turns, {position:,} tokens, {day}"
 
 
@@ -108,7 +114,7 @@ class Log:
         self.turns = 0  # complete ones
         try:
             flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if start is not None else 0) | getattr(os, "O_NOFOLLOW", 0)
-            self._file: IO[bytes] = os.fdopen(os.open(self.path, flags, 0o600), "r+b")
+            self._file: IO[bytes] = os.fdopen(os.open(self.path, flags, 0o600), "r+b", buffering=0)
         except FileExistsError:
             raise TcinferError(f"there is a conversation {name!r} already: go on with it, or choose another") from None
         except FileNotFoundError:
@@ -125,6 +131,8 @@ class Log:
             os.utime(self.path)  # who is used last is gone on with
         except BaseException:
             self._file.close()
+            if start is not None:
+                self.path.unlink(missing_ok=True)
             raise
 
     def close(self) -> None:
@@ -145,8 +153,8 @@ class Log:
 
     def end(self, position: int) -> None:
         """The turn is over, and from here on it survives whatever happens."""
+        self._append({"end": self.turns + 1, "position": position}, sync=True)
         self.turns += 1
-        self._append({"end": self.turns, "position": position}, sync=True)
 
     def back_to(self, turn: int, keep_question: bool = False) -> None:
         """Drop all that came after so many turns; with keep_question, but for what the next turn fed "in"."""
@@ -158,7 +166,10 @@ class Log:
                 where = at
                 break
         if where is not None:
-            self._file.truncate(where)
+            try:
+                self._file.truncate(where)
+            except OSError as e:
+                raise FileError(f"{self.path}: cannot be written: {e.strerror}") from None
         self.turns = turn
 
     def replay(self, after: int, until: int) -> Iterator[list[int]]:
@@ -189,7 +200,6 @@ class Log:
         """All files under another name."""
         if (self._folder / f"{checked(name)}.jsonl").exists():
             raise TcinferError(f"there is a conversation {name!r} already: choose another name")
-        self._file.flush()
         log = self._folder / f"{name}.jsonl"
         targets = {self.session_path: f"{name}.tcs", self.base_path: f"{name}.base.tcs"}
         for path, target in targets.items():
@@ -210,7 +220,6 @@ class Log:
 
     def _records(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """(where it begins, record) of every whole line. Raises FileError for one that is no record."""
-        self._file.flush()
         with open(self.path, "rb") as file:
             at = 0
             while line := file.readline(LONGEST_LINE):
@@ -251,13 +260,18 @@ class Log:
         return FileError(f"{self.path}: the line at byte {at} is no record of a conversation, or in the wrong place")
 
     def _append(self, record: dict[str, Any], sync: bool = False) -> None:
+        line = json.dumps(record, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        if len(line) > LONGEST_LINE:
+            raise TcinferError(f"a system prompt and a template of {len(line):,} bytes are too long for a conversation")
+        at = self._file.seek(0, os.SEEK_END)
         try:
-            self._file.seek(0, os.SEEK_END)
-            self._file.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if sync:
-                self._file.flush()
                 os.fsync(self._file.fileno())
         except OSError as e:
+            with suppress(OSError):  # half a line would spoil those after it
+                self._file.truncate(at)
             raise FileError(f"{self.path}: cannot be written: {e.strerror}") from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
@@ -17,6 +18,7 @@ from tcinfer.errors import TcinferError
 INTERRUPTED = 130  # exit status after Ctrl-C
 TERMINATED = 143  # after SIGTERM
 T = TypeVar("T")
+DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they reorder what stands around them
 LONGEST_LINE = 5000  # characters of an error; the longest path has 4096
 
 
@@ -42,6 +44,15 @@ def one_line(text: str) -> str:
     """`text` of a bearable length, without line ends and what else could move a terminal's cursor."""
     text = text if len(text) <= LONGEST_LINE else text[:LONGEST_LINE] + "..."
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def printable(text: str) -> str:
+    """Text of a model as a terminal may show it: every script, but nothing that drives the terminal."""
+    return "".join("\ufffd" if _drives(c) else c for c in text if c != "\r")
+
+
+def _drives(c: str) -> bool:
+    return c not in "\n\t" and (unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or c in DIRECTIONS)
 
 
 def close_stdout() -> None:

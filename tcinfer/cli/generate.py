@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from tcinfer.cli.console import argument, both, interruptible, invalid, rate, say
+from tcinfer.cli.console import argument, both, interruptible, invalid, printable, rate, say
 from tcinfer.cli.options import (
     CONSTRAINT,
     banned_option,
@@ -137,12 +137,12 @@ def _read(session: Session, stream: BinaryIO, figures: Figures) -> None:
 
 def _write(pieces: Iterator[Any], figures: Figures) -> None:
     """The new text to stdout as it comes."""
-    start = time.monotonic()
+    start, terminal = time.monotonic(), sys.stdout.isatty()
     try:
         with interruptible() as check, closing(pieces):  # type: ignore[type-var]
             for piece in pieces:
                 check()
-                sys.stdout.write(piece.text)
+                sys.stdout.write(printable(piece.text) if terminal else piece.text)
                 sys.stdout.flush()
                 figures.new_tokens += 1
     finally:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import fields, replace
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tcinfer.chat import store
 from tcinfer.chat.conversation import Conversation
 from tcinfer.chat.launch import Chats
-from tcinfer.cli.console import both, interruptible, say
+from tcinfer.cli.console import both, complain, interruptible, printable, say
 from tcinfer.errors import TcinferError
 from tcinfer.progress import bar
 from tcinfer.sampling import Sampling, parsed
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from tcinfer.generation import Piece
 
 BLOCK = '"""'  # opens and closes a message of several lines
-DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they reorder what stands around them
 HISTORY = "history"  # of lines typed, beside the conversations
 
 
@@ -49,29 +47,35 @@ class Repl:
 
     def run(self) -> None:
         """Until the person leaves, or the pipe ends."""
-        for line in self._lines():
+        for line, block in self._lines():
             try:
-                self._take(line)
+                self._take(line, block)
             except TcinferError as e:
                 if not self.person:
                     raise
-                say(f"tcinfer: {e}")
+                complain(str(e))
             except KeyboardInterrupt:
                 say("interrupted; the conversation is as it was")
             if self.done:
                 return
 
-    def _take(self, line: str) -> None:
-        if line.startswith("/") and not line.startswith("//"):
+    def _take(self, line: str, block: bool) -> None:
+        """A command, or a message; what stands in a block is a message."""
+        if line.startswith("/") and not line.startswith("//") and not block:
             name, _, rest = line.partition(" ")
             command = COMMANDS.get(name)
             if command is None:
                 raise TcinferError(f"{name} is no command; /help lists them (// begins a message with a slash)")
             command.run(self, rest.strip())
         elif line.strip() or self._files:
-            message = line[1:] if line.startswith("//") else line
+            message = line[1:] if line.startswith("//") and not block else line
             files, self._files = self._files, []
-            self._stream(lambda progress: self.conversation.ask(message, files, progress))
+            try:
+                self._stream(lambda progress: self.conversation.ask(message, files, progress))
+            except (TcinferError, KeyboardInterrupt):
+                if files:
+                    say(f"not read: {', '.join(map(str, files))}; /read them again if you want to")
+                raise
 
     def _stream(self, answer_of: Callable[[Callable[[int], None]], Iterator[Piece]]) -> None:
         """Show an answer as it comes; Ctrl-C stops it, and what was said stays said.
@@ -107,8 +111,8 @@ class Repl:
             sys.stdout.write(printable(piece.text))
             sys.stdout.flush()
 
-    def _lines(self) -> Iterator[str]:
-        """Messages and commands, each whole."""
+    def _lines(self) -> Iterator[tuple[str, bool]]:
+        """Messages and commands, each whole, and whether it came as a block."""
         read = self._prompt() if self.person else _piped
         while True:
             try:
@@ -127,7 +131,7 @@ class Repl:
                 line += BLOCK
             text = line.strip()
             block = text.startswith(BLOCK) and len(text) >= 2 * len(BLOCK)
-            yield text[len(BLOCK) : -len(BLOCK)].strip("\n") if block else line
+            yield (text[len(BLOCK) : -len(BLOCK)].strip("\n") if block else line), block
 
     def _prompt(self) -> Callable[[str], str]:
         """Line editing with a history and a status line."""
@@ -187,8 +191,13 @@ class Repl:
         self._stream(self.conversation.again)
 
     def _undo(self, text: str) -> None:
-        with interruptible(patient=True) as check, bar("reading", None) as advance:
-            count = self.conversation.undo(whole(text or "1", "/undo"), both(advance, check))
+        count = 0
+        try:
+            with interruptible(patient=True) as check, bar("reading", None) as advance:
+                count = self.conversation.undo(whole(text or "1", "/undo"), both(advance, check))
+        except KeyboardInterrupt:
+            if not count:  # else it came too late
+                raise
         say(f"took back {count} turn{'s' * (count > 1)}; {self.conversation.turns} left")
 
     def _fork(self, name: str) -> None:
@@ -317,15 +326,6 @@ def _piped(_: str) -> str:
     if not line:
         raise EOFError
     return line.decode(errors="replace").rstrip("\r\n")
-
-
-def printable(text: str) -> str:
-    """Text of a model as a terminal may show it: every script, but nothing that drives the terminal."""
-    return "".join("\ufffd" if _drives(c) else c for c in text if c != "\r")
-
-
-def _drives(c: str) -> bool:
-    return c not in "\n\t" and (unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or c in DIRECTIONS)
 
 
 def size(nbytes: int) -> str:

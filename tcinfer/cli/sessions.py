@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tcinfer.cli.console import interruptible, invalid, one_line, rate, say
-from tcinfer.cli.options import load_model, model_options, open_text
+from tcinfer.cli.options import load_model, model_options, notice, open_text
 from tcinfer.config import check_number
 from tcinfer.errors import TcinferError
 
@@ -26,7 +26,14 @@ LIVE = 0.3  # seconds without more input after which what is there is taken in
 @click.command()
 @click.option("-s", "--session", "path", required=True, metavar="FILE.tcs", help="Gone on with; made if not there.")
 @click.option("-f", "--file", metavar="FILE", help="Read this; without it, standard input.")
-@click.option("--every", type=float, default=10, show_default=True, metavar="SECONDS", help="Save so often meanwhile.")
+@click.option(
+    "--every",
+    type=float,
+    default=10,
+    show_default=True,
+    metavar="SECONDS",
+    help="Save so often when busy; at a pause anyway.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="No figures on stderr.")
 @model_options
 def absorb(path: str, file: str | None, every: float, quiet: bool, **options: Any) -> None:
@@ -37,7 +44,7 @@ def absorb(path: str, file: str | None, every: float, quiet: bool, **options: An
 
     \b
     Examples:
-      tail -f server.log | tcinfer absorb -s log.tcs
+      tail -f server.log | tcinfer absorb -s log.tcs -m model.gguf
       tcinfer absorb -s book.tcs -m model.gguf --memory sinks --window 512 -f book.txt
     """
     from tcinfer import session_file, text
@@ -49,6 +56,9 @@ def absorb(path: str, file: str | None, every: float, quiet: bool, **options: An
         raise TcinferError("nothing to absorb: give -f FILE, or pipe a text in")
     with open_text(file) if file is not None else sys.stdin.buffer as stream:
         model = load_model(options, found)
+        if found is None and options["memory"] is None and not model.bounded:
+            notice("this model's own cache would grow with the stream: sinks memory is used (--memory full keeps all)")
+            model = load_model(options | {"memory": "sinks"})
         session = model.session() if found is None else session_file.attach(model, found)
         session.save(path)  # what cannot be written should show before hours of reading
         first, start, saved = session.position, time.monotonic(), time.monotonic()
@@ -68,16 +78,17 @@ def absorb(path: str, file: str | None, every: float, quiet: bool, **options: An
 
                 bos, live = first == 0 and model.tokenizer.add_bos, None if file is not None else LIVE
                 parts = text.ids(model.tokenizer, stream, bos, live, continues=first > 0, invalid=invalid)
-                waited_from = time.monotonic()
                 for part in check.waits(parts):
-                    live_part = time.monotonic() - waited_from >= LIVE
-                    session.feed(part, progress=progress)
-                    save_after(0 if live_part else every)  # who waits for a stream has time to save
-                    waited_from = time.monotonic()
+                    if part:
+                        session.feed(part, progress=progress)
+                    else:  # the stream rests: there is time to save
+                        save_after(0)
         finally:
             count, seconds = session.position - first, time.monotonic() - start
             refused = isinstance(sys.exception(), TcinferError) and not count
-            if session.whole and not refused:
+            if refused and found is None:
+                os.unlink(path)
+            elif session.whole:
                 session.save(path)
             if not quiet and not refused:
                 size = os.path.getsize(path)
