@@ -7,8 +7,8 @@ import importlib.util
 import os
 import re
 import shlex
-import string
 import shutil
+import string
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
