@@ -85,7 +85,7 @@ def _reads(stream: BinaryIO, live: float | None) -> Iterator[bytes]:
         descriptor = stream.fileno() if live is not None else None
     except (AttributeError, OSError):
         descriptor = None
-    if descriptor is None:
+    if descriptor is None or live is None:
         while data := stream.read(SIZE):
             yield data
         return

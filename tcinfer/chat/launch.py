@@ -62,7 +62,7 @@ class Chats:
             session_file.attach(self._load(options), found)
         fingerprint = self._load(options).fingerprint.hex()
         name = store.new_name(self.folder) if name is None else name
-        start = {"model": str(self.opened.path.resolve()), "fingerprint": fingerprint}
+        start: dict[str, Any] = {"model": str(self.opened.path.resolve()), "fingerprint": fingerprint}
         start |= {"system": system, "memory": options, "template": self._source}
         log = Log(self.folder, name, start)
         if base is not None:
