@@ -129,8 +129,8 @@ class Chats:
             asked["sinks"] = config.sinks if config.memory == "sinks" else DEFAULT_SINKS
         asked["sinks"] = max(asked["sinks"], pinned)
         if asked["window"] is None and config.memory == "full":
-            room = min(config.context_length, LARGEST_WINDOW) - asked["sinks"]
-            asked["window"] = max(room, DEFAULT_WINDOW)
+            trained = min(config.context_length or DEFAULT_WINDOW, LARGEST_WINDOW)
+            asked["window"] = max(trained - asked["sinks"], trained // 2)
         return asked
 
     def _pinned(self, system: str | None) -> int:

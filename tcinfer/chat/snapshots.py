@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tcinfer.session import Snapshot
 
-BUDGET = 256 * 2**20  # bytes
+BUDGET = 64 * 2**20  # bytes
+MOST = 16  # snapshots: small ones too are not free to look through
 
 
 class Snapshots:
@@ -22,7 +23,7 @@ class Snapshots:
         """Keep the state after so many turns; others go if the budget says so, the newest never."""
         self.back_to(turn - 1)
         self._kept.append((turn, snapshot))
-        while len(self._kept) > 1 and self.nbytes > self._budget:
+        while len(self._kept) > 1 and (self.nbytes > self._budget or len(self._kept) > MOST):
             turns = [-1, *(turn for turn, _ in self._kept)]
             # The one whose absence costs least: a short way to its neighbours, seen from now.
             gaps = [(turns[i + 2] - turns[i]) / (turns[-1] - turns[i + 1] + 1) for i in range(len(self._kept) - 1)]
