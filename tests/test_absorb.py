@@ -116,6 +116,7 @@ def live(tmp_path: Path, model: Path) -> Iterator[Callable[..., Live]]:
 # Streams
 
 
+@pytest.mark.slow
 def test_a_stream_is_the_text_fed_at_once(tmp_path: Path) -> None:
     """From a file and from a pipe; the files are the same to the byte, and so is what Python saves."""
     (tmp_path / "text").write_text(TEXT)

@@ -343,7 +343,7 @@ def test_interrupted_conversion(
     def slow(*arguments: Any) -> Any:
         done.append(arguments[0])
         if len(done) == 5:
-            assert list(tmp_path.glob(".out.gguf.*.part"))
+            assert list(tmp_path.glob(".tcinfer-*.part"))
             what()
         return pack(*arguments)
 

@@ -205,6 +205,7 @@ def test_names_of_memories() -> None:
 # The bundled model
 
 
+@pytest.mark.slow
 def test_bundled_model_on_its_validation_text(tmp_path: Path) -> None:
     whole = shared("data", "shakespeare", "tinyshakespeare.txt").read_text()
     rest = whole[int(len(whole) * 0.9) :]
