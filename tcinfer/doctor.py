@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tcinfer import __version__
+from tcinfer.chat.store import state_folder
 from tcinfer.errors import TcinferError
 
 EXTRAS = ("llguidance", "matplotlib", "llama-cpp-python", "torch")
@@ -58,13 +59,6 @@ def facts() -> dict[str, Any]:
         return found
     found["advice"] += _about_cache(found["operators"])
     return found
-
-
-def state_folder() -> Path:
-    """Where conversations are kept; it need not be there."""
-    from platformdirs import user_state_path
-
-    return user_state_path("tcinfer", appauthor=False)
 
 
 def _compiled() -> tuple[str, dict[str, Any]]:

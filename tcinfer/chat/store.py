@@ -32,11 +32,16 @@ SHOWN = 200  # characters of a message that the log keeps for people
 LONGEST_LINE = 2**20  # bytes; a part of ids has a few thousand
 
 
-def chats() -> Path:
-    """The folder of all conversations, made if it is not there. Raises TcinferError."""
+def state_folder() -> Path:
+    """Where the user's conversations are kept; it need not be there."""
     from platformdirs import user_state_path
 
-    folder = user_state_path("tcinfer", appauthor=False) / "chats"
+    return user_state_path("tcinfer", appauthor=False)
+
+
+def chats() -> Path:
+    """The folder of all conversations, made if it is not there. Raises TcinferError."""
+    folder = state_folder() / "chats"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for ours in (folder.parent, folder):
