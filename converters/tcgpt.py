@@ -1,4 +1,7 @@
-"""The published trainer's `ckpt.pt` (mechanisms.md 1.1): a GPT block with Tensor Cache, Infini, window or full."""
+"""The published trainer's `ckpt.pt` (mechanisms.md 1.1): a GPT block with Tensor Cache, Infini, window or full.
+
+This project's trainer writes the same, also with a Llama-style block.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from tcinfer.config import ModelConfig, check_count, check_number
+from tcinfer.config import ModelConfig, check_choice, check_count, check_number
 from tcinfer.converters import source
 from tcinfer.converters.pickles import StoredTensor, load_torch
 from tcinfer.converters.source import Names, Source, Tensor, shown, typed
@@ -26,7 +29,12 @@ BLOCK_ARGS = {
     "use_rope": True,
     "rope_base": 10000.0,
     "rope_scaling_factor": 1.0,
+    # of this project's trainer (models/trainer/options.py)
+    "block": "gpt",
+    "n_kv_head": 0,
+    "n_inner": 0,
 }
+ARCHITECTURE = {"gpt": "tcgpt", "llama": "tcllama"}  # by model_args' block
 
 
 def recognises(path: Path) -> bool:
@@ -71,19 +79,22 @@ def _config(args: Mapping[str, Any], name: str) -> ModelConfig:
     check_number("rope_scaling_factor", a["rope_scaling_factor"], 0)
     check_count("n_head", a["n_head"], 1)
     check_count("n_embd", a["n_embd"], 1)
+    check_choice("block", a["block"], tuple(ARCHITECTURE))
+    check_count("n_kv_head", a["n_kv_head"], 0)
+    check_count("n_inner", a["n_inner"], 0)
     if a["n_embd"] % a["n_head"]:
         raise FileError(f"n_embd {a['n_embd']} is not a multiple of n_head {a['n_head']}")
     scaled = a["rope_scaling_factor"] > 1
     return ModelConfig(
-        arch="tcgpt",
+        arch=ARCHITECTURE[a["block"]],
         name=name,
         vocab_size=a["vocab_size"],
         n_layers=a["n_layer"],
         d_model=a["n_embd"],
         n_heads=a["n_head"],
-        n_kv_heads=a["n_head"],
+        n_kv_heads=a["n_kv_head"] or a["n_head"],
         head_dim=a["n_embd"] // a["n_head"],
-        d_ff=4 * a["n_embd"],
+        d_ff=a["n_inner"] or 4 * a["n_embd"],
         context_length=a["block_size"],
         rope_dim=-1 if a["use_rope"] else 0,
         rope_base=a["rope_base"],
@@ -108,16 +119,20 @@ def _rename(config: ModelConfig, have: dict[str, Tensor], biases: bool) -> Names
             ("attn.c_proj", "attn_output"),
             ("mlp.fc", "ffn_up"),
             ("mlp.proj", "ffn_down"),
+            *((("mlp.gate", "ffn_gate"),) if config.block.mlp == "swiglu" else ()),
         ):
             names.move(h + theirs, blk + ours)
         names.move(h + "attn.c_attn", blk + "attn_qkv")  # queries, keys and values in one
+        heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
         for end in (".weight", ".bias"):
             fused = names.out.pop(blk + "attn_qkv" + end, None)
-            for part, name in enumerate(("attn_q", "attn_k", "attn_v")):
+            start, total = 0, sum(heads) * config.head_dim
+            for name, count in zip(("attn_q", "attn_k", "attn_v"), heads, strict=True):
                 if fused is not None:
-                    rest = fused.check((3 * C, C) if end == ".weight" else (3 * C,)).shape[1:]
-                    third = slice(part * C, (part + 1) * C)
-                    names.out[blk + name + end] = fused.changed((C, *rest), itemgetter(third))
+                    rest = fused.check((total, C) if end == ".weight" else (total,)).shape[1:]
+                    rows = slice(start, start + count * config.head_dim)
+                    names.out[blk + name + end] = fused.changed((rows.stop - start, *rest), itemgetter(rows))
+                    start = rows.stop
         source.take_memory(names, config, i, h + "attn.")
     names.finish()
     return names

@@ -1,9 +1,20 @@
-"""The memory over a whole sequence: the exact chunk form of Tensor Cache's token-by-token recurrence."""
+"""The matrix memory over a whole sequence: the exact chunk form of the token-by-token recurrence.
+
+For each pair written, with key k, value v, decay λ, write rate η and retrieval c, and for the query q beside it:
+
+    u_i = η_i (v_i − c_i k_i A_{i−1})        c = 0: outer, wedge;  1: delta;  1 / (φ(k)·z + ε): Infini's delta
+    A_i = λ_i A_{i−1} + k_iᵀ u_i             retrieval is from the un-decayed state
+          (wedge: + η_i (k_iᵀ v_i − v_iᵀ k_i))
+    o_i = q_i A_{i−1}  (read first, as published)   or   q_i A_i  (write first)
+
+Sources: mechanisms.md 1.2 for the recurrence, memory-that-works.md 1 for the chunk form.
+"""
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-RULES = ("delta", "outer", "wedge")
+CHUNK = 32  # tokens solved together: the longest that stays exact in float32 with strong decay
 
 
 def scan(
@@ -12,68 +23,96 @@ def scan(
     v: Tensor,
     log_decay: Tensor,
     rate: Tensor,
-    rule: str,
-    chunk: int,
-    A: Tensor | None = None,
+    A: Tensor,
+    retrieve: Tensor | None = None,
+    wedge: bool = False,
+    write_first: bool = False,
+    chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """Read then write N pairs; return the reads [B, H, N, D] and the final state A [B, H, D, D].
+    """The N reads [B, G, R, N, E], and the state after the last write [B, G, D, E].
 
-    Token by token, with decay λ and rate η per head; each read sees the state before its write, as published:
+    q [B, G, R, N, D]: R query heads to a key head; k [B, G, N, D]; v [B, G, N, E]; A [B, G, D, E]. log_decay (log λ),
+    rate (η) and retrieve (c; None is 0) broadcast to [B, G, N]. Any chunk length gives the same result. Computed in
+    float32, whatever autocast says; float64 stays float64.
 
-        o_i = q_i A_i
-        u_i = η v_i                    (outer)
-        u_i = η (v_i − k_i A_i)        (delta: retrieves from the un-decayed state)
-        A_{i+1} = λ A_i + k_iᵀ u_i     (wedge: λ A_i + η (k_iᵀ v_i − v_iᵀ k_i))
+    A chunk of C pairs, i, j = 1..C, with a_i = λ_1 ⋯ λ_i and P_ij = a_i / a_j (never formed by that division):
 
-    A chunk of C tokens, i, j = 0..C−1, from the state A; a_i = λ^i, P_ij = λ^(i−1−j) for j < i, else 0:
+        (I + L) U0 = diag(η) V,   (I + L) Y = diag(η c a_{i−1}) K       L_ij = η_i c_i P_{i−1,j} k_i·k_j,  j < i
+        U  = U0 − Y A_0
+        A' = a_C A_0 + Σ_j P_Cj k_jᵀ u_j
+        O  = diag(a_i) Q A_0 + (P ∘ Q Kᵀ) U                             j ≤ i; read first: a_{i−1}, P_{i−1,j}, j < i
 
-        outer: U = η V
-        delta: (I + η P∘KKᵀ) U = η (V − diag(a) K A)        one unit lower triangular solve
-        O  = diag(a) Q A + (P∘QKᵀ) U
-        A' = λ^C A + Kᵀ diag(λ^(C−1−j)) U
-
-    Only non-negative powers of λ are formed. Any split into chunks gives the same result; the last may be
-    short. q, k, v: [B, H, N, D]; log_decay (log λ), rate: [H]. Computed in float32; float64 stays float64.
+    Everything but the passing of A from chunk to chunk is done for all chunks at once.
     """
-    if rule not in RULES:
-        raise ValueError(f"unknown update rule {rule!r}, expected one of {', '.join(RULES)}")
     precision = torch.promote_types(q.dtype, torch.float32)
-    q, k, v, log_decay, rate = (x.to(precision) for x in (q, k, v, log_decay, rate))
-    if A is None:
-        A = q.new_zeros(*q.shape[:2], k.shape[-1], v.shape[-1])  # [B, H, D, D]
     with torch.autocast(q.device.type, enabled=False):
-        if rule == "wedge":  # the outer rule for (k, v) less the outer rule for (v, k): both are linear in A
-            keyed, A = scan(q, k, v, log_decay, rate, "outer", chunk, A)
-            swapped, S = scan(q, v, k, log_decay, rate, "outer", chunk)
+        q, k, v, log_decay, rate, A = (x.to(precision) for x in (q, k, v, log_decay, rate, A))
+        if wedge:  # the outer rule for (k, v) less the outer rule for (v, k): both are linear in A
+            keyed, A = scan(q, k, v, log_decay, rate, A, write_first=write_first, chunk=chunk)
+            none = torch.zeros_like(A)
+            swapped, S = scan(q, v, k, log_decay, rate, none, write_first=write_first, chunk=chunk)
             return keyed - swapped, A - S
-        reads = []
-        for Q, K, V in zip(*(x.split(chunk, dim=2) for x in (q, k, v)), strict=True):
-            read, A = _scan_chunk(Q, K, V, log_decay, rate, rule, A)
-            reads.append(read)
-    return torch.cat(reads, dim=2), A
+        return _scan(q, k, v, log_decay, rate, A, retrieve, write_first, chunk)
 
 
-def _scan_chunk(
-    Q: Tensor, K: Tensor, V: Tensor, log_decay: Tensor, rate: Tensor, rule: str, A: Tensor
+def _scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    rate: Tensor,
+    A: Tensor,
+    retrieve: Tensor | None,
+    write_first: bool,
+    chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    """One chunk of `scan`, in its letters: Q, K, V [B, H, C, D], A [B, H, D, D]."""
-    C = Q.shape[2]
-    i = torch.arange(C, dtype=Q.dtype, device=Q.device)
-    a = _powers(log_decay, i)[..., None]  # [H, C, 1]: λ^i
-    P = _powers(log_decay, (i[:, None] - i - 1).clamp(min=0)).tril(-1)  # [H, C, C]: λ^(i−1−j), j < i
-    eta = rate[:, None, None]  # [H, 1, 1]
+    """`scan` for the rules whose writes are k ⊗ u, all arguments of one precision."""
+    B, G, N, _ = k.shape
+    C = min(chunk, N)
 
-    if rule == "delta":
-        L = eta * P * (K @ K.mT)  # [B, H, C, C], strictly lower; the solve takes its diagonal as ones
-        U = torch.linalg.solve_triangular(L, eta * (V - a * (K @ A)), upper=False, unitriangular=True)
-    else:
-        U = eta * V  # [B, H, C, D]
+    def chunks(x: Tensor, axis: int) -> Tensor:
+        """Axis of length N (1: the same for all) to two, [n, C]; the tail's padding writes nothing."""
+        x = x.expand(*x.shape[:axis], N, *x.shape[axis + 1 :])
+        padding = (0, 0) * (x.dim() - 1 - axis) + (0, -N % C)
+        return functional.pad(x, padding).unflatten(axis, (-1, C))
 
-    O = a * (Q @ A) + (P * (Q @ K.mT)) @ U  # noqa: E741
-    A = _powers(log_decay, i.new_tensor(C))[..., None, None] * A + (a.flip(1) * K).mT @ U
-    return O, A
+    Q, K, V = chunks(q, 3), chunks(k, 2), chunks(v, 2)  # [B, G, R, n, C, D], [B, G, n, C, D], [B, G, n, C, E]
+    eta = chunks(_three(rate), 2)[..., None]  # [B or 1, G, n, C, 1]
+    after = chunks(_three(log_decay), 2).cumsum(-1)  # [B or 1, G, n, C]: log a_i
+    before = after - chunks(_three(log_decay), 2)  # log a_{i−1}
+    strictly = torch.ones(C, C, dtype=torch.bool, device=q.device).tril(-1)  # j < i
+    seen, at = (strictly | torch.eye(C, dtype=torch.bool, device=q.device), after) if write_first else (strictly, before)
+
+    U, Y = eta * V, None
+    if retrieve is not None:
+        eta = eta * chunks(_three(retrieve.to(k.dtype)), 2)[..., None]
+        L = eta * _powers(before, after, strictly) * (K @ K.mT)  # [B, G, n, C, C]
+        sides = torch.cat((U, eta * before.exp()[..., None] * K), -1)
+        solved = torch.linalg.solve_triangular(L, sides, upper=False, unitriangular=True)
+        U, Y = solved.split((V.shape[-1], K.shape[-1]), -1)
+    weighted = (K * (after[..., -1:] - after).exp()[..., None]).mT  # [B, G, n, D, C]
+    added, whole = weighted @ U, after[..., -1].exp()[..., None, None]  # [B, G, n, D, E], [B or 1, G, n, 1, 1]
+    erased = added if Y is None else weighted @ Y  # [B, G, n, D, D]
+
+    starts = []  # A at the start of each chunk
+    for kept, gone, come in zip(whole.unbind(2), erased.unbind(2), added.unbind(2), strict=True):
+        starts.append(A)
+        A = kept * A + come if Y is None else kept * A + come - gone @ A
+    state = torch.stack(starts, 2)  # [B, G, n, D, E]
+    if Y is not None:
+        U = U - Y @ state
+    scores = (Q @ K.mT[:, :, None]) * _powers(at, after, seen)[:, :, None]  # [B, G, R, n, C, C]
+    reads = at.exp()[:, :, None, ..., None] * (Q @ state[:, :, None]) + scores @ U[:, :, None]
+    reads = reads.flatten(3, 4)
+    return (reads if N % C == 0 else reads[:, :, :, :N]), A
 
 
-def _powers(log_decay: Tensor, n: Tensor) -> Tensor:
-    """λ^n for every head: log_decay [H], n [...] -> [H, ...]."""
-    return torch.exp(log_decay.view(-1, *[1] * n.dim()) * n)
+def _three(x: Tensor) -> Tensor:
+    """Leading axes of length 1 up to [B, G, N]."""
+    return x[(None,) * (3 - x.dim())]
+
+
+def _powers(upper: Tensor, lower: Tensor, seen: Tensor) -> Tensor:
+    """exp(upper_i − lower_j) where `seen` [C, C], else 0: products of decays, none above 1.  [..., C] -> [..., C, C]."""
+    exponent = upper[..., :, None] - lower[..., None, :]
+    return exponent.masked_fill(~seen, -torch.inf).exp()

@@ -1,75 +1,88 @@
-"""Train a character-level GPT with a Tensor Cache; the defaults are the published toy recipe.
+"""Train a language model whose memory is used as streaming will use it.
 
-    python models/trainer/train.py --data tinyshakespeare.txt --out out/shakespeare
+    python models/trainer/train.py --data books/tales --then books/novels --valid books/valid --out out/storyteller
 
-writes to the output folder `ckpt.pt` (the best validation loss so far), `last.pt` (the latest evaluation,
-which `--resume` continues) and `meta.pkl` (the characters). Every step draws its batch and its dropout from
-(seed, step) alone, so a resumed run takes the same steps as an uninterrupted one.
+writes to the output folder `tokenizer.model`, `last.pt` (every --save-every steps; `--resume` goes on from it) and, at
+the end, `ckpt.pt`, which `tcinfer convert` reads. Every step draws its text from (seed, step) alone, so a run that was
+killed goes on as if it had not been.
 """
 
-import math
+import ctypes
 import os
-import pickle
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import click
+import data
 import torch
-from network import GPT, ModelArgs, model_args
+import vocabulary
+from memory import State
+from network import GPT, ModelArgs
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from scan import RULES
 from torch import Tensor
 from torch.nn import functional
 
-
-def encode(text: str) -> tuple[Tensor, dict]:
-    """The text as character ids [N], and nanoGPT's meta: vocab_size, itos, stoi."""
-    characters = sorted(set(text))
-    stoi = {character: i for i, character in enumerate(characters)}
-    meta = {"vocab_size": len(characters), "itos": dict(enumerate(characters)), "stoi": stoi}
-    return torch.tensor([stoi[character] for character in text]), meta
-
-
-def sample_batch(tokens: Tensor, batch: int, block: int) -> tuple[Tensor, Tensor]:
-    """Random windows of the text and the same windows one character later, each [batch, block]."""
-    starts = torch.randint(len(tokens) - block, (batch, 1))
-    windows = tokens[starts + torch.arange(block + 1)]
-    return windows[:, :-1], windows[:, 1:]
+ROWS = 512  # of logits at a time: they stay in the processor's cache
+COOLDOWN = 0.3  # of the steps, at the end, bring the learning rate down to zero
+CLIP = 1.0
+DECAYS = (0.99, 0.998, 0.9995, 0.9999)  # of the heads, in turn: from a page to a chapter
+FORMS = ("full", "window", "sinks", "infini", "tensor")
+SINKS = 4
 
 
-def nats(model: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy per character."""
-    return functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+@dataclass(frozen=True)
+class Run:
+    """How a model is trained, beside what it is and what it reads."""
+
+    steps: int
+    batch: int
+    lr: float
+    warmup: int
+    weight_decay: float
+    seed: int
+    bf16: bool
 
 
-@torch.no_grad()
-def validation_loss(model: GPT, tokens: Tensor, batch: int) -> float:
-    """Mean nats per character over the whole split in consecutive blocks (a short tail is left out)."""
-    block = min(model.args.block_size, len(tokens) - 1)
-    count = (len(tokens) - 1) // block
-    inputs, targets = (tokens[shift : shift + count * block].view(count, block) for shift in (0, 1))
-    model.eval()
-    pairs = zip(inputs.split(batch), targets.split(batch), strict=True)
-    total = sum(len(x) * nats(model, x, y).item() for x, y in pairs)
-    model.train()
-    return total / count
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next step: giving it back and faulting it in again costs a third of a step."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # MMAP_MAX, TRIM_THRESHOLD, TOP_PAD
+            libc.mallopt(option, value)
 
 
-def learning_rate(step: int, steps: int, warmup: int, peak: float, floor: float) -> float:
-    """Linear warm-up to the peak, then half a cosine down to the floor at the last step."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - 1 - warmup)
-    return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
+def nats(model: GPT, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each token, [B, T]; hidden [B, T, C]."""
+    rows = zip(hidden.flatten(0, 1).split(ROWS), targets.flatten().split(ROWS), strict=True)
+    losses = [functional.cross_entropy(model.lm_head(x).float(), y, reduction="none") for x, y in rows]
+    return torch.cat(losses).view_as(targets)
 
 
-def make_optimizer(model: GPT, lr: float, weight_decay: float) -> torch.optim.AdamW:
+def learning_rate(step: int, run: Run) -> float:
+    """Up in `warmup` steps, level, and down to zero over the last ones: a level run can be prolonged."""
+    left = (run.steps - step) / max(1, COOLDOWN * run.steps)
+    return run.lr * min((step + 1) / run.warmup, 1.0, left)
+
+
+def optimizer_of(model: GPT, run: Run) -> torch.optim.AdamW:
     """AdamW; matrices decay, norms, gates and rates do not."""
     parameters = list(model.parameters())
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": run.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
+    return torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.98), fused=True)
+
+
+def quiet_start(model: GPT) -> None:
+    """For language: the memory's way out starts at zero and its heads remember for different times."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("tc_proj.weight"):
+            torch.nn.init.zeros_(parameter)
+        if name.endswith("logit_decay_fast"):
+            spread = [DECAYS[i * len(DECAYS) // len(parameter)] for i in range(len(parameter))]
+            parameter.data = torch.tensor(spread).logit()
 
 
 def save(path: Path, checkpoint: dict) -> None:
@@ -79,113 +92,182 @@ def save(path: Path, checkpoint: dict) -> None:
     os.replace(partial, path)
 
 
-def train(data: Path, out: Path, config: dict, resume: bool) -> float:
-    """Train as the command's options in `config` say; return the best validation loss."""
-    out.mkdir(parents=True, exist_ok=True)
-    tokens, meta = encode(data.read_text(encoding="utf-8"))
-    train_tokens, val_tokens = tokens.tensor_split([int(0.9 * len(tokens))])
-    torch.manual_seed(config["seed"])
+@torch.no_grad()
+def validate(model: GPT, library: data.Library, block: int, documents: int = 8) -> tuple[float, float]:
+    """Nats per token, and the share of what only the memory can know that is predicted right."""
+    model.eval()
+    total = tokens = hits = asked = 0
+    for number in range(documents):
+        ids, weights = (torch.from_numpy(x) for x in library.document(number))
+        state = None
+        for at in range(0, library.recipe.length, block):
+            x, y = ids[None, at : at + block].long(), ids[None, at + 1 : at + block + 1].long()
+            hidden, state = model.hidden(x, state)
+            logits = model.lm_head(hidden)
+            loss = functional.cross_entropy(logits.mT, y, reduction="none")
+            told = weights[None, at + 1 : at + block + 1] > 1
+            total, tokens = total + loss[~told].sum().item(), tokens + (~told).sum().item()
+            hits, asked = hits + (logits.argmax(-1) == y)[told].sum().item(), asked + told.sum().item()
+    model.train()
+    return total / tokens, hits / max(1, asked)
 
-    last = torch.load(out / "last.pt", map_location="cpu", weights_only=True) if resume else None
-    model = GPT(ModelArgs(**last["model_args"]) if last else new_model_args(config, meta["vocab_size"]))
-    optimizer = make_optimizer(model, config["lr"], config["weight_decay"])
-    step, best = 0, math.inf
-    if last:
-        if model.args.vocab_size != meta["vocab_size"]:
-            raise click.ClickException(f"{data} has other characters than the text of {out / 'last.pt'}")
+
+def train(
+    args: ModelArgs, run: Run, recipe: data.Recipe, books: list[Path], valid: Path | None, out: Path, resume: bool,
+    save_every: int, compiled: bool,
+) -> GPT:
+    """Train, or go on training; the model, its checkpoint in `out`."""
+    pieces = vocabulary.load(out / vocabulary.NAME)
+    libraries = [data.Library(data.tokenize(data.read(path), pieces), pieces, recipe, run.seed) for path in books]
+    streams = data.Streams(libraries, run.batch, args.block_size, run.seed)
+    asking = replace(recipe, share=1.0, emphasis=2.0)
+    check = data.Library(data.tokenize(data.read(valid), pieces), pieces, asking, 0) if valid else None
+
+    torch.manual_seed(run.seed)
+    model = GPT(args)
+    quiet_start(model)
+    optimizer = optimizer_of(model, run)
+    step, state = 0, None
+    if resume:
+        last = torch.load(out / "last.pt", map_location="cpu", weights_only=True)
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
-        step, best = last["iter_num"], last["best_val_loss"].item()
-    (out / "meta.pkl").write_bytes(pickle.dumps(meta))
-
-    steps, batch, block = config["steps"], config["batch"], model.args.block_size
-    columns = (
-        "[progress.description]{task.description}",
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, TextColumn("{task.fields[status]}")) as progress:
-        size = sum(p.numel() for p in model.parameters())
-        progress.console.print(f"{size:,} parameters, {len(train_tokens):,} characters to train on")
-        task = progress.add_task("training", total=steps, completed=step, status="")
-        while step < steps:
-            torch.manual_seed(config["seed"] * 1_000_003 + step)
+        step, state = last["iter_num"], State(**last["state"])
+    hidden = torch.compile(model.hidden) if compiled else model.hidden
+    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[status]}"), speed_estimate_period=120) as progress:
+        size, amount = sum(p.numel() for p in model.parameters()), sum(library.tokens for library in libraries)
+        progress.console.print(f"{size:,} parameters, {amount:,} tokens of books")
+        task = progress.add_task("training", total=run.steps, completed=step, status="")
+        began, first, average = time.monotonic(), step, None
+        while step < run.steps:
+            batch = streams.step(step, run.steps)
+            state = model.start(run.batch) if state is None else state.restarted(batch.fresh)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, config["warmup"], config["lr"], config["min_lr"])
-            loss = nats(model, *sample_batch(train_tokens, batch, block))
+                group["lr"] = learning_rate(step, run)
+            with torch.autocast("cpu", torch.bfloat16, enabled=run.bf16):
+                x, state = hidden(batch.inputs, state)
+                losses = nats(model, x, batch.targets)
+            state = state.detached()
+            loss = (losses * batch.weights).sum() / batch.weights.numel()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
             step += 1
-            speed = (progress.tasks[task].speed or 0) * batch * block
-            progress.update(task, completed=step, status=f"loss {loss.item():.3f}, {speed:,.0f} tokens/s")
-
-            if step % config["eval_every"] == 0 or step == steps:
-                val = validation_loss(model, val_tokens, batch)
-                progress.console.print(f"step {step}: loss {loss.item():.4f}, validation {val:.4f}")
+            plain = losses.detach()[batch.weights == 1].mean().item()
+            average = plain if average is None else 0.98 * average + 0.02 * plain
+            speed = (step - first) * batch.inputs.numel() / (time.monotonic() - began)
+            progress.update(task, completed=step, status=f"loss {average:.3f}, {speed:,.0f} tokens/s")
+            if step % save_every == 0 or step == run.steps:
                 checkpoint = {
                     "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
-                    "model_args": model_args(model),
+                    "model_args": args.saved(),
                     "iter_num": step,
-                    "best_val_loss": torch.tensor(min(best, val)),
-                    "config": config,
+                    "best_val_loss": torch.tensor(average),
+                    "config": asdict(run) | asdict(recipe),
+                    "state": vars(state),
                 }
+                found = validate(model, check, args.block_size) if check else ()
+                shown = ", validation {:.4f}, recall {:.3f}".format(*found) if found else ""
+                progress.console.print(f"step {step}: loss {average:.4f}{shown}, {speed:,.0f} tokens/s")
                 save(out / "last.pt", checkpoint)
-                if val < best:
-                    best = val
-                    save(out / "ckpt.pt", checkpoint)
-    return best
+                if step == run.steps:
+                    save(out / "ckpt.pt", {k: v for k, v in checkpoint.items() if k not in ("optimizer", "state")})
+    return model
 
 
-def new_model_args(config: dict, vocab_size: int) -> ModelArgs:
-    """The command's options as `model_args`; the rule `none` is the window alone."""
-    memory = config["rule"] != "none"
-    return ModelArgs(
-        n_layer=config["layers"],
-        n_head=config["heads"],
-        n_embd=config["width"],
-        block_size=config["block"],
-        vocab_size=vocab_size,
-        dropout=config["dropout"],
-        kv_window=config["window"],
-        tc_enabled=memory,
-        tc_update_rule=config["rule"] if memory else "delta",
-        tc_chunk_size=config["chunk"],
-    )
+def form_of(form: str, window: int) -> dict:
+    """model_args of one of the memories that are compared, each with its window of as many tokens."""
+    plain = {"tc_enabled": False, "kv_window": window}
+    return {
+        "full": plain | {"kv_window": 0},
+        "window": plain,
+        "sinks": plain | {"kv_num_sinks": SINKS},
+        "infini": plain | {"infini_enabled": True},
+        "tensor": {"kv_window": window, "tc_enabled": True},
+    }[form]
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--data", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True, help="UTF-8 text.")
+@click.option("--data", "first", type=click.Path(exists=True, path_type=Path), required=True, help="Text: a file or a folder of *.txt.")
+@click.option("--then", type=click.Path(exists=True, path_type=Path), help="More text, mixed in more and more.")
+@click.option("--valid", type=click.Path(exists=True, path_type=Path), help="Text to validate on.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Output folder.")
-@click.option("--resume", is_flag=True, help="Continue from last.pt in the output folder, with its model options.")
-@click.option("--steps", default=2000)
-@click.option("--batch", default=20, help="Sequences per step.")
-@click.option("--lr", default=1e-3, help="Peak learning rate.")
-@click.option("--min-lr", default=1e-5, help="Learning rate of the last step.")
-@click.option("--warmup", default=100, help="Steps of linear warm-up.")
-@click.option("--weight-decay", default=0.1)
-@click.option("--dropout", default=0.0)
-@click.option("--layers", default=4)
+@click.option("--resume", is_flag=True, help="Go on from last.pt in the output folder; give the same options.")
+@click.option("--memory", type=click.Choice(FORMS), default="tensor", help="What lies behind the window, if there is one.")
+@click.option("--rule", type=click.Choice(["delta", "outer", "wedge"]), default="delta", help="How the memory is written.")
+@click.option("--block", "kind", type=click.Choice(["llama", "gpt"]), default="llama", help="The kind of block.")
+@click.option("--layers", default=6)
+@click.option("--remember", default=3, help="How many of the top layers have a memory; -1: all.")
 @click.option("--heads", default=4)
-@click.option("--width", default=128)
-@click.option("--block", default=256, help="Characters per training sequence.")
-@click.option("--window", default=128, help="Tokens of exact attention; 0: all.")
-@click.option("--rule", type=click.Choice([*RULES, "none"]), default="delta", help="How the memory is written.")
-@click.option("--chunk", default=64, help="Tokens per chunk of the scan (speed only).")
-@click.option("--eval-every", default=250, help="Steps between evaluations.")
-@click.option("--seed", default=1337)
+@click.option("--kv-heads", default=0, help="Key heads; 0: as many as heads.")
+@click.option("--width", default=256)
+@click.option("--window", default=64, help="Tokens of exact attention.")
+@click.option("--key-conv/--no-key-conv", default=True, help="A key also carries its predecessor.")
+@click.option("--write-then-read/--read-then-write", default=True)
+@click.option("--memory-rope/--no-memory-rope", default=False, help="Whether the memory sees rotated keys.")
+@click.option("--token-rate/--no-token-rate", default=True, help="A write rate of each token's own.")
+@click.option("--token-gate/--scalar-gate", default=False)
+@click.option("--learned-rates/--frozen-rates", default=True)
+@click.option("--rate", default=0.3, help="Write rate at the start.")
+@click.option("--vocab", default=4096, help="Pieces of a new vocabulary.")
+@click.option("--characters", is_flag=True, help="A vocabulary of characters instead.")
+@click.option("--steps", default=5000)
+@click.option("--batch", default=8, help="Streams read side by side.")
+@click.option("--segment", default=512, help="Tokens of each stream a step; the memory goes on to the next.")
+@click.option("--document", default=4096, help="Tokens until a stream starts anew; a multiple of --segment.")
+@click.option("--share", default=0.8, help="Of the documents that have exercises for the memory.")
+@click.option("--emphasis", default=3.0, help="Weight of their answers in the loss.")
+@click.option("--lr", default=2e-3, help="Learning rate between warm-up and the last third.")
+@click.option("--warmup", default=200, help="Steps of linear warm-up.")
+@click.option("--weight-decay", default=0.1)
+@click.option("--bf16/--float32", default=True, help="Matrix products in bfloat16; the memory's are float32 in any case.")
+@click.option("--compile", "compiled", is_flag=True, help="torch.compile; slower on a CPU.")
+@click.option("--save-every", default=250, help="Steps between checkpoints.")
+@click.option("--seed", default=1)
 @click.option("--threads", default=0, help="CPU threads; 0: torch's choice.")
-def main(data: Path, out: Path, resume: bool, threads: int, **config: int | float | str) -> None:
-    """Train a character-level model on a text; its last tenth is for validation."""
+def main(first: Path, then: Path | None, valid: Path | None, out: Path, resume: bool, **o) -> None:
+    """Train a language model on books, its memory on exercises between their pages."""
     if resume and not (out / "last.pt").exists():
         raise click.ClickException(f"nothing to resume: {out / 'last.pt'} does not exist")
-    if threads:
-        torch.set_num_threads(threads)
-    best = train(data, out, {**config, "dataset": data.stem}, resume)
-    click.echo(f"best validation loss {best:.4f} nats per character")
+    if o["document"] % o["segment"]:
+        raise click.ClickException(f"--document {o['document']} is not a multiple of --segment {o['segment']}")
+    if o["threads"]:
+        torch.set_num_threads(o["threads"])
+    keep_freed_memory()
+    books = [first, then] if then else [first]
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / vocabulary.NAME).exists():
+        texts = [text for path in books for text in data.read(path)]
+        vocabulary.train(texts, o["vocab"], out / vocabulary.NAME, o["characters"], o["seed"])
+    try:
+        args = ModelArgs(
+            n_layer=o["layers"],
+            n_head=o["heads"],
+            n_kv_head=o["kv_heads"],
+            n_embd=o["width"],
+            block_size=o["segment"],
+            vocab_size=vocabulary.load(out / vocabulary.NAME).get_piece_size(),
+            block=o["kind"],
+            key_conv=2 if o["key_conv"] else 0,
+            **form_of(o["memory"], o["window"]),
+            tc_layers=o["remember"],
+            tc_update_rule=o["rule"],
+            tc_lr_init=o["rate"],
+            tc_gate_init=0.0,
+            tc_write_then_read=o["write_then_read"],
+            tc_rope=o["memory_rope"],
+            tc_token_rate=o["token_rate"],
+            tc_per_token_gate=o["token_gate"],
+            tc_freeze_decay_lr=not o["learned_rates"],
+        )
+    except ValueError as e:
+        raise click.ClickException(str(e)) from None
+    run = Run(o["steps"], o["batch"], o["lr"], o["warmup"], o["weight_decay"], o["seed"], o["bf16"])
+    recipe = data.Recipe(o["document"], o["window"], o["share"], o["emphasis"])
+    train(args, run, recipe, books, valid, out, resume, o["save_every"], o["compiled"])
 
 
 if __name__ == "__main__":
