@@ -1,248 +1,561 @@
-"""The trainer: what it trains is what streaming computes, and what it saves is the published format."""
+"""The trainer: what it trains is what streaming computes, what it saves the runtime runs, and a killed run goes on.
 
-import math
-import pickle
+The reference is tests/oracle.py, one token after another, which shares nothing with the trainer: the weights reach it
+through the checkpoint and the converter.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import random
+import re
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import oracle
 import pytest
+from conftest import ROOT, SHARED, shared
+
+import tcinfer
+from tcinfer import converters
+from tcinfer.converters import tcgpt
 
 pytestmark = pytest.mark.peer
 torch = pytest.importorskip("torch")
+pytest.importorskip("sentencepiece")
 
-ROOT = Path(__file__).resolve().parent.parent
-GOLDEN = ROOT.parent / "shared" / "golden"
-TOY = [
-    "--layers=2",
-    "--heads=2",
-    "--width=16",
-    "--block=24",
-    "--window=8",
-    "--chunk=5",
-    "--batch=4",
-    "--lr=0.01",
+TRAINER = ROOT / "models" / "trainer"
+MODULES = ("options", "scan", "memory", "network", "vocabulary", "exercises", "data", "train")
+
+
+def trainer_modules() -> Iterator[SimpleNamespace]:
+    """The trainer's modules: it is not part of the installed package, so they are imported from its folder."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(TRAINER))
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    sys.path.remove(str(TRAINER))
+    for name in MODULES:
+        sys.modules.pop(name)
+    torch.set_num_threads(threads)
+
+
+trainer = pytest.fixture(scope="module")(trainer_modules)
+
+
+# The scan
+
+
+def recurrence(q, k, v, decay, rate, A, c, wedge, write_first):
+    """The definition, pair after pair. q [B, G, R, N, D]; k, v [B, G, N, D]; decay, rate, c [B, G, N]; A [B, G, D, D].
+
+    Returns the reads [B, G, R, N, D] and the last A.
+    """
+    reads = []
+    for i in range(k.shape[2]):
+        key, value, old = k[:, :, i], v[:, :, i], A
+        u = value - c[:, :, i, None] * torch.einsum("bgd,bgde->bge", key, A)
+        change = torch.einsum("bgd,bge->bgde", key, u)
+        if wedge:
+            change = change - change.mT
+        A = decay[:, :, i, None, None] * A + rate[:, :, i, None, None] * change
+        reads.append(torch.einsum("bgrd,bgde->bgre", q[:, :, :, i], A if write_first else old))
+    return torch.stack(reads, 3), A
+
+
+@pytest.mark.parametrize("write_first", [False, True])
+@pytest.mark.parametrize("chunk", [1, 5, 16, 64])
+@pytest.mark.parametrize("terms", ["per head", "per token"])
+@pytest.mark.parametrize("rule", ["delta", "outer", "wedge", "infini"])
+def test_scan_equals_the_recurrence(rule, terms, chunk, write_first, trainer):
+    torch.manual_seed(0)
+    B, G, R, N, D = 2, 3, 2, 37, 8
+    q = torch.randn(B, G, R, N, D, dtype=torch.float64)
+    k, v = torch.randn(2, B, G, N, D, dtype=torch.float64)
+    A = torch.randn(B, G, D, D, dtype=torch.float64)
+    decay, rate = torch.tensor([0.2, 0.9, 0.9999]).double()[:, None], torch.tensor([0.05, 0.5, 1.0]).double()[:, None]
+    if terms == "per token":
+        decay, rate = (torch.rand(2, B, G, N, dtype=torch.float64) * 0.9 + 0.1).unbind()
+    if rule == "infini":
+        k = torch.nn.functional.elu(k) + 1
+        seen = torch.rand(B, G, 1, D, dtype=torch.float64) + k.cumsum(2) - k
+        c = 1 / ((k * seen).sum(-1) + 1e-5)
+        decay, rate = torch.ones(2, 1, dtype=torch.float64)
+    else:
+        k = k / k.norm(dim=-1, keepdim=True)
+        c = torch.full((B, G, N), float(rule == "delta"), dtype=torch.float64)
+    wedge, full = rule == "wedge", torch.ones(B, G, N, dtype=torch.float64)
+    want, last = recurrence(q, k, v, decay * full, rate * full, A, c, wedge, write_first)
+
+    def scanned(dtype):
+        arguments = [x.to(dtype) for x in (q, k, v, decay.log(), rate, A)]
+        retrieve = None if rule in ("outer", "wedge") else c.to(dtype)
+        return trainer.scan.scan(*arguments, retrieve=retrieve, wedge=wedge, write_first=write_first, chunk=chunk)
+
+    for got, right in zip(scanned(torch.float64), (want, last), strict=True):
+        assert difference(got, right) < 1e-10
+    for got, right in zip(scanned(torch.float32), (want, last), strict=True):
+        assert got.dtype == torch.float32
+        assert difference(got, right) < 1e-5 * right.abs().max()
+    with torch.autocast("cpu", torch.bfloat16):  # no product of the memory is rounded to bfloat16
+        assert difference(scanned(torch.float32)[0], want) < 1e-5 * want.abs().max()
+
+
+# Training equals streaming
+
+WINDOW = 6
+PLAIN = {"tc_enabled": False}
+EVERY = {  # every option beside the rule
+    "tc_write_then_read": True,
+    "key_conv": 2,
+    "tc_rope": False,
+    "tc_token_rate": True,
+    "tc_token_decay": True,
+    "tc_per_token_gate": True,
+    "tc_normalize_q": True,
+    "tc_value_scale": 0.5,
+    "n_kv_head": 2,
+    "block": "llama",
+}
+CASES: dict[str, dict[str, Any]] = {
+    "delta": {},
+    "outer": {"tc_update_rule": "outer"},
+    "wedge": {"tc_update_rule": "wedge"},
+    "window": PLAIN,
+    "sinks": PLAIN | {"kv_num_sinks": 2},
+    "infini-delta": {"infini_enabled": True},
+    "infini-linear": {"infini_enabled": True, "infini_update_rule": "linear"},
+    "infini-sinks": {"infini_enabled": True, "kv_num_sinks": 2},
+    "full": PLAIN | {"kv_window": 0},
+    "full-with-memory": {"kv_window": 0},
+    "window-of-one": {"kv_window": 1},
+    "write-then-read": {"tc_write_then_read": True},
+    "key-conv": {"key_conv": 2},
+    "memory-without-rope": {"tc_rope": False},
+    "token-rate": {"tc_token_rate": True},
+    "token-decay": {"tc_token_decay": True},
+    "token-gate": {"tc_per_token_gate": True},
+    "top-layer": {"tc_layers": 1},
+    "no-layer": {"tc_layers": 0},
+    "normalized-q": {"tc_normalize_q": True},
+    "plain-k": {"tc_normalize_k": False, "tc_update_rule": "outer"},
+    "value-scale": {"tc_value_scale": 0.5},
+    "frozen-rates": {"tc_freeze_decay_lr": True},
+    "grouped": {"n_kv_head": 2},
+    "llama": {"block": "llama"},
+    "llama-width": {"block": "llama", "n_inner": 40},
+    "every": EVERY,
+    "every-top-outer": EVERY | {"tc_layers": 1, "tc_update_rule": "outer"},
+    "every-wedge-gpt": EVERY | {"tc_update_rule": "wedge", "block": "gpt", "tc_freeze_decay_lr": True},
+    "llama-window": PLAIN | {"block": "llama", "n_kv_head": 1, "key_conv": 2},
+    "llama-sinks": PLAIN | {"block": "llama", "n_kv_head": 2, "key_conv": 2, "kv_num_sinks": 2},
+    "llama-infini": {"infini_enabled": True, "block": "llama", "n_kv_head": 2, "key_conv": 2},
+    "llama-full": PLAIN | {"block": "llama", "n_kv_head": 2, "kv_window": 0},
+}
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+def made(trainer, case: str):
+    """A model of float32 weights, far from the start, so that every part moves the logits; evaluated."""
+    args = trainer.options.ModelArgs(
+        **{
+            "n_layer": 2,
+            "n_head": 4,
+            "n_embd": 32,
+            "block_size": 32,
+            "vocab_size": 17,
+            "kv_window": WINDOW,
+            "tc_chunk_size": 5,
+            "tc_decay_init": 0.9,
+            "tc_lr_init": 0.3,
+            "tc_gate_init": 0.0,
+        }
+        | CASES[case]
+    )
+    torch.manual_seed(1)
+    model = trainer.network.GPT(args).eval()
+    with torch.no_grad():
+        for x in [*model.parameters(), *model.buffers()]:
+            x.add_(0.3 * torch.randn_like(x))
+    return model
+
+
+def tokens_of(model, B: int = 2, T: int = 41):
+    return torch.randint(model.args.vocab_size, (B, T), generator=torch.Generator().manual_seed(2))
+
+
+def saved(model, folder: Path) -> Path:
+    """A checkpoint of a model as the train command writes it."""
+    torch.save({"model": model.state_dict(), "model_args": model.args.saved()}, folder / "ckpt.pt")
+    return folder / "ckpt.pt"
+
+
+def difference(a, b) -> float:
+    return (a - b).abs().max().item()
+
+
+@torch.no_grad()
+def whole(model, tokens):
+    return model(tokens)[0]
+
+
+@every_case
+def test_full_sequence_equals_streaming(case, trainer, tmp_path):
+    model = made(trainer, case)
+    source, tokens = tcgpt.read(saved(model, tmp_path)), tokens_of(model)
+    weights = {name: tensor.load() for name, tensor in source.tensors.items()}
+    want = torch.tensor(np.array([oracle.logits(source.config, weights, row.tolist()) for row in tokens]))
+    assert 1 < want.abs().max() < 20
+    assert difference(whole(model, tokens), want) < 1e-4
+    assert difference(whole(model.double(), tokens), want) < 1e-10
+
+
+def test_every_option_moves_the_logits(trainer):
+    """So that the test above would notice an option that does nothing on both sides."""
+    shape = ("n_kv_head", "block", "n_inner")
+    for case, changes in CASES.items():
+        if set(changes) & set(shape) or case in ("delta", "frozen-rates"):
+            continue
+        model = made(trainer, case)
+        plain = trainer.network.GPT(trainer.options.ModelArgs(**vars(made(trainer, "delta").args))).eval()
+        plain.load_state_dict(model.state_dict(), strict=False)
+        assert difference(whole(model, tokens_of(model)), whole(plain, tokens_of(model))) > 1e-2, case
+
+
+@pytest.mark.parametrize("parts", [[1] * 41, [7, 1, 1, 13, 6, 2, 11], [WINDOW - 1, 30, WINDOW], [3, 38]])
+@every_case
+def test_segments_with_their_state_equal_the_whole(case, parts, trainer):
+    model = made(trainer, case).double()
+    tokens, state, logits = tokens_of(model), None, []
+    with torch.no_grad():
+        for part in tokens.split(parts, 1):
+            out, state = model(part, state)
+            logits.append(out)
+    assert difference(torch.cat(logits, 1), whole(model, tokens)) < 1e-10
+    assert state.seen.tolist() == [41, 41]
+
+
+STARTS = [[0, 14, 15], [0], [0, 5, 32], [0, 5, 14, 15, 32]]  # of the documents of four streams
+CUTS = [0, 5, 14, 15, 27, 32, 41]  # of the segments
+
+
+@every_case
+def test_a_restarted_stream_is_a_fresh_one(case, trainer):
+    """Streams restarted at different times, side by side: each gives what it gives alone, from nothing."""
+    model = made(trainer, case).double()
+    tokens, logits = tokens_of(model, len(STARTS)), []
+    state = model.start(len(STARTS))
+    with torch.no_grad():
+        for start, stop in pairwise(CUTS):
+            state = state.restarted(torch.tensor([start in starts for starts in STARTS]))
+            out, state = model(tokens[:, start:stop], state)
+            state = state.detached()
+            logits.append(out)
+    got = torch.cat(logits, 1)
+    for stream, starts in enumerate(STARTS):
+        for start, stop in pairwise([*starts, 41]):
+            alone = whole(model, tokens[stream : stream + 1, start:stop])[0]
+            assert difference(got[stream, start:stop], alone) < 1e-10
+    assert state.seen.tolist() == [41 - starts[-1] for starts in STARTS]
+
+
+def test_full_attention_drops_what_no_stream_sees(trainer):
+    """Else a training run with full attention keeps every token that it ever read."""
+    model = made(trainer, "full")
+    state = model.start(2)
+    with torch.no_grad():
+        for step in range(6):
+            state = state.restarted(torch.tensor([step % 2 == 0, step % 2 == 1]))
+            _, state = model(tokens_of(model, T=4), state)
+    assert state.layers[0]["k"].shape[2] <= 8
+
+
+@every_case
+def test_gradients_reach_every_weight(case, trainer):
+    model = made(trainer, case)
+    tokens = tokens_of(model)
+    logits, state = model(tokens[:, :20])
+    again, _ = model(tokens[:, 20:], state.restarted(torch.tensor([True, False])))
+    torch.cat((logits, again), 1).square().mean().backward()
+    args = model.args
+    silent = () if args.tc_layers < 0 and args.kv_window else ("tc_proj", "tc_gate", "attn.tc.")
+    for name, parameter in model.named_parameters():
+        if not any(part in name for part in silent):
+            assert parameter.grad.isfinite().all(), name
+            assert parameter.grad.abs().max() > 0, name
+
+
+# The runtime
+
+CONVERTED = [
+    "delta",
+    "outer",
+    "wedge",
+    "window",
+    "sinks",
+    "infini-delta",
+    "full",
+    "grouped",
+    "every",
+    "every-top-outer",
+    "every-wedge-gpt",
+    "llama-sinks",
+    "llama-infini",
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def trainer_on_path():
-    """The trainer is not part of the installed package: import it from its folder."""
-    folder = str(ROOT / "models" / "trainer")
-    sys.path.insert(0, folder)
-    yield
-    sys.path.remove(folder)
-    for name in ("evaluate", "network", "scan", "train"):
-        sys.modules.pop(name, None)
+@pytest.mark.parametrize("case", CONVERTED)
+def test_the_runtime_gives_the_same_logits(case, trainer, tmp_path):
+    model = made(trainer, case)
+    converters.convert(saved(model, tmp_path), tmp_path / "model.gguf", "f32", verify=False)
+    [tokens], [want] = tokens_of(model, 1), whole(model, tokens_of(model, 1))
+    for backend in ("numpy", "numba"):
+        session = tcinfer.load(tmp_path / "model.gguf", backend=backend, cache_type="f32").session()
+        parts = tokens.split([1, 17, 1, 1, 21])
+        got = np.concatenate([session.feed(part.tolist(), all_logits=True) for part in parts])
+        assert difference(torch.from_numpy(got), want) < 1e-4
 
 
-def memory_step(A, q, pair, decay, rate, rule):
-    """Read with the old state, then write the pair. q, k, v: [B, H, D]; A: [B, H, D, D]; decay, rate: [H]."""
-    read = torch.einsum("bhd,bhde->bhe", q, A)
-    if pair is not None:
-        k, v = pair
-        retrieved = torch.einsum("bhd,bhde->bhe", k, A)
-        u = v - retrieved if rule == "delta" else v
-        write = torch.einsum("bhd,bhe->bhde", k, u)
-        if rule == "wedge":
-            write = write - torch.einsum("bhd,bhe->bhde", v, k)
-        A = decay[:, None, None] * A + rate[:, None, None] * write
-    return read, A
+# The published checkpoints
+
+GOLDEN = sorted(path.parent.name for path in SHARED.glob("golden/*/ckpt.pt"))
+REFUSED = {  # and what it is that the trainer does not build
+    "full-learned-positions": "bias",
+    "tc-normalized-read": "tc_normalize_read",
+    "tc-per-token-gate": "bias",
+    "tc-rope-scaled": "rope_scaling_factor",
+    "tc-slots-k": "tc_num_slots",
+    "tc-slots-q": "tc_num_slots",
+    "tc-two-timescales": "tc_two_timescales",
+    "tc-write-on-insert": "tc_write_on_evict",
+}
 
 
-def turn(x, t, base):
-    """Rotary position t on interleaved pairs, as multiplication by e^(i t base^(−2m/D)). x: [..., D]."""
-    D = x.shape[-1]
-    pairs = torch.view_as_complex(x.unflatten(-1, (D // 2, 2)).contiguous())
-    angle = t * base ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
-    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
+@pytest.mark.parametrize("name", [name for name in GOLDEN if name not in REFUSED])
+def test_golden_logits(name, trainer):
+    model, _ = trainer.network.load(shared("golden", name, "ckpt.pt"))
+    golden = np.load(shared("golden", name, "golden.npz"))
+    got, want = whole(model.double(), torch.from_numpy(golden["tokens"])[None])[0], torch.from_numpy(golden["logits"])
+    assert difference(got, want) < 1e-6 * want.abs().max()
 
 
-def stream(model, tokens):
-    """Logits [B, T, V], token by token, each layer holding a window of W pairs and one matrix per head."""
-    args, weights = model.args, model.state_dict()
-    B, T = tokens.shape
-    H, D, W = args.n_head, args.n_embd // args.n_head, args.kv_window or T
-    windows = [[] for _ in range(args.n_layer)]
-    states = [torch.zeros(B, H, D, D, dtype=torch.float64) for _ in range(args.n_layer)]
-
-    def norm(x, weight):
-        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() * weight
-
-    logits = []
-    for t in range(T):
-        x = weights["transformer.wte.weight"][tokens[:, t]]  # [B, d]
-        for i, window in enumerate(windows):
-            w = {key.removeprefix(f"transformer.h.{i}."): value for key, value in weights.items()}
-            qkv = norm(x, w["ln1.weight"]) @ w["attn.c_attn.weight"].T
-            q, k, v = (part.view(B, H, D) for part in qkv.chunk(3, -1))
-            q, k = turn(q, t, args.rope_base), turn(k, t, args.rope_base)
-            evicted = window.pop(0) if len(window) == W else None
-            window.append((k, v))
-            K, V = (torch.stack(parts, 2) for parts in zip(*window, strict=True))  # [B, H, ≤W, D]
-            attention = (torch.einsum("bhd,bhsd->bhs", q, K) / math.sqrt(D)).softmax(-1)
-            local = torch.einsum("bhs,bhsd->bhd", attention, V).flatten(1) @ w["attn.c_proj.weight"].T
-            x = x + local
-            if args.tc_enabled:
-                if evicted:
-                    k_evicted, v_evicted = evicted
-                    evicted = k_evicted / (k_evicted.norm(dim=-1, keepdim=True) + 1e-5), v_evicted
-                decay, rate = w["attn.tc.logit_decay_fast"].sigmoid(), w["attn.tc.logit_lr_fast"].sigmoid()
-                read, states[i] = memory_step(states[i], q, evicted, decay, rate, args.tc_update_rule)
-                x = x + w["attn.tc_gate"].sigmoid() * (read.flatten(1) @ w["attn.tc_proj.weight"].T)
-            hidden = norm(x, w["ln2.weight"]) @ w["mlp.fc.weight"].T
-            x = x + (hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2) @ w["mlp.proj.weight"].T
-        logits.append(norm(x, weights["transformer.ln_f.weight"]) @ weights["lm_head.weight"].T)
-    return torch.stack(logits, 1)
+@pytest.mark.parametrize("name", [name for name in GOLDEN if name in REFUSED])
+def test_what_is_not_built_is_refused(name, trainer):
+    with pytest.raises(ValueError, match=f"the trainer supports only .*{REFUSED[name]}"):
+        trainer.network.load(shared("golden", name, "ckpt.pt"))
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 16, 64])
-@pytest.mark.parametrize("rule", ["delta", "outer", "wedge"])
-def test_scan_equals_the_recurrence(rule, chunk):
-    from scan import scan
-
-    torch.manual_seed(0)
-    B, H, N, D = 2, 3, 37, 8
-    q, k, v = torch.randn(3, B, H, N, D, dtype=torch.float64)
-    k = k / k.norm(dim=-1, keepdim=True)
-    decay, rate = torch.tensor([0.2, 0.9, 0.9999]).double(), torch.tensor([0.05, 0.5, 1.0]).double()
-    A = start = torch.randn(B, H, D, D, dtype=torch.float64)
-    reads = []
-    for i in range(N):
-        read, A = memory_step(A, q[:, :, i], (k[:, :, i], v[:, :, i]), decay, rate, rule)
-        reads.append(read)
-    O, final = scan(q, k, v, decay.log(), rate, rule, chunk, start)  # noqa: E741
-    assert (O - torch.stack(reads, 2)).abs().max() < 1e-10
-    assert (final - A).abs().max() < 1e-10
-    O32, _ = scan(q.float(), k.float(), v.float(), decay.log().float(), rate.float(), rule, chunk, start.float())
-    assert O32.dtype == torch.float32
-    assert (O32 - O).abs().max() < 1e-5 * O.abs().max()
+@pytest.mark.parametrize("name", ["tc-delta", "window", "sinks", "infini-delta"])
+def test_saved_arguments_are_the_published_ones(name, trainer):
+    published = torch.load(shared("golden", name, "ckpt.pt"), weights_only=True)
+    args = trainer.options.ModelArgs(**published["model_args"])
+    assert list(args.saved().items()) == list(published["model_args"].items())
+    assert trainer.network.GPT(args).state_dict().keys() == published["model"].keys()
 
 
-@pytest.mark.parametrize("rule", ["delta", "outer", "wedge", "none"])
-@pytest.mark.parametrize("T", [7, 8, 9, 40])  # shorter than the window, as long, one eviction, ragged chunks
-def test_full_sequence_equals_streaming(rule, T):
-    from network import GPT, ModelArgs
-
-    torch.manual_seed(1)
-    memory = {"tc_update_rule": rule} if rule != "none" else {"tc_enabled": False}
-    args = ModelArgs(n_layer=3, n_head=2, n_embd=16, vocab_size=11, kv_window=8, tc_chunk_size=5, **memory)
-    model = GPT(args).double()
-    with torch.no_grad():
-        for parameter in model.parameters():  # far from the start, so that every part moves the logits
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    tokens = torch.randint(11, (2, T))
-    with torch.no_grad():
-        assert (model(tokens) - stream(model, tokens)).abs().max() < 1e-10
+@every_case
+def test_saved_arguments_come_back(case, trainer):
+    args, published = made(trainer, case).args, list(trainer.options.ModelArgs().saved())
+    assert trainer.options.ModelArgs(**args.saved()) == args
+    assert len(published) == 40
+    assert list(args.saved())[:40] == published
+    assert set(list(args.saved())[40:]) <= CASES[case].keys() | {"n_inner"}
 
 
-@pytest.mark.skipif(not GOLDEN.exists(), reason="golden checkpoints absent")
-@pytest.mark.parametrize("name", ["tc-delta", "tc-outer", "tc-wedge", "window", "full"])
-def test_golden_logits(name):
-    from network import load
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tc_update_rule": "hebb"}, "tc_update_rule must be one of outer, delta, wedge, not 'hebb'"),
+        ({"key_conv": 3}, "key_conv must be one of 0, 2"),
+        ({"n_head": 5}, "n_head 5 must divide n_embd"),
+        ({"n_kv_head": 5}, "n_kv_head 5 must divide n_head"),
+        ({"kv_num_sinks": 4}, "a Tensor Cache has no sinks"),
+        ({"kv_num_sinks": 4, "kv_window": 4, "tc_enabled": False}, "leaves no room"),
+    ],
+)
+def test_impossible_arguments_are_refused(changes, message, trainer):
+    with pytest.raises(ValueError, match=message):
+        trainer.options.ModelArgs(**changes)
 
-    model, _ = load(GOLDEN / name / "ckpt.pt")
-    golden = np.load(GOLDEN / name / "golden.npz")
-    with torch.no_grad():
-        logits = model.double()(torch.from_numpy(golden["tokens"])[None])[0].numpy()
-    assert np.abs(logits - golden["logits"]).max() < 1e-5 * np.abs(golden["logits"]).max()
+
+# The command
+
+TINY = {
+    "vocab": 300,
+    "layers": 2,
+    "remember": 1,
+    "width": 16,
+    "heads": 2,
+    "window": 8,
+    "segment": 16,
+    "document": 64,
+    "batch": 4,
+    "warmup": 2,
+    "steps": 6,
+    "save-every": 3,
+}
+SMALL = ["--float32", *(f"--{name}={value}" for name, value in TINY.items())]
+KEPT = ("model", "model_args", "iter_num", "best_val_loss", "config")  # the published keys; last.pt has the optimizer
 
 
-@pytest.mark.skipif(not GOLDEN.exists(), reason="golden checkpoints absent")
-@pytest.mark.parametrize("name", ["tc-per-token-gate", "tc-two-timescales", "tc-slots-k", "sinks", "infini-delta"])
-def test_other_options_are_refused(name):
-    from network import load
-
-    with pytest.raises(ValueError, match="the trainer supports only"):
-        load(GOLDEN / name / "ckpt.pt")
+def prose(seed: int, paragraphs: int = 120) -> str:
+    """Paragraphs of made-up words."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abdefgilmnorstu", k=rng.randint(2, 7))) for _ in range(60)]
+    return "\n\n".join(" ".join(rng.choices(words, k=rng.randint(3, 25))) + "." for _ in range(paragraphs)) + "\n\n"
 
 
 @pytest.fixture
-def run(tmp_path):
-    """Run the command on a small text; returns the result."""
+def text(tmp_path) -> Path:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for seed in range(2):
+        (folder / f"{seed}.txt").write_text(prose(seed))
+    return folder
+
+
+@pytest.fixture
+def run(trainer, tmp_path, text) -> Callable:
+    """The command in this process, with its output folder below tmp_path; its result."""
     from click.testing import CliRunner
-    from train import main
 
-    text = tmp_path / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog.\n" * 40)
-
-    def invoke(out, *options):
-        return CliRunner().invoke(main, [f"--data={text}", f"--out={tmp_path / out}", *TOY, *options])
+    def invoke(out: str, *options: str):
+        return CliRunner().invoke(trainer.train.main, [f"--data={text}", f"--out={tmp_path / out}", *SMALL, *options])
 
     return invoke
 
 
-@pytest.mark.parametrize(("rule", "golden"), [("delta", "tc-delta"), ("none", "window")])
-def test_checkpoint_has_the_published_format(run, tmp_path, rule, golden):
-    result = run("out", "--steps=4", "--eval-every=2", f"--rule={rule}")
+def checkpoint(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    """Tensors bit by bit, in dictionaries and lists."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        a, b = list(a.values()), list(b.values())
+    if isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    else:
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def test_the_command_writes_a_checkpoint_that_runs(run, trainer, tmp_path, text):
+    result = run("out", f"--valid={text}", f"--then={text / '1.txt'}")
     assert result.exit_code == 0, result.output
-    checkpoint = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
-    assert "best validation loss" in result.output
-    assert not list((tmp_path / "out").glob("*.part"))
+    assert "step 3: loss" in result.output
+    assert "step 6: loss" in result.output
+    assert "recall" in result.output
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == ["ckpt.pt", "last.pt", "tokenizer.model"]
+    kept, last = checkpoint(out / "ckpt.pt"), checkpoint(out / "last.pt")
+    assert kept.keys() == set(KEPT)
+    assert last.keys() == {*KEPT, "optimizer", "state"}
+    assert kept["iter_num"] == 6
+    if GOLDEN:
+        published = checkpoint(shared("golden", "tc-delta", "ckpt.pt"))
+        assert published.keys() == {*KEPT, "optimizer"}
+        assert all(isinstance(kept[key], type(published[key])) for key in KEPT)
 
-    meta = pickle.loads((tmp_path / "out" / "meta.pkl").read_bytes())
-    assert meta.keys() == {"vocab_size", "itos", "stoi"}
-    assert meta["vocab_size"] == len(meta["itos"]) == checkpoint["model_args"]["vocab_size"]
-    assert all(meta["stoi"][character] == i for i, character in meta["itos"].items())
-
-    if not GOLDEN.exists():
-        pytest.skip("golden checkpoints absent")
-    published = torch.load(GOLDEN / golden / "ckpt.pt", weights_only=False)
-    assert checkpoint.keys() == published.keys()
-    assert list(checkpoint["model_args"]) == list(published["model_args"])
-    assert checkpoint["model"].keys() == published["model"].keys()
-    for key in ("optimizer", "model_args", "iter_num", "best_val_loss", "config"):
-        assert type(checkpoint[key]) is type(published[key])
-    for key, value in checkpoint["model"].items():
-        assert value.dim() == published["model"][key].dim()
+    model, _ = trainer.network.load(out / "ckpt.pt")
+    converters.convert(out / "ckpt.pt", tmp_path / "model.gguf", "f32", verify=False)
+    runtime = tcinfer.load(tmp_path / "model.gguf", cache_type="f32")
+    words = prose(0)[:200]
+    ids = trainer.vocabulary.load(out / "tokenizer.model").encode(words)
+    assert len(ids) > 50
+    assert runtime.tokenizer.encode(words) == ids
+    got = runtime.session().feed(ids, all_logits=True)
+    assert difference(torch.from_numpy(got), whole(model, torch.tensor([ids]))[0]) < 1e-4
 
 
-def test_resumed_run_takes_the_same_steps(run, tmp_path, monkeypatch):
-    import train
+@pytest.mark.parametrize("memory", ["full", "window", "sinks", "infini"])
+def test_every_memory_trains(memory, run, trainer, tmp_path):
+    result = run("out", f"--memory={memory}", "--block=gpt", "--characters", "--bf16", "--steps=2")
+    assert result.exit_code == 0, result.output
+    args = trainer.network.load(tmp_path / "out" / "ckpt.pt")[0].args
+    assert (args.kv_window, args.kv_num_sinks > 0) == (0 if memory == "full" else 8, memory == "sinks")
+    assert (args.tc_enabled, args.infini_enabled) == (False, memory == "infini")
 
-    options = ["--steps=12", "--eval-every=3", "--dropout=0.1"]
-    assert run("whole", *options).exit_code == 0
 
-    sample, calls = train.sample_batch, iter(range(7))
+def test_training_learns_and_frozen_rates_stay(run, trainer, tmp_path):
+    result = run("out", "--steps=60", "--save-every=30", "--frozen-rates", "--share=0", "--lr=0.01")
+    assert result.exit_code == 0, result.output
+    early, late = (float(result.output.split(f"step {step}: loss ")[1].split(",")[0]) for step in (30, 60))
+    assert late < early - 0.2
+    weights = checkpoint(tmp_path / "out" / "ckpt.pt")["model"]
+    decays = weights["transformer.h.1.attn.tc.logit_decay_fast"].sigmoid().tolist()
+    assert decays == pytest.approx([trainer.train.DECAYS[0], trainer.train.DECAYS[2]], abs=1e-5)  # of two heads
+    assert weights["transformer.h.1.attn.tc.logit_lr_fast"].sigmoid().tolist() == pytest.approx([0.3, 0.3])
 
-    def interrupted(*arguments):
-        if next(calls, None) is None:
+
+def test_a_resumed_run_takes_the_same_steps(run, trainer, tmp_path, monkeypatch):
+    assert run("whole").exit_code == 0
+    step = trainer.data.Streams.step
+
+    def interrupted(self, number, steps):
+        if number == 5:
             raise RuntimeError("power cut")
-        return sample(*arguments)
+        return step(self, number, steps)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "sample_batch", interrupted)
-        assert isinstance(run("cut", *options).exception, RuntimeError)
-    assert torch.load(tmp_path / "cut" / "last.pt")["iter_num"] == 6
-    assert run("cut", *options, "--resume").exit_code == 0
-
-    whole, cut = (torch.load(tmp_path / name / "last.pt") for name in ("whole", "cut"))
-    assert whole["iter_num"] == cut["iter_num"] == 12
-    assert whole["best_val_loss"] == cut["best_val_loss"]
-    for key, value in whole["model"].items():
-        torch.testing.assert_close(cut["model"][key], value, rtol=0, atol=0)
-
-
-def test_training_learns(run):
-    result = run("out", "--steps=120", "--eval-every=60", "--warmup=10")
-    assert float(result.output.split("best validation loss")[1].split()[0]) < 1.0
-
-
-def test_evaluate_compares_memory_with_window(run, tmp_path):
-    from click.testing import CliRunner
-    from evaluate import main
-
-    run("out", "--steps=60", "--warmup=10")  # the memory starts almost silent
-    paths = [f"--data={tmp_path / 'text.txt'}", f"--checkpoint={tmp_path / 'out' / 'ckpt.pt'}"]
-    result = CliRunner().invoke(main, [*paths, "--length=40"])
+        patch.setattr(trainer.data.Streams, "step", interrupted)
+        assert isinstance(run("cut").exception, RuntimeError)
+    assert checkpoint(tmp_path / "cut" / "last.pt")["iter_num"] == 3
+    assert not (tmp_path / "cut" / "ckpt.pt").exists()
+    result = run("cut", "--resume")
     assert result.exit_code == 0, result.output
-    rows = [line.split() for line in result.output.splitlines()[1:]]
-    assert [row[0] for row in rows] == ["0..7", "8..23", "24..39", "8..39"]
-    assert float(rows[0][3]) == 0  # inside the window the memory is silent
-    assert float(rows[3][3]) != 0
+    a, b = (checkpoint(tmp_path / out / "last.pt") for out in ("whole", "cut"))
+    assert_equal(a, b)
 
 
-def test_nothing_to_resume(run):
-    result = run("empty", "--resume")
-    assert result.exit_code != 0
-    assert "nothing to resume" in result.output
+@pytest.mark.slow
+def test_a_killed_process_goes_on(tmp_path, text):
+    def start(out: str, *options: str) -> subprocess.Popen:
+        arguments = [f"--data={text}", f"--out={tmp_path / out}", *SMALL, "--steps=40", "--save-every=4", "--threads=1"]
+        command = [sys.executable, str(TRAINER / "train.py"), *arguments, *options]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    process, until = start("cut"), time.monotonic() + 100
+    while not (tmp_path / "cut" / "last.pt").exists() and time.monotonic() < until:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "cut" / "ckpt.pt").exists()
+    for resumed in (start("cut", "--resume"), start("whole")):
+        printed = resumed.communicate()[0]
+        assert resumed.returncode == 0, printed
+    a, b = (checkpoint(tmp_path / out / "last.pt") for out in ("whole", "cut"))
+    for part in ("model", "optimizer", "state"):
+        assert_equal(a[part], b[part])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--resume"], "nothing to resume: .*last.pt does not exist"),
+        (["--document=72"], "--document 72 is not a multiple of --segment 16"),
+        (["--heads=3"], "n_head 3 must divide n_embd"),
+        (["--document=16384"], "16384"),
+    ],
+    ids=["nothing to resume", "document", "heads", "text too short"],
+)
+def test_bad_options_are_one_clear_error(options, message, run):
+    result = run("out", *options)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit), result.exception
+    [line] = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert re.search(message, line)

@@ -7,6 +7,7 @@ cut off goes on with the same text.
 """
 
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,9 @@ Ids = NDArray[np.int32]
 
 NEAREST, FARTHEST = 2, 16  # gaps between telling and asking, in windows
 FACTS_AT_ONCE, THINGS_AT_ONCE = 5, 6  # at most
-PASSAGE = (16, 48)  # tokens of a repeated passage
+PASSAGE, CUE = (12, 40), 3  # tokens of a repeated passage, and how many of them only start it
+WORD = re.compile("▁[a-z]{3,}")
+EVERY = 256  # tokens of a book, about, for each passage that is repeated
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,13 @@ def read(folder: Path) -> list[str]:
 class Writer:
     """Puts one document together: tokens, and the weight of each as a target."""
 
-    def __init__(self, pieces: SentencePieceProcessor, recipe: Recipe, rng: random.Random) -> None:
-        self.pieces, self.recipe, self.rng = pieces, recipe, rng
+    def __init__(self, pieces: SentencePieceProcessor, words: list[int], recipe: Recipe, rng: random.Random) -> None:
+        """words: ids of whole words."""
+        self.pieces, self.words, self.recipe, self.rng = pieces, words, recipe, rng
         self.paragraph = pieces.piece_to_id(vocabulary.PARAGRAPH)
         self.ids: list[int] = [pieces.bos_id()]
         self.weights: list[float] = [1.0]
-        self.due: list[tuple[int, Question | list[int]]] = []  # what is asked, and from which token on
+        self.due: list[tuple[int, Question | list[int], bool]] = []  # from which token on; what; whether once more
 
     def put(self, ids: list[int], weight: float = 1.0) -> None:
         self.ids += ids
@@ -78,22 +82,24 @@ class Writer:
     def put_off(self, asked: list[Question]) -> None:
         when = len(self.ids) + self.gap()
         self.rng.shuffle(asked)
-        self.due += [(when, question) for question in asked]
-        if self.rng.random() < 0.5:  # and once more, as far from the first answer
-            self.due += [(when + self.gap(), question) for question in asked]
+        again = self.rng.random() < 0.5
+        self.due += [(when, question, again) for question in asked]
 
     def ask(self) -> None:
         """Everything that is due by now."""
-        now, self.due = [one for one in self.due if one[0] <= len(self.ids)], [
-            one for one in self.due if one[0] > len(self.ids)
-        ]
-        for _, what in now:
+        now, self.due = (
+            [one for one in self.due if one[0] <= len(self.ids)],
+            [one for one in self.due if one[0] > len(self.ids)],
+        )
+        for _, what, again in now:
             if isinstance(what, Question):
                 self.question(what)
+                if again:  # once more, as far from this answer
+                    self.due.append((len(self.ids) + self.gap(), what, False))
             else:
                 self.text(exercises.AGAIN)
-                self.put(what[:4])
-                self.put(what[4:], self.recipe.emphasis)
+                self.put(what[:CUE])
+                self.put(what[CUE:], self.recipe.emphasis)
                 self.put([self.paragraph])
 
     def question(self, question: Question) -> None:
@@ -102,11 +108,16 @@ class Writer:
         self.put([self.pieces.eos_id(), self.paragraph])
 
     def passage(self, paragraph: list[int]) -> None:
-        """Have a part of a paragraph repeated later."""
+        """Have a part of a paragraph repeated later; or words in no order, which nothing but the memory can know."""
         size = self.rng.randint(*PASSAGE)
-        if len(paragraph) > size:
+        if self.rng.random() < 0.5:
+            words = self.rng.choices(self.words, k=size)
+            self.text(exercises.WORDS)
+            self.put([*words, self.paragraph])
+            self.due.append((len(self.ids) + self.gap(), words, False))
+        elif len(paragraph) > size:
             start = self.rng.randrange(len(paragraph) - size)
-            self.due.append((len(self.ids) + self.gap(), paragraph[start : start + size]))
+            self.due.append((len(self.ids) + self.gap(), paragraph[start : start + size], False))
 
     def page(self, book: Ids, at: int) -> None:
         """Text of the book from there on, with exercises between its paragraphs."""
@@ -115,9 +126,9 @@ class Writer:
             paragraph, at, ends = book[at : ends[0]].tolist(), int(ends[0]), ends[1:]
             self.put(paragraph)
             self.ask()
-            if not self.due:
+            if not any(isinstance(what, Question) for _, what, _ in self.due):
                 self.tell()
-            if self.rng.random() < len(paragraph) / 1024:
+            if self.rng.random() < len(paragraph) / EVERY:
                 self.passage(paragraph)
         self.put(book[at : at + self.recipe.length].tolist())
 
@@ -131,7 +142,11 @@ class Library:
 
     def __init__(self, books: list[Ids], pieces: SentencePieceProcessor, recipe: Recipe, seed: int) -> None:
         self.books, self.pieces, self.recipe, self.seed = books, pieces, recipe, seed
-        self.places = [(i, at) for i, book in enumerate(books) for at in range(0, len(book) - recipe.length, recipe.length)]
+        known = [i for i in range(pieces.get_piece_size()) if not (pieces.is_control(i) or pieces.is_unknown(i))]
+        self.words = [i for i in known if WORD.fullmatch(pieces.id_to_piece(i))] or known
+        self.places = [
+            (i, at) for i, book in enumerate(books) for at in range(0, len(book) - recipe.length, recipe.length)
+        ]
 
     @property
     def tokens(self) -> int:
@@ -143,7 +158,7 @@ class Library:
         order = random.Random(f"{self.seed} {turn}").sample(range(len(self.places)), len(self.places))
         book, at = self.places[order[index]]
         rng = random.Random(f"{self.seed} {turn} {index}")
-        writer = Writer(self.pieces, self.recipe, rng)
+        writer = Writer(self.pieces, self.words, self.recipe, rng)
         if rng.random() < self.recipe.share:
             writer.page(self.books[book], at)
         else:

@@ -1,8 +1,9 @@
 """Text that asks the memory for something: facts, lists and passages, told once and asked back pages later.
 
 A fact is a sentence about somebody; its question comes as a paragraph, and the answer, a paragraph that repeats the
-sentence, ends with the end-of-text piece, as a turn of a chat does. A passage of the book itself is repeated word for
-word. What is told stands in the text once: with a window of W tokens and a gap of several W only the memory can know it.
+sentence, ends with the end-of-text piece, as a turn of a chat does. A passage of the book itself, or
+words in no order, are repeated one for one. With a window of W tokens and a gap of several W only the memory can know
+what was told.
 """
 
 import random
@@ -52,6 +53,7 @@ KEPT = "I will remember."
 LIST = "The list is: {what}."
 ASK_LIST = "What is on the list?"
 AGAIN = "As it was told before:"
+WORDS = "These words:"
 
 
 @dataclass(frozen=True)

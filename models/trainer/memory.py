@@ -4,8 +4,8 @@ Whole segments of T tokens are computed at once, and give exactly what one token
 position t sees the sinks and the last W keys, its own included; the memory it reads holds exactly what had left the
 window by then, with exactly the decay that streaming applies. State crosses from segment to segment.
 
-Rotary angles come from one counter for all streams of a batch: only differences of positions matter, so a stream that
-starts anew need not start at 0.
+Every stream has positions of its own, from 0: what the wedge and Infini remember depends on them, not only on their
+differences.
 """
 
 from dataclasses import dataclass
@@ -25,13 +25,22 @@ class State:
     """What crosses from one segment to the next."""
 
     seen: Tensor  # [B] tokens of each stream so far
-    position: int  # tokens of all streams so far: where the rotary angles go on
     layers: list[dict[str, Tensor]]
 
     def detached(self) -> "State":
         """The same numbers without their history (truncated backpropagation)."""
         layers = [{name: x.detach() for name, x in layer.items()} for layer in self.layers]
-        return State(self.seen, self.position, layers)
+        return State(self.seen, layers)
+
+    def trimmed(self) -> "State":
+        """The same without the keys that no stream sees any more; for full attention."""
+        kept = int(self.seen.max())
+        rings = ("k", "v", "plain", "rate", "decay")
+
+        def cut(name: str, x: Tensor) -> Tensor:
+            return x[:, :, x.shape[2] - kept :] if name in rings else x
+
+        return State(self.seen, [{name: cut(name, x) for name, x in layer.items()} for layer in self.layers])
 
     def restarted(self, fresh: Tensor) -> "State":
         """The same, but the streams where fresh [B] is True have seen nothing."""
@@ -40,14 +49,14 @@ class State:
             return x.masked_fill(fresh.view(-1, *[1] * (x.dim() - 1)), 0) if name in SUMS else x
 
         layers = [{name: cleared(name, x) for name, x in layer.items()} for layer in self.layers]
-        return State(self.seen.masked_fill(fresh, 0), self.position, layers)
+        return State(self.seen.masked_fill(fresh, 0), layers)
 
 
 @dataclass
 class Segment:
     """What all layers share of a segment of T tokens that follows R remembered ones."""
 
-    cos: Tensor  # [T, D/2]
+    cos: Tensor  # [B, 1, T, D/2]
     sin: Tensor
     seen: Tensor  # [B]
     valid: Tensor  # [B, R + T] whether a key is one of the stream's own
@@ -57,8 +66,8 @@ class Segment:
 def segment(args: ModelArgs, state: State, T: int, dtype: torch.dtype) -> Segment:
     device, seen = state.seen.device, state.seen
     half = torch.arange(0, args.head_dim, 2, dtype=torch.float64, device=device)
-    place = torch.arange(state.position, state.position + T, dtype=torch.float64, device=device)
-    angle = place[:, None] * args.rope_base ** (-half / args.head_dim)  # [T, D/2]
+    place = seen[:, None, None, None] + torch.arange(T, device=device)[:, None]  # [B, 1, T, 1]
+    angle = place * args.rope_base ** (-half / args.head_dim)  # [B, 1, T, D/2]
     R = state.layers[0]["k"].shape[2]
     position = seen[:, None] - R + torch.arange(R + T, device=device)  # [B, R + T] of the keys in their streams
     n, W = args.kv_num_sinks, args.ring
@@ -220,7 +229,7 @@ class Infini(nn.Module):
         self.beta = nn.Parameter(torch.zeros(args.n_head))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, M: Tensor, z: Tensor, local: Tensor):
-        """What the heads give [B, H, T, D], and the new M and z. q, local [B, H, T, D]; k, v [B, G, T, D]; z [B, G, D]."""
+        """What the heads give [B, H, T, D], and the new M, z [B, G, D].  q, local [B, H, T, D]; k, v [B, G, T, D]."""
         q, k = functional.elu(q.unflatten(1, (k.shape[1], -1))) + 1, functional.elu(k) + 1  # [B, G, R, T, D]
         after = z[:, :, None] + k.cumsum(2)  # [B, G, T, D]
         before = torch.cat((z[:, :, None], after[:, :, :-1]), 2)

@@ -78,7 +78,7 @@ class GPT(nn.Module):
         """The state of B streams that have seen nothing."""
         like = self.lm_head.weight
         layers = [block.attn.start(B, like) for block in self.transformer.h]
-        return State(torch.zeros(B, dtype=torch.long, device=like.device), 0, layers)
+        return State(torch.zeros(B, dtype=torch.long, device=like.device), layers)
 
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         x, state = self.hidden(tokens, state)
@@ -87,19 +87,26 @@ class GPT(nn.Module):
     def hidden(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """What the head sees, [B, T, C]."""
         B, T = tokens.shape
-        state = self.start(B) if state is None else state
+        state = self.start(B) if state is None else state if self.args.ring else state.trimmed()
         x = self.transformer.drop(self.transformer.wte(tokens))
         here = segment(self.args, state, T, x.dtype)
         layers = []
         for block, before in zip(self.transformer.h, state.layers, strict=True):
             x, after = block(x, before, here)
             layers.append(after)
-        return self.transformer.ln_f(x), State(state.seen + T, state.position + T, layers)
+        return self.transformer.ln_f(x), State(state.seen + T, layers)
 
 
 def load(path: Path | str) -> tuple[GPT, dict]:
     """The model of a published or own `ckpt.pt`, in evaluation mode, and the whole checkpoint."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    model = GPT(ModelArgs(**checkpoint["model_args"]))
-    model.load_state_dict({key.removeprefix("_orig_mod."): value for key, value in checkpoint["model"].items()})
+    if beyond := checkpoint["model_args"].keys() - ModelArgs.__dataclass_fields__:
+        raise ValueError(f"the trainer supports only the options in options.py, not {', '.join(sorted(beyond))}")
+    args = ModelArgs(**checkpoint["model_args"])
+    model = GPT(args)
+    weights = {key.removeprefix("_orig_mod."): value for key, value in checkpoint["model"].items()}
+    if args.tc_layers >= 0:  # published checkpoints hold the idle layers' memories too
+        idle = tuple(f"transformer.h.{i}.attn.tc" for i in range(args.n_layer - args.tc_layers))
+        weights = {k: v for k, v in weights.items() if not k.startswith(idle) or k in model.state_dict()}
+    model.load_state_dict(weights)
     return model.eval(), checkpoint

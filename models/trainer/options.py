@@ -71,7 +71,9 @@ class ModelArgs:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, not {getattr(self, name)!r}")
         if self.n_embd % self.n_head or self.n_head % self.kv_heads:
-            raise ValueError(f"n_head {self.n_head} must divide n_embd, and n_kv_head {self.kv_heads} must divide n_head")
+            raise ValueError(
+                f"n_head {self.n_head} must divide n_embd, and n_kv_head {self.kv_heads} must divide n_head"
+            )
         if self.kv_num_sinks and self.tc_enabled and not self.infini_enabled:
             raise ValueError("a Tensor Cache has no sinks")
         if self.kv_num_sinks and not self.kv_num_sinks < self.kv_window:

@@ -67,7 +67,7 @@ def _scan(
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
     """`scan` for the rules whose writes are k ⊗ u, all arguments of one precision."""
-    B, G, N, _ = k.shape
+    N = k.shape[2]
     C = min(chunk, N)
 
     def chunks(x: Tensor, axis: int) -> Tensor:
@@ -81,7 +81,9 @@ def _scan(
     after = chunks(_three(log_decay), 2).cumsum(-1)  # [B or 1, G, n, C]: log a_i
     before = after - chunks(_three(log_decay), 2)  # log a_{i−1}
     strictly = torch.ones(C, C, dtype=torch.bool, device=q.device).tril(-1)  # j < i
-    seen, at = (strictly | torch.eye(C, dtype=torch.bool, device=q.device), after) if write_first else (strictly, before)
+    seen, at = (
+        (strictly | torch.eye(C, dtype=torch.bool, device=q.device), after) if write_first else (strictly, before)
+    )
 
     U, Y = eta * V, None
     if retrieve is not None:
@@ -113,6 +115,6 @@ def _three(x: Tensor) -> Tensor:
 
 
 def _powers(upper: Tensor, lower: Tensor, seen: Tensor) -> Tensor:
-    """exp(upper_i − lower_j) where `seen` [C, C], else 0: products of decays, none above 1.  [..., C] -> [..., C, C]."""
+    """exp(upper_i − lower_j) where `seen` [C, C], else 0: products of decays, none above 1; [.., C] -> [.., C, C]."""
     exponent = upper[..., :, None] - lower[..., None, :]
     return exponent.masked_fill(~seen, -torch.inf).exp()

@@ -46,7 +46,7 @@ class Run:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next step: giving it back and faulting it in again costs a third of a step."""
+    """Have glibc keep freed memory for the next step: to give it back and fault it in again costs a third of a step."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # MMAP_MAX, TRIM_THRESHOLD, TOP_PAD
             libc.mallopt(option, value)
@@ -77,7 +77,7 @@ def optimizer_of(model: GPT, run: Run) -> torch.optim.AdamW:
 
 def quiet_start(model: GPT) -> None:
     """For language: the memory's way out starts at zero and its heads remember for different times."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith("tc_proj.weight"):
             torch.nn.init.zeros_(parameter)
         if name.endswith("logit_decay_fast"):
@@ -113,12 +113,22 @@ def validate(model: GPT, library: data.Library, block: int, documents: int = 8) 
 
 
 def train(
-    args: ModelArgs, run: Run, recipe: data.Recipe, books: list[Path], valid: Path | None, out: Path, resume: bool,
-    save_every: int, compiled: bool,
+    args: ModelArgs,
+    run: Run,
+    recipe: data.Recipe,
+    books: list[Path],
+    valid: Path | None,
+    out: Path,
+    resume: bool,
+    save_every: int,
+    compiled: bool,
 ) -> GPT:
     """Train, or go on training; the model, its checkpoint in `out`."""
     pieces = vocabulary.load(out / vocabulary.NAME)
     libraries = [data.Library(data.tokenize(data.read(path), pieces), pieces, recipe, run.seed) for path in books]
+    for library, path in zip(libraries, books, strict=True):
+        if not library.places:
+            raise click.ClickException(f"{path}: no text of more than --document {recipe.length} tokens")
     streams = data.Streams(libraries, run.batch, args.block_size, run.seed)
     asking = replace(recipe, share=1.0, emphasis=2.0)
     check = data.Library(data.tokenize(data.read(valid), pieces), pieces, asking, 0) if valid else None
@@ -127,19 +137,19 @@ def train(
     model = GPT(args)
     quiet_start(model)
     optimizer = optimizer_of(model, run)
-    step, state = 0, None
+    step, state, average = 0, None, None
     if resume:
         last = torch.load(out / "last.pt", map_location="cpu", weights_only=True)
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
-        step, state = last["iter_num"], State(**last["state"])
+        step, state, average = last["iter_num"], State(**last["state"]), last["best_val_loss"].item()
     hidden = torch.compile(model.hidden) if compiled else model.hidden
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[status]}"), speed_estimate_period=120) as progress:
         size, amount = sum(p.numel() for p in model.parameters()), sum(library.tokens for library in libraries)
         progress.console.print(f"{size:,} parameters, {amount:,} tokens of books")
         task = progress.add_task("training", total=run.steps, completed=step, status="")
-        began, first, average = time.monotonic(), step, None
+        began, first = time.monotonic(), step
         while step < run.steps:
             batch = streams.step(step, run.steps)
             state = model.start(run.batch) if state is None else state.restarted(batch.fresh)
@@ -165,7 +175,7 @@ def train(
                     "optimizer": optimizer.state_dict(),
                     "model_args": args.saved(),
                     "iter_num": step,
-                    "best_val_loss": torch.tensor(average),
+                    "best_val_loss": torch.tensor(average, dtype=torch.float64),
                     "config": asdict(run) | asdict(recipe),
                     "state": vars(state),
                 }
@@ -191,13 +201,23 @@ def form_of(form: str, window: int) -> dict:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--data", "first", type=click.Path(exists=True, path_type=Path), required=True, help="Text: a file or a folder of *.txt.")
+@click.option(
+    "--data",
+    "first",
+    type=click.Path(exists=True, path_type=Path),
+    required=True,
+    help="Text: a file or a folder of *.txt.",
+)
 @click.option("--then", type=click.Path(exists=True, path_type=Path), help="More text, mixed in more and more.")
 @click.option("--valid", type=click.Path(exists=True, path_type=Path), help="Text to validate on.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Output folder.")
 @click.option("--resume", is_flag=True, help="Go on from last.pt in the output folder; give the same options.")
-@click.option("--memory", type=click.Choice(FORMS), default="tensor", help="What lies behind the window, if there is one.")
-@click.option("--rule", type=click.Choice(["delta", "outer", "wedge"]), default="delta", help="How the memory is written.")
+@click.option(
+    "--memory", type=click.Choice(FORMS), default="tensor", help="What lies behind the window, if there is one."
+)
+@click.option(
+    "--rule", type=click.Choice(["delta", "outer", "wedge"]), default="delta", help="How the memory is written."
+)
 @click.option("--block", "kind", type=click.Choice(["llama", "gpt"]), default="llama", help="The kind of block.")
 @click.option("--layers", default=6)
 @click.option("--remember", default=3, help="How many of the top layers have a memory; -1: all.")
@@ -223,7 +243,7 @@ def form_of(form: str, window: int) -> dict:
 @click.option("--lr", default=2e-3, help="Learning rate between warm-up and the last third.")
 @click.option("--warmup", default=200, help="Steps of linear warm-up.")
 @click.option("--weight-decay", default=0.1)
-@click.option("--bf16/--float32", default=True, help="Matrix products in bfloat16; the memory's are float32 in any case.")
+@click.option("--bf16/--float32", default=True, help="Matrix products in bfloat16; the memory's stay float32.")
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile; slower on a CPU.")
 @click.option("--save-every", default=250, help="Steps between checkpoints.")
 @click.option("--seed", default=1)

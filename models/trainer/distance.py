@@ -1,0 +1,108 @@
+"""How well models predict whole books, by the distance from the beginning: nats per token, averaged over books.
+
+    python models/trainer/distance.py tensor.gguf window.gguf full.gguf --books books/valid --limit 100000
+
+The command `tcinfer perplexity --by-position` for many books and several files at once, all on the same tokens. Errors
+are standard errors over books, as is the error of a difference to the first file.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import click
+
+from tcinfer.loader import load
+from tcinfer.model import Model
+from tcinfer.perplexity import WHOLE, measure
+from tcinfer.progress import bar
+
+Bins = dict[str, dict[str, list[tuple[int, float]]]]  # bin -> model -> (tokens, nats per token) of each book
+
+
+def read(models: dict[str, Model], books: list[Path], limit: int) -> tuple[Bins, dict[str, int]]:
+    """Each model on each book from an empty state; and the bytes of its state at the end."""
+    bins: Bins = {}
+    encode = next(iter(models.values())).tokenizer
+    with bar("reading", len(books) * limit * len(models)) as advance:
+        for book in books:
+            ids = [encode.bos_id, *encode.encode(book.read_text(encoding="utf-8"))]
+            result = measure(models, [ids], limit, advance)
+            for rows in (*result.bins, result.whole):
+                for row in rows:
+                    bins.setdefault(row.windows, {}).setdefault(row.memory, []).append((row.tokens, row.nll))
+    return bins, result.state_bytes
+
+
+def mean(values: list[tuple[int, float]]) -> tuple[float, float]:
+    """The mean over tokens, and its error from the books: sum n_j x_j / n, sqrt(K/(K-1) sum (n_j (x_j - m))^2) / n."""
+    n, K = sum(count for count, _ in values), len(values)
+    m = sum(count * x for count, x in values) / n
+    spread = sum((count * (x - m)) ** 2 for count, x in values)
+    return m, math.sqrt(spread * K / max(1, K - 1)) / n
+
+
+def table(bins: Bins) -> str:
+    """A row for each bin; the first model's figure, and of the others the difference to it."""
+    first, *others = bins[WHOLE]
+    lines = [f"| windows | books | {first} | " + " | ".join(f"{name} - {first}" for name in others) + " |"]
+    lines.append("|---|---:|---:|" + "---:|" * len(others))
+    for label, found in bins.items():
+        cells = ["{:.4f} ± {:.4f}".format(*mean(found[first]))]
+        for name in others:
+            pairs = zip(found[name], found[first], strict=True)
+            cells.append("{:+.4f} ± {:.4f}".format(*mean([(n, x - y) for (n, x), (_, y) in pairs])))
+        lines.append(f"| {label} | {len(found[first])} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(bins: Bins, path: Path) -> None:
+    """Nats per token against position, a line for each model."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.hashsalt": "tcinfer"}):
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        labels = [label for label in bins if label != WHOLE]
+        for name in bins[WHOLE]:
+            there = [label for label in labels if name in bins[label]]
+            axes.plot(
+                [labels.index(label) for label in there],
+                [mean(bins[label][name])[0] for label in there],
+                "o-",
+                label=name,
+            )
+        axes.set_xticks(range(len(labels)), labels, rotation=45, fontsize=8)
+        axes.set_xlabel("position, in windows")
+        axes.set_ylabel("nats per token")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(path, metadata={"Date": None})
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--books", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True, help="*.txt.")
+@click.option("--limit", default=100_000, help="Tokens of each book.")
+@click.option("--off", is_flag=True, help="The first file also with its memory off.")
+@click.option("--plot", "drawing", type=click.Path(path_type=Path), help="An SVG.")
+@click.option("--json", "results", type=click.Path(path_type=Path), help="Where to write the figures.")
+def main(
+    files: tuple[Path, ...], books: Path, limit: int, off: bool, drawing: Path | None, results: Path | None
+) -> None:
+    """Compare models of one vocabulary on whole books."""
+    models = {file.stem: load(file) for file in files}
+    if off:
+        models["memory off"] = load(files[0], memory="window")
+    bins, states = read(models, sorted(books.glob("*.txt")), limit)
+    click.echo(table(bins))
+    click.echo("\nstate bytes: " + ", ".join(f"{name} {size:,}" for name, size in states.items()))
+    if drawing:
+        plot(bins, drawing)
+    if results:
+        results.write_text(json.dumps({"bins": bins, "state_bytes": states}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
