@@ -27,6 +27,8 @@ NEAREST, FARTHEST = 2, 16  # gaps between telling and asking, in windows
 FACTS_AT_ONCE, THINGS_AT_ONCE = 5, 6  # at most
 PASSAGE, CUE = (12, 40), 3  # tokens of a repeated passage, and how many of them only start it
 WORD = re.compile("▁[a-z]{3,}")
+DRILLS = 0.1  # of the run
+DRILL = 16  # words of a line
 EVERY = 256  # tokens of a book, about, for each passage that is repeated
 
 
@@ -132,6 +134,22 @@ class Writer:
                 self.passage(paragraph)
         self.put(book[at : at + self.recipe.length].tolist())
 
+    def drill(self) -> None:
+        """Lines of words in no order, most of them said before, some windows ago: nothing else to learn, so that the
+        memory is found before the language is."""
+        lines: list[list[int]] = []
+        while len(self.ids) <= self.recipe.length:
+            near, far = (round(n * self.recipe.window / DRILL) for n in (1.5, 8))
+            back = round(near * (far / near) ** self.rng.random())  # lines
+            if len(lines) > back and self.rng.random() < 0.6:
+                line = lines[-back]
+                self.put(line[:1])
+                self.put(line[1:], self.recipe.emphasis)
+            else:
+                line = self.rng.choices(self.words, k=DRILL)
+                self.put(line)
+            lines.append(line)
+
     def document(self) -> tuple[Ids, NDArray[np.float32]]:
         end = self.recipe.length + 1
         return np.array(self.ids[:end], np.int32), np.array(self.weights[:end], np.float32)
@@ -152,14 +170,19 @@ class Library:
     def tokens(self) -> int:
         return sum(map(len, self.books))
 
-    def document(self, number: int) -> tuple[Ids, NDArray[np.float32]]:
-        """The number-th of an endless row: ids [length + 1], and the weight of each as a target."""
+    def document(self, number: int, drill: float = 0.0) -> tuple[Ids, NDArray[np.float32]]:
+        """The number-th of an endless row: ids [length + 1], and the weight of each as a target.
+
+        drill: the chance that it is a drill instead of a book.
+        """
         turn, index = divmod(number, len(self.places))
         order = random.Random(f"{self.seed} {turn}").sample(range(len(self.places)), len(self.places))
         book, at = self.places[order[index]]
         rng = random.Random(f"{self.seed} {turn} {index}")
         writer = Writer(self.pieces, self.words, self.recipe, rng)
-        if rng.random() < self.recipe.share:
+        if rng.random() < drill:
+            writer.drill()
+        elif rng.random() < self.recipe.share:
             writer.page(self.books[book], at)
         else:
             writer.put(self.books[book][at : at + self.recipe.length].tolist())
@@ -192,6 +215,10 @@ class Streams:
         progress = min(1.0, number / max(1, documents))
         return len(self.libraries) > 1 and random.Random(f"{self.seed} {number}").random() < 0.75 * progress
 
+    def drills(self, number: int, documents: int) -> float:
+        """The chance of a drill: certain at first, less and less over the first part of the run."""
+        return max(0.0, 1 - number / max(1, DRILLS * documents))
+
     def step(self, number: int, steps: int) -> Batch:
         """The batch of a step, the same whenever it is asked for; `steps` is the length of the whole run."""
         rows = []
@@ -201,7 +228,7 @@ class Streams:
             which = turn * self.batch + stream
             if self.open.get(stream, (-1,))[0] != which:
                 library = self.libraries[self.later(which, documents)]
-                self.open[stream] = (which, library.document(which))
+                self.open[stream] = (which, library.document(which, self.drills(which, documents)))
             ids, weights = self.open[stream][1]
             cut = slice(part * self.block, (part + 1) * self.block)
             after = slice(cut.start + 1, cut.stop + 1)

@@ -28,6 +28,7 @@ ROWS = 512  # of logits at a time: they stay in the processor's cache
 COOLDOWN = 0.3  # of the steps, at the end, bring the learning rate down to zero
 CLIP = 1.0
 DECAYS = (0.99, 0.998, 0.9995, 0.9999)  # of the heads, in turn: from a page to a chapter
+TAPS, ECHO = (0.5, 1.0), 0.1  # how a memory starts
 FORMS = ("full", "window", "sinks", "infini", "tensor")
 SINKS = 4
 
@@ -75,14 +76,27 @@ def optimizer_of(model: GPT, run: Run) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.98), fused=True)
 
 
-def quiet_start(model: GPT) -> None:
-    """For language: the memory's way out starts at zero and its heads remember for different times."""
-    for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
-        if name.endswith("tc_proj.weight"):
-            torch.nn.init.zeros_(parameter)
-        if name.endswith("logit_decay_fast"):
-            spread = [DECAYS[i * len(DECAYS) // len(parameter)] for i in range(len(parameter))]
-            parameter.data = torch.tensor(spread).logit()
+@torch.no_grad()
+def start_remembering(model: GPT) -> None:
+    """Start every memory as a quiet induction memory, which language alone takes long to find (mimetic initialisation).
+
+    A query looks like the key of the same content (W_q = W_k), a key is mostly its predecessor's (taps 0.5 and 1), and
+    what is read goes back to where it came from, softly (W_out = ECHO W_v^T). Heads remember for different times.
+    """
+    for block in model.transformer.h:
+        attention = block.attn
+        if not attention.remembers:
+            continue
+        args, group = model.args, model.args.n_head // model.args.kv_heads
+        wide, narrow = args.n_head * args.head_dim, args.kv_heads * args.head_dim
+        q, k, v = attention.c_attn.weight.split((wide, narrow, narrow))
+        spread = [part.unflatten(0, (args.kv_heads, -1)).repeat_interleave(group, 0).flatten(0, 1) for part in (k, v)]
+        q.copy_(spread[0])
+        attention.tc_proj.weight.copy_(ECHO * spread[1].T)
+        if args.key_conv:
+            attention.key_conv.weight.copy_(torch.tensor(TAPS)[:, None, None].expand_as(attention.key_conv.weight))
+        logits = attention.tc.logit_decay_fast
+        logits.copy_(torch.tensor([DECAYS[i * len(DECAYS) // len(logits)] for i in range(len(logits))]).logit())
 
 
 def save(path: Path, checkpoint: dict) -> None:
@@ -135,7 +149,7 @@ def train(
 
     torch.manual_seed(run.seed)
     model = GPT(args)
-    quiet_start(model)
+    start_remembering(model)
     optimizer = optimizer_of(model, run)
     step, state, average = 0, None, None
     if resume:
