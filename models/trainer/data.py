@@ -8,8 +8,7 @@ cut off goes on with the same text.
 
 import random
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import exercises
@@ -200,6 +199,9 @@ class Batch:
     weights: Tensor  # [B, T] of the targets
     fresh: Tensor  # [B] whether a stream starts a new document here
 
+    def to(self, device: str) -> "Batch":
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
 
 class Streams:
     """B streams of documents, T tokens a step. The first documents of the streams are entered at different places, so
@@ -236,8 +238,3 @@ class Streams:
         inputs, targets, weights, fresh = (np.stack(column) for column in zip(*rows, strict=True))
         long, real = torch.from_numpy(inputs).long(), torch.from_numpy(weights)
         return Batch(long, torch.from_numpy(targets).long(), real, torch.from_numpy(fresh))
-
-
-def segments(ids: Ids, block: int) -> Iterator[Ids]:
-    for at in range(0, len(ids), block):
-        yield ids[at : at + block]

@@ -44,6 +44,7 @@ class Run:
     weight_decay: float
     seed: int
     bf16: bool
+    device: str
 
 
 def keep_freed_memory() -> None:
@@ -112,7 +113,7 @@ def validate(model: GPT, library: data.Library, block: int, documents: int = 8) 
     model.eval()
     total = tokens = hits = asked = 0
     for number in range(documents):
-        ids, weights = (torch.from_numpy(x) for x in library.document(number))
+        ids, weights = (torch.from_numpy(x).to(model.lm_head.weight.device) for x in library.document(number))
         state = None
         for at in range(0, library.recipe.length, block):
             x, y = ids[None, at : at + block].long(), ids[None, at + 1 : at + block + 1].long()
@@ -150,10 +151,11 @@ def train(
     torch.manual_seed(run.seed)
     model = GPT(args)
     start_remembering(model)
+    model.to(run.device)
     optimizer = optimizer_of(model, run)
     step, state, average = 0, None, None
     if resume:
-        last = torch.load(out / "last.pt", map_location="cpu", weights_only=True)
+        last = torch.load(out / "last.pt", map_location=run.device, weights_only=True)
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         step, state, average = last["iter_num"], State(**last["state"]), last["best_val_loss"].item()
@@ -165,11 +167,11 @@ def train(
         task = progress.add_task("training", total=run.steps, completed=step, status="")
         began, first = time.monotonic(), step
         while step < run.steps:
-            batch = streams.step(step, run.steps)
+            batch = streams.step(step, run.steps).to(run.device)
             state = model.start(run.batch) if state is None else state.restarted(batch.fresh)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, run)
-            with torch.autocast("cpu", torch.bfloat16, enabled=run.bf16):
+            with torch.autocast(run.device, torch.bfloat16, enabled=run.bf16):
                 x, state = hidden(batch.inputs, state)
                 losses = nats(model, x, batch.targets)
             state = state.detached()
@@ -261,6 +263,7 @@ def form_of(form: str, window: int) -> dict:
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile; slower on a CPU.")
 @click.option("--save-every", default=250, help="Steps between checkpoints.")
 @click.option("--seed", default=1)
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 @click.option("--threads", default=0, help="CPU threads; 0: torch's choice.")
 def main(first: Path, then: Path | None, valid: Path | None, out: Path, resume: bool, **o) -> None:
     """Train a language model on books, its memory on exercises between their pages."""
@@ -299,7 +302,7 @@ def main(first: Path, then: Path | None, valid: Path | None, out: Path, resume: 
         )
     except ValueError as e:
         raise click.ClickException(str(e)) from None
-    run = Run(o["steps"], o["batch"], o["lr"], o["warmup"], o["weight_decay"], o["seed"], o["bf16"])
+    run = Run(o["steps"], o["batch"], o["lr"], o["warmup"], o["weight_decay"], o["seed"], o["bf16"], o["device"])
     recipe = data.Recipe(o["document"], o["window"], o["share"], o["emphasis"])
     train(args, run, recipe, books, valid, out, resume, o["save_every"], o["compiled"])
 
