@@ -24,6 +24,7 @@ Ids = NDArray[np.int32]
 
 NEAREST, FARTHEST = 2, 16  # gaps between telling and asking, in windows
 FACTS_AT_ONCE, THINGS_AT_ONCE = 5, 6  # at most
+FACTS_DUE = 5  # no more is told while so many questions are still to be asked
 PASSAGE, CUE = (12, 40), 3  # tokens of a repeated passage, and how many of them only start it
 WORD = re.compile("▁[a-z]{3,}")
 DRILLS = 0.1  # of the run
@@ -105,7 +106,7 @@ class Writer:
 
     def question(self, question: Question) -> None:
         self.text(f"{question.ask}{vocabulary.PARAGRAPH}{question.lead}")
-        self.text(question.answer, self.recipe.emphasis)
+        self.text(question.answer, 2 * self.recipe.emphasis)  # few tokens, and the hardest
         self.put([self.pieces.eos_id(), self.paragraph])
 
     def passage(self, paragraph: list[int]) -> None:
@@ -127,7 +128,7 @@ class Writer:
             paragraph, at, ends = book[at : ends[0]].tolist(), int(ends[0]), ends[1:]
             self.put(paragraph)
             self.ask()
-            if not any(isinstance(what, Question) for _, what, _ in self.due):
+            if sum(isinstance(what, Question) for _, what, _ in self.due) < FACTS_DUE:
                 self.tell()
             if self.rng.random() < len(paragraph) / EVERY:
                 self.passage(paragraph)

@@ -41,6 +41,8 @@ HELD_OUT = 5  # every fifth word of an answer's list is never trained on
 
 # What is told, with its question; {who} is somebody, {what} the answer.
 FACTS = (
+    ("I know the {who} {what}.", "Who is the {who}?", NAMES),
+    ("The {who} loves {what}.", "Whom does the {who} love?", NAMES),
     ("The {who}'s name is {what}.", "What is the {who}'s name?", NAMES),
     ("The {who} lives in {what}.", "Where does the {who} live?", PLACES),
     ("The {who} carries a {what}.", "What does the {who} carry?", THINGS),
