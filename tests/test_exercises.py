@@ -138,21 +138,20 @@ def test_only_what_the_memory_can_know_weighs_more(trainer, pages, pieces):
     passages = 0
     again = pieces.encode(trainer.exercises.AGAIN)
     for page in pages:
-        expected = np.zeros(len(page.ids), bool)
+        expected = np.ones(len(page.ids))
         for question in asked(trainer, page):
-            expected[question.known : question.stop] = True
+            expected[question.known : question.stop] = 6  # twice what a passage's weigh
         ids = page.ids.tolist()
         stop = max(i for i, piece in enumerate(ids) if pieces.id_to_piece(piece) == "\n\n")  # the last may be cut off
         for at in range(stop):
             if ids[at : at + len(again)] == again:
                 start = at + len(again)
                 end = next(i for i in range(start, stop + 1) if pieces.id_to_piece(ids[i]) == "\n\n")
-                expected[start + trainer.data.CUE : end] = True
+                expected[start + trainer.data.CUE : end] = 3
                 passage, passages = ids[start:end], passages + 1
                 first = next(i for i in range(at) if ids[i : i + len(passage)] == passage)
                 assert at - (first + len(passage)) >= 2 * WINDOW
-        assert np.array_equal(page.weights[:stop] == 3, expected[:stop])
-        assert set(page.weights.tolist()) == {1.0, 3.0}
+        assert np.array_equal(page.weights[:stop], expected[:stop])
     assert passages > 5
 
 
@@ -194,7 +193,8 @@ def test_streams_read_documents_in_segments(trainer, library, pieces):
         starts = [at // block for at in np.flatnonzero(inputs == pieces.bos_id())]
         assert [i for i, batch in enumerate(batches) if batch.fresh[stream]] == sorted({0, *starts})
         skipped = stream % parts * block  # streams are entered at different places
-        documents = [library.document(turn * B + stream) for turn in range(4)]
+        numbers = [turn * B + stream for turn in range(4)]
+        documents = [library.document(n, streams.drills(n, 12 * B // parts)) for n in numbers]
         for got, column, shift in ((inputs, 0, 0), (targets, 0, 1), (weights, 1, 1)):
             want = np.concatenate([document[column][shift : shift + 1024] for document in documents])
             assert np.array_equal(got, want[skipped : skipped + len(got)])
@@ -208,6 +208,25 @@ def test_a_step_is_the_same_whenever_it_is_asked_for(trainer, library):
         batch = read.step(number, 12)
     alone = trainer.data.Streams([library, library], 3, 256, seed=5).step(5, 12)
     assert all(torch.equal(x, getattr(alone, name)) for name, x in vars(batch).items())
+
+
+def test_drills_repeat_lines_from_beyond_the_window(trainer, library):
+    size, repeated = trainer.data.DRILL, 0
+    for number in range(4):
+        ids, weights = library.document(number, drill=1.0)
+        lines = ids[1:].reshape(-1, size).tolist()
+        for at, (line, heavy) in enumerate(zip(lines, weights[1:].reshape(-1, size) > 1, strict=True)):
+            assert heavy.tolist() == ([False] + [line in lines[:at]] * (size - 1))
+            if line in lines[:at]:
+                repeated += 1
+                gap = (at - max(i for i in range(at) if lines[i] == line)) * size
+                assert WINDOW < gap <= 8 * WINDOW
+    assert repeated > 20
+
+
+def test_drills_are_for_the_first_tenth(trainer, library):
+    streams = trainer.data.Streams([library], 3, 256, seed=5)
+    assert [streams.drills(number, 100) for number in (0, 5, 10, 99)] == [1.0, 0.5, 0.0, 0.0]
 
 
 def test_more_and_more_documents_come_from_the_second_library(trainer, library):
