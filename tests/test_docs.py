@@ -38,7 +38,8 @@ PAGES = [
 ]
 CHAT, EVERY = (DOCS / "chat.md").read_text(), (DOCS / "commands.md").read_text()
 WIDE = os.environ | {"COLUMNS": "100"}
-FOREIGN = {"--data", "--out"}  # options of models/trainer, in the model's card
+TRAINER = "".join(path.read_text() for path in ROOT.glob("models/trainer/*.py"))
+FOREIGN = set(re.findall(r"--[a-z0-9-]+", TRAINER))  # options of its scripts, in the models' cards
 
 
 def commands(group: click.Command = cli, *names: str) -> Iterator[tuple[str, click.Command]]:

@@ -26,7 +26,6 @@ SIZE = {
     "segment": 512,
     "document": 2048,
     "batch": 8,
-    "emphasis": 4,
 }
 
 

@@ -255,7 +255,7 @@ def form_of(form: str, window: int) -> dict:
 @click.option("--segment", default=512, help="Tokens of each stream a step; the memory goes on to the next.")
 @click.option("--document", default=4096, help="Tokens until a stream starts anew; a multiple of --segment.")
 @click.option("--share", default=0.8, help="Of the documents that have exercises for the memory.")
-@click.option("--emphasis", default=3.0, help="Weight of their answers in the loss.")
+@click.option("--emphasis", default=4.0, help="Weight of their answers in the loss.")
 @click.option("--lr", default=2e-3, help="Learning rate between warm-up and the last third.")
 @click.option("--warmup", default=200, help="Steps of linear warm-up.")
 @click.option("--weight-decay", default=0.1)
