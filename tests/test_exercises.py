@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from test_trainer import prose, torch, trainer_modules
+from test_trainer import prose, torch
+from trainer_modules import trainer_modules
 
 pytestmark = pytest.mark.peer
 trainer = pytest.fixture(scope="module")(trainer_modules)

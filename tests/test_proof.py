@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import shared
 from test_cli import command
+from trainer_modules import trainer_modules
 
 import tcinfer
 from tcinfer import converters
@@ -19,21 +20,10 @@ from tcinfer import converters
 pytestmark = pytest.mark.peer
 torch = pytest.importorskip("torch")
 
-from test_trainer import trainer_modules  # noqa: E402 (needs torch)
-
 trainer = pytest.fixture(scope="module")(trainer_modules)
 TINY = (
     "--layers=2 --remember=1 --width=32 --heads=2 --window=8 --segment=16 --document=64 --batch=4 --steps=2 --float32"
 )
-
-
-@pytest.fixture(scope="module")
-def proof(trainer: SimpleNamespace) -> SimpleNamespace:
-    import ask
-    import distance
-    import footprint
-
-    return SimpleNamespace(ask=ask, distance=distance, footprint=footprint)
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +45,9 @@ def model(trainer: SimpleNamespace, books: Path, tmp_path_factory: pytest.TempPa
     return out / "model.gguf"
 
 
-def test_ask(proof: SimpleNamespace, model: Path, books: Path, tmp_path: Path) -> None:
+def test_ask(trainer: SimpleNamespace, model: Path, books: Path, tmp_path: Path) -> None:
     arguments = [str(model), f"--book={books / 'one.txt'}", "--trials=2", "--facts=2", f"--json={tmp_path / 'a.json'}"]
-    done = CliRunner().invoke(proof.ask.main, arguments)
+    done = CliRunner().invoke(trainer.ask.main, arguments)
     assert done.exit_code == 0, done.output
     scores = json.loads((tmp_path / "a.json").read_text())
     assert {(s["memory"], s["gap"], s["words"]) for s in scores} == {
@@ -71,13 +61,13 @@ def test_ask(proof: SimpleNamespace, model: Path, books: Path, tmp_path: Path) -
 
 
 def test_the_gap_is_what_it_says(
-    proof: SimpleNamespace, model: Path, books: Path, monkeypatch: pytest.MonkeyPatch
+    trainer: SimpleNamespace, model: Path, books: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the last fact's answer and its question's stand `gap` tokens, give or take how long questions are."""
     runtime = tcinfer.load(model)
     pieces, fed = runtime.tokenizer, []
     monkeypatch.setattr(type(runtime.session()), "feed", spy(type(runtime.session()).feed, fed))
-    proof.ask.trial({"it": runtime}, pieces.encode((books / "one.txt").read_text()), 1600, 1, random.Random(3), False)
+    trainer.ask.trial({"it": runtime}, pieces.encode((books / "one.txt").read_text()), 1600, 1, random.Random(3), False)
     head, question = fed
     told = pieces.decode(head).index("I will remember")
     answer_told = len(pieces.encode(pieces.decode(head)[:told]))
@@ -93,13 +83,13 @@ def spy(feed, fed):
 
 
 @pytest.mark.parametrize(("right", "asked", "rate", "p"), [(0, 9, 0.3, 1), (9, 9, 0.5, 2**-9), (10, 10, 0, 1e-10)])
-def test_binomial_tail(proof: SimpleNamespace, right: int, asked: int, rate: float, p: float) -> None:
-    assert proof.ask.chance_of(right, asked, rate) == pytest.approx(p)
+def test_binomial_tail(trainer: SimpleNamespace, right: int, asked: int, rate: float, p: float) -> None:
+    assert trainer.ask.chance_of(right, asked, rate) == pytest.approx(p)
 
 
-def test_distance_agrees_with_the_command(proof: SimpleNamespace, model: Path, books: Path, tmp_path: Path) -> None:
+def test_distance_agrees_with_the_command(trainer: SimpleNamespace, model: Path, books: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(
-        proof.distance.main,
+        trainer.distance.main,
         [
             str(model),
             "--off",
@@ -122,14 +112,14 @@ def test_distance_agrees_with_the_command(proof: SimpleNamespace, model: Path, b
             assert nll == pytest.approx(row["nll"], abs=1e-6)
 
 
-def test_means_over_books(proof: SimpleNamespace) -> None:
-    mean, error = proof.distance.mean([(10, 1.0), (30, 2.0)])
+def test_means_over_books(trainer: SimpleNamespace) -> None:
+    mean, error = trainer.distance.mean([(10, 1.0), (30, 2.0)])
     assert mean == 1.75
     assert error == pytest.approx(math.sqrt(2 * (7.5**2 + 7.5**2)) / 40)
 
 
-def test_footprint(proof: SimpleNamespace, model: Path) -> None:
-    done = CliRunner().invoke(proof.footprint.main, [str(model), "--measured=256"])
+def test_footprint(trainer: SimpleNamespace, model: Path) -> None:
+    done = CliRunner().invoke(trainer.footprint.main, [str(model), "--measured=256"])
     assert done.exit_code == 0, done.output
     state = tcinfer.load(model).session().nbytes
     per_token = 2 * 2 * 32 * 2  # keys and values, layers, channels, bytes
@@ -140,8 +130,6 @@ def test_footprint(proof: SimpleNamespace, model: Path) -> None:
 @pytest.mark.slow
 def test_compare(trainer: SimpleNamespace, books: Path, model: Path, tmp_path: Path, monkeypatch) -> None:
     """Five models, trained and converted; a second call has nothing left to do."""
-    import compare
-
     folder = tmp_path / "books"
     for part in ("tales", "novels", "valid"):
         (folder / part).mkdir(parents=True)
@@ -156,10 +144,10 @@ def test_compare(trainer: SimpleNamespace, books: Path, model: Path, tmp_path: P
         "document": 64,
         "batch": 2,
     }
-    monkeypatch.setattr(compare, "SIZE", small)
+    monkeypatch.setattr(trainer.compare, "SIZE", small)
     line = [f"--books={folder}", f"--vocabulary={model.parent}", f"--out={tmp_path / 'out'}", "--steps=2"]
     for _ in range(2):
-        done = CliRunner().invoke(compare.main, line)
+        done = CliRunner().invoke(trainer.compare.main, line)
         assert done.exit_code == 0, done.output
     for memory in ("full", "window", "sinks", "infini", "tensor"):
         loaded = tcinfer.load(tmp_path / "out" / f"{memory}.gguf")
@@ -168,7 +156,7 @@ def test_compare(trainer: SimpleNamespace, books: Path, model: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_the_storyteller_remembers(proof: SimpleNamespace) -> None:
+def test_the_storyteller_remembers(trainer: SimpleNamespace) -> None:
     """The bundled weights: told, read pages, asked; with its memory clearly more than with the window alone."""
     file = Path(tcinfer.loader.bundled()).with_name("storyteller.gguf")
     if not file.exists():
@@ -177,9 +165,9 @@ def test_the_storyteller_remembers(proof: SimpleNamespace) -> None:
     book = book if book.exists() else next(iter(sorted(shared("data", "books", "valid").glob("*.txt"))))
     models = {"on": tcinfer.load(file), "off": tcinfer.load(file, memory="window")}
     ids = models["on"].tokenizer.encode(book.read_text())
-    scores = proof.ask.measure(models, ids, 10, 3, seed=2)
+    scores = trainer.ask.measure(models, ids, 10, 3, seed=2)
     for gap in (2, 4):
         on, off = (
             sum(s.right for s in scores if s.model == name and s.gap == gap and s.words == "trained") for name in models
         )
-        assert proof.ask.chance_of(on, 30, off / 30) < 1e-3
+        assert trainer.ask.chance_of(on, 30, off / 30) < 1e-3

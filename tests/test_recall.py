@@ -3,17 +3,13 @@ runtime answers as the trainer does."""
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT
+from trainer_modules import trainer_modules
 
 import tcinfer
 from tcinfer import converters
@@ -21,22 +17,10 @@ from tcinfer import converters
 pytestmark = pytest.mark.peer
 torch = pytest.importorskip("torch")
 
-TRAINER = ROOT / "models" / "trainer"
-MODULES = ("options", "scan", "memory", "network", "recall_matrix", "recall_task", "recall")
 TASKS = [{}, {"twice": True}, {"farthest": 4}, {"pairs": 32}, {"pairs": 4}, {"pairs": 32, "twice": True}]
 
 
-@pytest.fixture(scope="module")
-def trainer() -> Iterator[SimpleNamespace]:
-    """The modules: not part of the installed package, so they are imported from their folder."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    sys.path.insert(0, str(TRAINER))
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    sys.path.remove(str(TRAINER))
-    for name in MODULES:
-        sys.modules.pop(name)
-    torch.set_num_threads(threads)
+trainer = pytest.fixture(scope="module")(trainer_modules)
 
 
 def drawn(trainer, B: int, seed: int = 3, **changes):

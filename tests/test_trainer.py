@@ -6,7 +6,6 @@ through the checkpoint and the converter.
 
 from __future__ import annotations
 
-import importlib
 import os
 import random
 import re
@@ -14,16 +13,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import oracle
 import pytest
-from conftest import ROOT, SHARED, shared
+from conftest import SHARED, shared
+from trainer_modules import TRAINER, trainer_modules
 
 import tcinfer
 from tcinfer import converters
@@ -32,22 +31,6 @@ from tcinfer.converters import tcgpt
 pytestmark = pytest.mark.peer
 torch = pytest.importorskip("torch")
 pytest.importorskip("sentencepiece")
-
-TRAINER = ROOT / "models" / "trainer"
-MODULES = ("options", "scan", "memory", "network", "vocabulary", "exercises", "data", "train")
-
-
-def trainer_modules() -> Iterator[SimpleNamespace]:
-    """The trainer's modules: it is not part of the installed package, so they are imported from its folder."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    sys.path.insert(0, str(TRAINER))
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    sys.path.remove(str(TRAINER))
-    for name in MODULES:
-        sys.modules.pop(name)
-    torch.set_num_threads(threads)
-
 
 trainer = pytest.fixture(scope="module")(trainer_modules)
 
