@@ -113,7 +113,7 @@ def test_first_uses_at_once_start_one_set_of_threads() -> None:
 
 
 def test_an_interruption_anywhere_leaves_threads_that_work() -> None:
-    """Ctrl-C at a thousand moments of a token; then the session goes back, and gives the same answers as before."""
+    """Ctrl-C at hundreds of moments of a token; then the session goes back, and gives the same answers as before."""
     code = """
     model = build(SMALL, "numba", threads=2)
     session = model.session()
@@ -122,15 +122,18 @@ def test_an_interruption_anywhere_leaves_threads_that_work() -> None:
     def after():
         session.restore(start)
         return np.stack([session.feed(prompt), session.feed(5)])
+    fired = 0
     def stop(*_):
+        global fired
+        fired += 1
         raise KeyboardInterrupt
     want, rng, count = after(), np.random.default_rng(0), 0
     signal.signal(signal.SIGALRM, stop)
-    for moment in rng.uniform(20e-6, 400e-6, 1000):
+    for turn, moment in enumerate(rng.uniform(20e-6, 400e-6, 300)):
         try:
             try:
                 signal.setitimer(signal.ITIMER_REAL, moment)
-                while True:
+                while fired == turn:  # Python drops what is raised in a finalizer
                     session.restore(start)
                     session.feed(5)
             except KeyboardInterrupt:
@@ -139,9 +142,9 @@ def test_an_interruption_anywhere_leaves_threads_that_work() -> None:
             pass
         time.sleep(0.002)  # the workers go to sleep
         assert np.array_equal(after(), want)
-    assert count > 900
+    assert count > 270
     """
-    process(MODEL + code.replace("\n    ", "\n"), timeout=30)
+    process(MODEL + code.replace("\n    ", "\n"))
 
 
 # Forks
