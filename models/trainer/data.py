@@ -29,6 +29,7 @@ PASSAGE, CUE = (12, 40), 3  # tokens of a repeated passage, and how many of them
 WORD = re.compile("▁[a-z]{3,}")
 DRILLS = 0.1  # of the run
 DRILL = 16  # words of a line
+PROMPT = 0.0  # weight of what a reader says: a story that goes on by itself is not to ask itself questions
 EVERY = 256  # tokens of a book, about, for each passage that is repeated
 
 
@@ -39,7 +40,7 @@ class Recipe:
     length: int  # tokens of a document, the beginning-of-text piece not counted
     window: int  # tokens: the unit of the gaps
     share: float  # of the documents have exercises
-    emphasis: float  # weight of what only the memory can know, in the loss; other tokens have 1
+    emphasis: float  # weight of what only the memory can know, in the loss; the reader's have PROMPT, others 1
 
 
 def read(folder: Path) -> list[str]:
@@ -77,8 +78,8 @@ class Writer:
             told, asked = exercises.facts(self.rng, self.rng.randint(1, FACTS_AT_ONCE))
         else:
             told, asked = exercises.shopping(self.rng, self.rng.randint(3, THINGS_AT_ONCE))
-        self.text(f"{told}{vocabulary.PARAGRAPH}{exercises.KEPT}")
-        self.put([self.pieces.eos_id(), self.paragraph])
+        self.text(f"{told}{vocabulary.PARAGRAPH}", PROMPT)
+        self.reply(exercises.KEPT)
         self.put_off(asked)
 
     def put_off(self, asked: list[Question]) -> None:
@@ -99,23 +100,29 @@ class Writer:
                 if again:  # once more, as far from this answer
                     self.due.append((len(self.ids) + self.gap(), what, False))
             else:
-                self.text(exercises.AGAIN)
-                self.put(what[:CUE])
+                self.text(exercises.AGAIN, PROMPT)
+                self.put(what[:CUE], PROMPT)
                 self.put(what[CUE:], self.recipe.emphasis)
                 self.put([self.paragraph])
 
     def question(self, question: Question) -> None:
-        self.text(f"{question.ask}{vocabulary.PARAGRAPH}{question.lead}")
-        self.text(question.answer, 2 * self.recipe.emphasis)  # few tokens, and the hardest
-        self.put([self.pieces.eos_id(), self.paragraph])
+        self.text(f"{question.ask}{vocabulary.PARAGRAPH}", PROMPT)
+        self.text(question.lead)
+        self.reply(question.answer, 2 * self.recipe.emphasis)  # few tokens, and the hardest
+
+    def reply(self, text: str, weight: float = 1.0) -> None:
+        """The end of an answer; the book goes on after it."""
+        self.text(text, weight)
+        self.put([self.pieces.eos_id()])
+        self.put([self.paragraph], PROMPT)
 
     def passage(self, paragraph: list[int]) -> None:
         """Have a part of a paragraph repeated later; or words in no order, which nothing but the memory can know."""
         size = self.rng.randint(*PASSAGE)
         if self.rng.random() < 0.5:
             words = self.rng.choices(self.words, k=size)
-            self.text(exercises.WORDS)
-            self.put([*words, self.paragraph])
+            self.text(exercises.WORDS, PROMPT)
+            self.put([*words, self.paragraph], PROMPT)
             self.due.append((len(self.ids) + self.gap(), words, False))
         elif len(paragraph) > size:
             start = self.rng.randrange(len(paragraph) - size)

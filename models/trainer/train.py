@@ -120,8 +120,9 @@ def validate(model: GPT, library: data.Library, block: int, documents: int = 8) 
             hidden, state = model.hidden(x, state)
             logits = model.lm_head(hidden)
             loss = functional.cross_entropy(logits.mT, y, reduction="none")
-            told = weights[None, at + 1 : at + block + 1] > 1
-            total, tokens = total + loss[~told].sum().item(), tokens + (~told).sum().item()
+            weight = weights[None, at + 1 : at + block + 1]
+            told, plain = weight > 1, weight == 1
+            total, tokens = total + loss[plain].sum().item(), tokens + plain.sum().item()
             hits, asked = hits + (logits.argmax(-1) == y)[told].sum().item(), asked + told.sum().item()
     model.train()
     return total / tokens, hits / max(1, asked)
