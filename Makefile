@@ -7,8 +7,8 @@ READY := $(VENV)/.ready
 .PHONY: run test slow lint format clean
 
 run: $(READY)
-	@printf 'ROMEO:'
-	@$(BIN)/tcinfer generate -p 'ROMEO:' -n 400
+	@printf 'Once upon a time'
+	@$(BIN)/tcinfer generate -p 'Once upon a time' -n 200
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow and not peer"

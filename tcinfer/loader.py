@@ -21,7 +21,7 @@ from tcinfer.kernels.reference.quants import KINDS, Matrix, unpack
 from tcinfer.memory import with_memory
 from tcinfer.model import Model, tensors
 
-BUNDLED = "shakespeare.gguf"  # in models/
+BUNDLED = "storyteller.gguf"  # in models/
 EMBEDDING = "token_embd.weight"
 
 

@@ -24,6 +24,7 @@ from tcinfer.tokenizer import from_metadata
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+SHAKESPEARE = str(ROOT / "models" / "shakespeare.gguf")  # trained, of characters, and quick
 BACKENDS = ("numpy", "numba")
 FLOATS = (Kind.F32, Kind.F16, Kind.BF16)
 

@@ -9,19 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conftest import ROOT
+from conftest import SHAKESPEARE as MODEL
 from test_cli import Outcome, command, refused
 
-MODEL = str(ROOT / "models" / "shakespeare.gguf")
 TEXT = "To be, or not to be, that is the question:\nWhether it is nobler in the mind to suffer, or to be no more.\n"
 TEMPLATE = "{% for m in messages %}{{ m.content }}\n\n{% endfor %}{% if add_generation_prompt %}JULIET:\n{% endif %}"
 STDIN = {"generate": "ROMEO:", "chat": "Romeo, speak to me.\n", "absorb": TEXT}
 BASES = {  # what both runs of a command have
-    "generate": "-n 24 --seed 3",
-    "chat": "-n 24 --seed 3",
-    "absorb": "-s new.tcs",
-    "bench": "-p 4 -n 2 -r 1 -o json",
-    "perplexity": "-f text.txt -o json",
+    "generate": f"-m {MODEL} -n 24 --seed 3",
+    "chat": f"-m {MODEL} -n 24 --seed 3",
+    "absorb": f"-m {MODEL} -s new.tcs",
+    "bench": f"-m {MODEL} -p 4 -n 2 -r 1 -o json",
+    "perplexity": f"-m {MODEL} -f text.txt -o json",
     "convert": "m.gguf -o new.gguf",
     "quantize": "m.gguf new.gguf q8_0",
     "session show": "s.tcs",

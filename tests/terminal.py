@@ -18,6 +18,7 @@ from typing import Any
 import pexpect
 import psutil
 import pyte
+from conftest import SHAKESPEARE
 
 from tcinfer.chat.conversation import Conversation
 from tcinfer.chat.launch import Chats
@@ -28,7 +29,7 @@ from tcinfer.model import Model
 from tcinfer.sampler import Sampling
 
 COMMAND = str(Path(sys.executable).parent / "tcinfer")
-# What the 65 characters of the bundled model can write.
+# What the 65 characters of shakespeare.gguf can write.
 TEMPLATE = (
     "{% for m in messages %}{{ 'CITIZEN' if m.role == 'user' else 'ROMEO' }}:\n{{ m.content }}\n\n"
     "{% endfor %}{% if add_generation_prompt %}ROMEO:\n{% endif %}"
@@ -39,8 +40,8 @@ QUIET = 0.3  # seconds without output
 
 
 @lru_cache
-def bundled(backend: str = "numba") -> Model:
-    return load(backend=backend)
+def shakespeare(backend: str = "numba") -> Model:
+    return load(SHAKESPEARE, backend=backend)
 
 
 @lru_cache
@@ -62,7 +63,7 @@ def conversation(
     log = Log(folder, name, {"system": system} if new else None)
     try:
         how = Sampling(**{"temperature": 0} | sampling)
-        talk = Conversation(model or bundled(), template(source), log, how)
+        talk = Conversation(model or shakespeare(), template(source), log, how)
     except BaseException:
         log.close()
         raise
@@ -74,7 +75,7 @@ def chats(path: Path | None = None, source: str | None = TEMPLATE, backend: str 
     """As `tcinfer chat` makes it; what it says goes into its list `said`."""
     said: list[str] = []
     options = dict.fromkeys(("memory", "window", "sinks", "cache_type")) | asked
-    made = Chats(path and str(path), operators(backend), options, source, Sampling(temperature=0), said.append)
+    made = Chats(str(path or SHAKESPEARE), operators(backend), options, source, Sampling(temperature=0), said.append)
     made.said = said  # type: ignore[attr-defined]
     return made
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import SMALL, random_weights, shared, small, tcinfer
+from conftest import SHAKESPEARE, SMALL, random_weights, shared, small, tcinfer
 from test_cli import COMMAND, FAST, command, refused, write_model
 from test_memory import IDS
 
@@ -120,9 +120,9 @@ def live(tmp_path: Path, model: Path) -> Iterator[Callable[..., Live]]:
 def test_a_stream_is_the_text_fed_at_once(tmp_path: Path) -> None:
     """From a file and from a pipe; the files are the same to the byte, and so is what Python saves."""
     (tmp_path / "text").write_text(TEXT)
-    assert command("absorb", "-s", tmp_path / "file.tcs", "-f", tmp_path / "text").status == 0
-    done = tcinfer("absorb", "-s", str(tmp_path / "pipe.tcs"), input=TEXT)
-    session = package.load().session()
+    assert command("absorb", "-m", SHAKESPEARE, "-s", tmp_path / "file.tcs", "-f", tmp_path / "text").status == 0
+    done = tcinfer("absorb", "-m", SHAKESPEARE, "-s", str(tmp_path / "pipe.tcs"), input=TEXT)
+    session = package.load(SHAKESPEARE).session()
     session.feed(session.model.tokenizer.encode(TEXT))
     size = session.save(tmp_path / "python.tcs")
     assert len({(tmp_path / f"{name}.tcs").read_bytes() for name in ("file", "pipe", "python")}) == 1
@@ -134,7 +134,7 @@ def test_a_stream_is_the_text_fed_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["characters", "byte-level", "SentencePiece with BOS"])
 def test_texts_cut_at_line_ends_are_one_stream(kind: str, tmp_path: Path) -> None:
-    options: tuple[object, ...] = ()
+    options: tuple[object, ...] = ("-m", SHAKESPEARE)
     if kind != "characters":
         gguf = ("models", "stories260K", "stories260K-f32.gguf")
         path = byte_level(tmp_path / "m.gguf") if kind == "byte-level" else shared(*gguf)
@@ -305,7 +305,7 @@ def test_what_came_before_a_text_that_cannot_be_written_is_kept(minute: Path, tm
 
 
 class Saved(NamedTuple):
-    """A file of the bundled model, what is in it, and the session that it was."""
+    """A file of shakespeare.gguf, what is in it, and the session that it was."""
 
     path: Path
     good: bytes
@@ -314,7 +314,7 @@ class Saved(NamedTuple):
 
 @pytest.fixture(scope="module")
 def session() -> Session:
-    session = package.load(backend="numpy").session()
+    session = package.load(SHAKESPEARE, backend="numpy").session()
     list(session.generate(TEXT[:300], max_tokens=2, seed=1))
     return session
 
@@ -405,8 +405,8 @@ def test_verify_tells_whether_it_goes_on(saved: Saved, model: Path) -> None:
     path = saved.path
     whole = f"{path}: whole, 302 tokens in {path.stat().st_size:,} bytes"
     assert command("session", "verify", path).out == f"{whole}\n"
-    bundled = package.loader.bundled()
-    assert command("session", "verify", path, "-m", bundled).out == f"{whole}; it goes on in {bundled}\n"
+    done = command("session", "verify", path, "-m", SHAKESPEARE)
+    assert done.out == f"{whole}; it goes on in {SHAKESPEARE}\n"
     assert re.search("another model|no weights for", refused(command("session", "verify", path, "-m", model)))
     path.write_bytes(path.read_bytes()[:1000] + b"x" + path.read_bytes()[1001:])
     assert "checksum" in refused(command("session", "verify", path))

@@ -37,7 +37,7 @@ def test_json_says_the_same_and_more() -> None:
     assert row["state_bytes"] == package.load().session().nbytes
     assert row["resident_bytes"] > 50e6
     assert row["of_bandwidth"] > 0
-    assert report["weight_bytes"] < Path("models/shakespeare.gguf").resolve().stat().st_size
+    assert report["weight_bytes"] < package.loader.bundled().stat().st_size
 
 
 def test_no_prompt_no_column() -> None:

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from terminal import ALT_ENTER, COMMAND, CTRL_D, TEMPLATE, UP, Terminal, bundled, chats, environment, piped
-from test_cli import command, refused, write_model
+from terminal import ALT_ENTER, COMMAND, CTRL_D, TEMPLATE, UP, Terminal, chats, environment, piped, shakespeare
+from test_cli import PLAY, command, refused, write_model
 
 from tcinfer.chat.conversation import Conversation
 from tcinfer.cli.repl import COMMANDS, Repl, printable
 from tcinfer.generation import Piece
 
-CHAT = ("chat", "--backend", "numpy")
+CHAT = ("chat", *PLAY)
 ROMEO = (*CHAT, "-n", "8", "--seed", "1")
 PLAIN = ("--chat-template", "plain.jinja")  # what any vocabulary with a bar can write
 
@@ -37,7 +37,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def romeo(home: Path) -> Iterator[Terminal]:
-    """A chat with the bundled model, its prompt waiting."""
+    """A chat with shakespeare.gguf, its prompt waiting."""
     with Terminal(home, *ROMEO, "--name", "play", HOME=str(home)) as terminal:
         terminal.until(terminal.ready)
         yield terminal
@@ -59,7 +59,7 @@ def said(home: Path, name: str = "play") -> list[str]:
 def last_answer(home: Path, name: str = "play") -> str:
     records = log(home, name)
     last = max(i for i, record in enumerate(records) if "turn" in record)
-    return bundled("numpy").tokenizer.decode([i for record in records[last:] for i in record.get("out", [])])
+    return shakespeare("numpy").tokenizer.decode([i for record in records[last:] for i in record.get("out", [])])
 
 
 # Commands
@@ -476,4 +476,4 @@ def test_a_conversation_keeps_its_template(home: Path) -> None:
     piped(home, *ROMEO, "--chat-template", "hamlet.jinja", "--name", "play", lines="Speak\n")
     assert piped(home, *ROMEO, "--continue", lines="On\n").returncode == 0
     fed = [i for record in log(home) for i in record.get("in", [])]
-    assert bundled("numpy").tokenizer.decode(fed).count("HAMLET") == 2
+    assert shakespeare("numpy").tokenizer.decode(fed).count("HAMLET") == 2

@@ -95,7 +95,7 @@ def test_200_turns_in_a_terminal_then_ctrl_c_undo_fork_save_kill_and_continue(ho
 
 
 @pytest.mark.slow
-def test_3000_turns_of_the_bundled_model(home: Path) -> None:
+def test_3000_turns_of_a_model_of_characters(home: Path) -> None:
     talk, process = conversation(home, tokens=1), psutil.Process()
     seconds, resident, descriptors = [], {}, set()
     for turn in range(1, 3001):
@@ -143,7 +143,7 @@ def pinned_for_ever(path: Path | None, source: str | None, system: str, message:
     talk.close()
 
 
-def test_the_system_prompt_is_pinned_in_the_bundled_model(home: Path) -> None:
+def test_the_system_prompt_is_pinned_in_a_model_of_characters(home: Path) -> None:
     pinned_for_ever(None, TEMPLATE, "Speak softly, my lord.", "And so it goes on. " * 20)
 
 

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from terminal import answer, bundled, chats, conversation
+from terminal import answer, chats, conversation, shakespeare
 from test_cli import write_model
 
 from tcinfer.chat import store
@@ -55,7 +55,7 @@ def start() -> dict[str, Any]:
 
 @pytest.fixture
 def made(home: Path, shared: Chats) -> Chats:
-    """Chats with the bundled model, in a folder of their own."""
+    """Chats with shakespeare.gguf, in a folder of their own."""
     shared.folder = home / "chats"
     shared.folder.mkdir()
     return shared
@@ -68,7 +68,7 @@ def ids(line: bytes) -> list[int]:
 
 def replayed(log: bytes, base: Path | None = None) -> tuple[int, int, NDArray | None]:
     """Turns, position and logits of a log's whole turns, fed to a fresh session line by line."""
-    session = bundled().load_session(base) if base is not None else bundled().session()
+    session = shakespeare().load_session(base) if base is not None else shakespeare().session()
     lines = [line for line in log.splitlines(keepends=True) if line.endswith(b"\n")]
     last = max((i for i, line in enumerate(lines) if line.startswith(b'{"end"')), default=0)
     for line in lines[: last + 1]:
@@ -126,8 +126,8 @@ def test_a_log_cut_anywhere_comes_back_with_whole_turns(tmp_path: Path, session:
 
 
 def test_a_conversation_from_a_session_file_survives_the_same(tmp_path: Path) -> None:
-    first = bundled().session()
-    first.feed(bundled().tokenizer.encode("GLOUCESTER:\nNow is the winter of our"))
+    first = shakespeare().session()
+    first.feed(shakespeare().tokenizer.encode("GLOUCESTER:\nNow is the winter of our"))
     first.save(tmp_path / "first.tcs")
     made = chats()
     log, _ = spoken(made.folder, lambda: made.begin(None, "talk", tmp_path / "first.tcs"))
@@ -181,7 +181,7 @@ def test_a_damaged_session_file_is_refused_with_the_way_out(tmp_path: Path, dama
 
 def test_a_conversation_of_another_model_is_refused(tmp_path: Path) -> None:
     """Also where its session file is gone: ids mean other things there."""
-    tokenizer = bundled().tokenizer
+    tokenizer = shakespeare().tokenizer
     other = write_model(tmp_path / "other.gguf", "".join(tokenizer.decode([i]) for i in range(65)), vocab_size=65)
     talk = chats(other).begin(None, "talk")
     talk.max_tokens = 3

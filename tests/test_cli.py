@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from conftest import SMALL, random_weights, shared, tcinfer
+from conftest import SHAKESPEARE, SMALL, random_weights, shared, tcinfer
 
 import tcinfer as package
 from tcinfer import cli
@@ -29,7 +29,8 @@ from tcinfer.tokenizer import MODEL, TOKENS
 
 COMMAND = str(Path(sys.executable).parent / "tcinfer")
 FAST = ("--backend", "numpy")  # starts in a quarter of a second
-ROMEO = ("generate", *FAST, "-p", "ROMEO:")
+PLAY = (*FAST, "-m", SHAKESPEARE)
+ROMEO = ("generate", *PLAY, "-p", "ROMEO:")
 HUGE = str(2**63)
 
 
@@ -88,7 +89,7 @@ def write_model(path: Path, characters: str = "", **changes: Any) -> Path:
 def test_stdout_has_the_text_alone_and_stderr_the_figures() -> None:
     done = tcinfer(*ROMEO, "-n", "150", "--seed", "5")
     again = tcinfer(*ROMEO, "-n", "150", "--seed", "5")
-    model = package.load(backend="numpy")
+    model = package.load(SHAKESPEARE, backend="numpy")
     pieces = model.session().generate("ROMEO:", max_tokens=150, seed=5)
     assert done.returncode == 0
     assert done.stdout == again.stdout == "".join(piece.text for piece in pieces)
@@ -104,7 +105,7 @@ def test_another_seed_is_another_text() -> None:
 
 
 def test_default_backend_generates() -> None:
-    done = tcinfer("generate", "-p", "ROMEO:", "-n", "3", "--temp", "0", "--threads", "1")
+    done = tcinfer("generate", "-m", SHAKESPEARE, "-p", "ROMEO:", "-n", "3", "--temp", "0", "--threads", "1")
     assert (done.returncode, done.stdout) == (0, command(*ROMEO, "-n", 3, "--temp", 0).out)
 
 
@@ -113,7 +114,7 @@ def test_default_backend_generates() -> None:
 
 def test_prompt_from_option_file_and_pipe(tmp_path: Path) -> None:
     (tmp_path / "prompt").write_text("ROMEO:\n")
-    rest = ("generate", *FAST, "-n", "20", "--seed", "1")
+    rest = ("generate", *PLAY, "-n", "20", "--seed", "1")
     texts = {
         tcinfer(*rest, "-p", "ROMEO:\n").stdout,
         tcinfer(*rest, "-f", str(tmp_path / "prompt")).stdout,
@@ -135,7 +136,7 @@ def test_prompt_from_option_file_and_pipe(tmp_path: Path) -> None:
     ],
 )
 def test_bad_prompts(arguments: tuple[str, ...], says: str) -> None:
-    assert says in refused(command("generate", *FAST, *arguments))
+    assert says in refused(command("generate", *PLAY, *arguments))
 
 
 def test_two_megabytes_through_a_pipe(tmp_path: Path) -> None:
@@ -186,7 +187,7 @@ def test_text_on_a_terminal_ends_with_a_line_end() -> None:
 
 
 def test_head_ends_it_quietly() -> None:
-    script = f"{COMMAND} generate --backend numpy -p ROMEO: -n -1 | head -c 200; echo ${{PIPESTATUS[0]}} >&2"
+    script = f"{COMMAND} {' '.join(ROMEO)} -n -1 | head -c 200; echo ${{PIPESTATUS[0]}} >&2"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
     assert len(done.stdout) == 200
     *figures, status = done.stderr.splitlines()

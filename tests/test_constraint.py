@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import smollm2
+from conftest import SHAKESPEARE, smollm2
 
 import tcinfer
 from tcinfer.constraint import Constraint
@@ -32,8 +32,8 @@ PERSON = {
 
 @pytest.fixture(scope="module")
 def characters() -> tuple[Tokenizer, int]:
-    """The bundled model's: no end of text, few characters, of digits only 3, no braces."""
-    model = tcinfer.load()
+    """Of shakespeare.gguf: no end of text, few characters, of digits only 3, no braces."""
+    model = tcinfer.load(SHAKESPEARE)
     return model.tokenizer, model.config.vocab_size
 
 
@@ -87,7 +87,7 @@ def test_whatever_is_chosen_is_json_that_fits_the_schema(bytelevel: tuple[Tokeni
         assert fits_person(json.loads(tokenizer.decode(wander(c, tokenizer.eos_ids, rng))))
 
 
-def test_json_in_the_few_characters_of_the_bundled_model(characters: tuple[Tokenizer, int]) -> None:
+def test_json_in_few_characters(characters: tuple[Tokenizer, int]) -> None:
     tokenizer, V = characters
     rng = np.random.default_rng(0)
     values = [True, False, None, 3, 33]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import smollm2
-from terminal import TEMPLATE, answer, bundled, conversation
+from terminal import TEMPLATE, answer, conversation, shakespeare
 
 from tcinfer import load
 from tcinfer.chat.conversation import Conversation
@@ -93,7 +93,7 @@ def test_only_what_is_new_is_fed_and_together_it_is_the_template(
 
 @pytest.mark.parametrize("backend", ["numpy", "numba"])
 def test_each_turn_costs_its_own_tokens(tmp_path: Path, backend: str) -> None:
-    talk = conversation(tmp_path, model=bundled(backend))
+    talk = conversation(tmp_path, model=shakespeare(backend))
     for n in range(1, 4):
         before = talk.session.position
         assert len(answer(talk, "Speak")) == 6
@@ -168,7 +168,7 @@ def test_what_people_say_never_becomes_a_control_token(
     ],
 )
 def test_undo_is_never_having_asked(tmp_path: Path, backend: str, how: str, count: int) -> None:
-    model = bundled(backend)
+    model = shakespeare(backend)
     talk, other = (conversation(tmp_path, name, model=model) for name in ("talk", "other"))
     if how != "snapshots":
         talk._snapshots = Snapshots(0)

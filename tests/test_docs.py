@@ -18,7 +18,7 @@ from types import ModuleType
 
 import click
 import pytest
-from conftest import ROOT, smollm2, tcinfer
+from conftest import ROOT, SHAKESPEARE, smollm2, tcinfer
 from test_cli import write_model
 
 from tcinfer import memory, session
@@ -144,14 +144,14 @@ def test_the_python_of_chat_md_runs(
     monkeypatch.chdir(tmp_path)
     for block in blocks("python"):
         exec(block, {})  # the page's own text
-    assert len(capsys.readouterr().out) == 21
-    assert f"{(tmp_path / 'citizen.tcs').stat().st_size:,} for the\nbundled model" in CHAT
+    assert len(capsys.readouterr().out) > 20
+    assert f"{(tmp_path / 'tale.tcs').stat().st_size:,} for the\nbundled model" in CHAT
 
 
 def test_the_shell_of_sessions_runs(tmp_path: Path) -> None:
     (block,) = [block for block in blocks("text") if "absorb" in block]
     (tmp_path / "server.log").write_text("An error: the rose is gone.\n" * 9)
-    shutil.copy(ROOT / "models" / "shakespeare.gguf", tmp_path / "model.gguf")
+    shutil.copy(SHAKESPEARE, tmp_path / "model.gguf")
     script = f"set -eo pipefail; PATH={Path(sys.executable).parent}:$PATH; {block.replace('tail -f', 'cat')}"
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from test_trainer import prose, torch
+from test_trainer import torch
+from test_trainer_command import prose
 from trainer_modules import trainer_modules
 
 pytestmark = pytest.mark.peer

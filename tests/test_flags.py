@@ -48,7 +48,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("flags")
     letters = string.ascii_letters + string.digits + string.punctuation + " \n"
     write_model(folder / "m.gguf", letters, vocab_size=len(letters))
-    command("generate", "-p", "JULIET:\n", "-n", 4, "-s", folder / "s.tcs", "--save")
+    command("generate", "-m", MODEL, "-p", "JULIET:\n", "-n", 4, "-s", folder / "s.tcs", "--save")
     texts = {"text.txt": TEXT, "prompt.txt": "JULIET:", "t.jinja": TEMPLATE}
     for name, text in (texts | {"schema.json": '{"const": 3}', "grammar.lark": 'start: "yea" | "nay"'}).items():
         (folder / name).write_text(text)

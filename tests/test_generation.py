@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import smollm2, tcinfer
+from conftest import SHAKESPEARE, smollm2, tcinfer
 from test_absorb import byte_level
-from test_cli import FAST, ROMEO, command, refused, start
+from test_cli import FAST, PLAY, ROMEO, command, refused, start
 from test_memory import IDS
 from test_session_file import BOUNDED, GROWING, model
 
@@ -32,8 +32,8 @@ PARROT = "\N{PARROT}"
 
 
 @pytest.fixture(scope="module")
-def bundled() -> Model:
-    return package.load(threads=1)
+def shakespeare() -> Model:
+    return package.load(SHAKESPEARE, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_penalties_remember_all_that_a_file_holds(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", ["", "--mirostat 2 --temp 1.2", "--repeat-penalty 1.3 --dry-multiplier 1"])
 def test_200_tokens_are_twice_100(options: str, tmp_path: Path) -> None:
-    path, how = tmp_path / "s.tcs", ("generate", "--threads", 1, *options.split())
+    path, how = tmp_path / "s.tcs", ("generate", "-m", SHAKESPEARE, "--threads", 1, *options.split())
     whole = command(*how, "-p", PROMPT, "-n", 200, "--seed", 8).out
     first = command(*how, "-p", PROMPT, "-n", 100, "--seed", 8, "-s", path, "--save")
     middle = path.read_bytes()
@@ -189,7 +189,7 @@ def test_memory_options_are_the_files(options: str, tmp_path: Path) -> None:
     """The same text without them as with all of them or with one; other ones are refused."""
     path, made = tmp_path / "s.tcs", options.split()
     assert command(*ROMEO, *made, "-n", 30, "-s", path, "--save", "--seed", 1).status == 0
-    goes_on = ("generate", *FAST, *ON, "-n", 30, "-s", path)
+    goes_on = ("generate", *PLAY, *ON, "-n", 30, "-s", path)
     plain, *others = (command(*goes_on, *given) for given in ([], made, made[-2:]))
     assert (plain.status, len(plain.out)) == (0, 30), plain.err
     assert [other.out for other in others] == [plain.out] * 2, others[-1].err
@@ -199,7 +199,7 @@ def test_memory_options_are_the_files(options: str, tmp_path: Path) -> None:
 
 def test_what_is_refused_leaves_the_file(tmp_path: Path) -> None:
     good, new = tmp_path / "good.tcs", tmp_path / "new.tcs"
-    assert command("generate", *FAST, "-s", good, "--save", "-p", PROMPT, "-n", 3).status == 0
+    assert command("generate", *PLAY, "-s", good, "--save", "-p", PROMPT, "-n", 3).status == 0
     before = good.read_bytes()
     for arguments in (
         ("-p", "na\u00efve"),
@@ -213,16 +213,16 @@ def test_what_is_refused_leaves_the_file(tmp_path: Path) -> None:
         ("-p", "a", "--grammar", "start: /[4-9]/"),  # the vocabulary has no such digit
     ):
         for path in (good, new):
-            refused(command("generate", *FAST, "-s", path, "--save", *arguments))
+            refused(command("generate", *PLAY, "-s", path, "--save", *arguments))
         assert good.read_bytes() == before, arguments
         assert not new.exists(), arguments
-    assert "needs the session's file" in refused(command("generate", *FAST, "--save", "-p", "a"))
-    assert "No such file" in refused(command("generate", *FAST, "-s", new, "-p", "a"))
+    assert "needs the session's file" in refused(command("generate", *PLAY, "--save", "-p", "a"))
+    assert "No such file" in refused(command("generate", *PLAY, "-s", new, "-p", "a"))
 
 
 def test_an_interrupt_saves_what_was_shown(tmp_path: Path) -> None:
     path = tmp_path / "s.tcs"
-    with start("generate", *FAST, "-p", PROMPT, "-n", "-1", "-s", str(path), "--save") as process:
+    with start("generate", *PLAY, "-p", PROMPT, "-n", "-1", "-s", str(path), "--save") as process:
         assert process.stdout is not None
         shown = process.stdout.read(50)
         process.send_signal(signal.SIGINT)
@@ -233,18 +233,18 @@ def test_an_interrupt_saves_what_was_shown(tmp_path: Path) -> None:
 
 def test_stats_are_a_line_of_json_and_quiet_is_quiet(tmp_path: Path) -> None:
     path = tmp_path / "s.tcs"
-    done = tcinfer("generate", *FAST, "-p", PROMPT, "-n", "150", "-s", str(path), "--save", "--stats", "json")
+    done = tcinfer("generate", *PLAY, "-p", PROMPT, "-n", "150", "-s", str(path), "--save", "--stats", "json")
     figures = json.loads(done.stderr)
     assert done.stderr.count("\n") == 1
     assert figures.items() >= {"prompt_tokens": 7, "new_tokens": 150, "position": 157, "outside_window": 29}.items()
     assert 0 < figures["prompt_seconds"] < 60
     assert 0 < figures["new_seconds"] < 60
     assert figures["state_bytes"] == session_file.read(path).state.nbytes
-    figures = json.loads(command("generate", *FAST, *ON, "-n", 5, "-s", path, "--stats", "json").err)
+    figures = json.loads(command("generate", *PLAY, *ON, "-n", 5, "-s", path, "--stats", "json").err)
     assert (figures["prompt_tokens"], figures["prompt_seconds"], figures["position"]) == (0, 0, 162)
-    done = tcinfer("generate", *FAST, "-n", "5", "-s", str(path), "--quiet")
+    done = tcinfer("generate", *PLAY, "-n", "5", "-s", str(path), "--quiet")
     assert (done.returncode, len(done.stdout), done.stderr) == (0, 5, "")
-    assert "must be one of text, json" in refused(command("generate", *FAST, "-p", "a", "--stats", "xml"))
+    assert "must be one of text, json" in refused(command("generate", *PLAY, "-p", "a", "--stats", "xml"))
 
 
 # Banned texts
@@ -262,11 +262,11 @@ BANS = (
 
 
 @pytest.mark.parametrize("bans", BANS, ids=ascii)
-def test_banned_texts_never_come_up(bans: list[str], bundled: Model) -> None:
-    free = text(bundled.session(), PROMPT)
+def test_banned_texts_never_come_up(bans: list[str], shakespeare: Model) -> None:
+    free = text(shakespeare.session(), PROMPT)
     assert any(ban in free for ban in bans)
     for how in ({"temperature": 0}, {"temperature": 2.0, "top_k": 0}, {"mirostat": 2}):
-        got = text(bundled.session(), PROMPT, banned=bans, max_tokens=120, **how)
+        got = text(shakespeare.session(), PROMPT, banned=bans, max_tokens=120, **how)
         assert len(got) == 120
         assert not any(ban in got for ban in bans)
 
@@ -285,36 +285,36 @@ def test_banned_texts_never_come_up_across_tokens(bans: list[str], smol: Model, 
         assert not any(ban in got for ban in bans)
 
 
-def test_only_what_would_complete_it_is_another_token(bundled: Model) -> None:
-    free = text(bundled.session(), PROMPT)
+def test_only_what_would_complete_it_is_another_token(shakespeare: Model) -> None:
+    free = text(shakespeare.session(), PROMPT)
     for a, b in ((0, 1), (20, 30), (57, 59), (100, 190)):
-        got = text(bundled.session(), PROMPT, banned=free[a:b])
+        got = text(shakespeare.session(), PROMPT, banned=free[a:b])
         at = free.index(free[a:b]) + b - a - 1
         assert got[:at] == free[:at]
         assert free[a:b] not in got
 
 
-def test_of_greedy_choices_the_next_likeliest_follows(bundled: Model) -> None:
-    session = bundled.session()
-    order = np.argsort(-session.feed(bundled.tokenizer.encode(PROMPT)), kind="stable").tolist()
+def test_of_greedy_choices_the_next_likeliest_follows(shakespeare: Model) -> None:
+    session = shakespeare.session()
+    order = np.argsort(-session.feed(shakespeare.tokenizer.encode(PROMPT)), kind="stable").tolist()
     for n in (0, 1, 5):
-        bans = [bundled.tokenizer.decode([i]) for i in order[:n]]
+        bans = [shakespeare.tokenizer.decode([i]) for i in order[:n]]
         assert ids(session.fork(), 1, temperature=0, banned=bans) == [order[n]]
 
 
-def test_a_ban_reaches_across_two_calls(bundled: Model, tmp_path: Path) -> None:
+def test_a_ban_reaches_across_two_calls(shakespeare: Model, tmp_path: Path) -> None:
     """What one run has begun, the next one does not complete: two of 10 tokens are one of 20."""
-    free = text(bundled.session(), PROMPT, max_tokens=20)
+    free = text(shakespeare.session(), PROMPT, max_tokens=20)
     ban = free[6:14]
-    want, session = text(bundled.session(), PROMPT, max_tokens=20, banned=ban), bundled.session()
+    want, session = text(shakespeare.session(), PROMPT, max_tokens=20, banned=ban), shakespeare.session()
     got = text(session, PROMPT, max_tokens=10, banned=ban)
     got += text(again(session, tmp_path / "s.tcs"), max_tokens=10, seed=-1, banned=ban)
     assert ban not in got
     assert got == want
 
 
-def test_a_ban_of_everything_is_said(bundled: Model) -> None:
-    session, every = bundled.session(), [bundled.tokenizer.decode([i]) for i in range(65)]
+def test_a_ban_of_everything_is_said(shakespeare: Model) -> None:
+    session, every = shakespeare.session(), [shakespeare.tokenizer.decode([i]) for i in range(65)]
     with pytest.raises(TcinferError, match="no token may come next"):
         text(session, PROMPT, banned=every)
     assert session.position == len(PROMPT)
@@ -324,10 +324,10 @@ def test_a_ban_of_everything_is_said(bundled: Model) -> None:
 @pytest.mark.parametrize(
     ("grammar", "bans"), [("start: /[a-z ]{60}/", ["e", "th", " "]), ('start: ("ab" | "c"){30}', ["bc"])]
 )
-def test_a_grammar_and_bans_hold_together(grammar: str, bans: list[str], bundled: Model) -> None:
+def test_a_grammar_and_bans_hold_together(grammar: str, bans: list[str], shakespeare: Model) -> None:
     pytest.importorskip("llguidance")
-    follow = Constraint(bundled.tokenizer, bundled.config.vocab_size, grammar=grammar)
-    got = text(bundled.session(), PROMPT, constraint=follow, banned=bans)
+    follow = Constraint(shakespeare.tokenizer, shakespeare.config.vocab_size, grammar=grammar)
+    got = text(shakespeare.session(), PROMPT, constraint=follow, banned=bans)
     assert not any(ban in got for ban in bans)
     assert re.fullmatch(r"[a-z]{60}|c*(ab)+", got)
 
@@ -345,10 +345,10 @@ def test_stop_texts_end_it_across_tokens(a: int, b: int, smol: Model, upon: list
     assert [piece.id for piece in pieces] == session.recent[4:].tolist()
 
 
-def test_stop_ids_end_it_and_are_not_fed(bundled: Model) -> None:
-    free = ids(bundled.session(), 60, prompt=PROMPT, seed=3)
+def test_stop_ids_end_it_and_are_not_fed(shakespeare: Model) -> None:
+    free = ids(shakespeare.session(), 60, prompt=PROMPT, seed=3)
     for stop in ({free[0]}, {free[17]}, {free[30], free[44]}):
-        session, at = bundled.session(), min(free.index(token) for token in stop)
+        session, at = shakespeare.session(), min(free.index(token) for token in stop)
         assert ids(session, 60, prompt=PROMPT, seed=3, stop_ids=np.array(sorted(stop))) == free[:at]
         assert session.position == len(PROMPT) + at
 
@@ -393,9 +393,9 @@ def test_a_seed_is_a_text_on_any_threads_however_the_prompt_was_fed(monkeypatch:
     ],
     ids=str,
 )
-def test_bad_arguments_are_refused_at_once(options: dict[str, Any], says: str, bundled: Model) -> None:
+def test_bad_arguments_are_refused_at_once(options: dict[str, Any], says: str, shakespeare: Model) -> None:
     """When it is called, not when the first piece is asked for."""
-    session = bundled.session()
+    session = shakespeare.session()
     with pytest.raises(TcinferError, match=re.escape(says)):
         session.generate(**{"prompt": "a"} | options)
     assert session.position == 0
@@ -403,8 +403,8 @@ def test_bad_arguments_are_refused_at_once(options: dict[str, Any], says: str, b
 
 @pytest.mark.parametrize("closed", [True, False])
 @pytest.mark.parametrize("taken", [0, 1, 25])
-def test_what_is_left_half_way_is_a_session_to_use(taken: int, closed: bool, bundled: Model) -> None:
-    want, session = text(bundled.session(), PROMPT, max_tokens=60), bundled.session()
+def test_what_is_left_half_way_is_a_session_to_use(taken: int, closed: bool, shakespeare: Model) -> None:
+    want, session = text(shakespeare.session(), PROMPT, max_tokens=60), shakespeare.session()
     pieces = session.generate(PROMPT, -1, seed=3, stop="\x00")
     got = "".join(next(pieces).text for _ in range(taken))
     if closed:
@@ -418,10 +418,10 @@ def test_what_is_left_half_way_is_a_session_to_use(taken: int, closed: bool, bun
         assert text(session, PROMPT, max_tokens=60) == want
 
 
-def test_logits_of_a_session_are_its_own(bundled: Model) -> None:
+def test_logits_of_a_session_are_its_own(shakespeare: Model) -> None:
     """They are shared with its snapshots and forks, and so nobody may write to them."""
-    session = bundled.session()
-    session.feed(bundled.tokenizer.encode(PROMPT))
+    session = shakespeare.session()
+    session.feed(shakespeare.tokenizer.encode(PROMPT))
     fork = session.fork()
     before = fork.logits.copy()
     with pytest.raises(ValueError, match="read-only"):

@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from conftest import SMALL, build, random_weights, shared, smollm2
+from conftest import SHAKESPEARE, SMALL, build, random_weights, shared, smollm2
 from test_cli import command, refused, write_model
 from test_hostile_cli import model_file
 
@@ -50,10 +50,12 @@ def test_the_bundled_model_in_figures() -> None:
 
 
 def test_gates_half_lives_and_rates_of_every_head() -> None:
-    for i, layer in enumerate(facts()["layers"]):
-        decay, rate = (logits_of(bundled(), f"blk.{i}.tc_{name}") for name in ("decay", "rate"))
+    for i, layer in enumerate(facts(SHAKESPEARE)["layers"]):
+        decay, rate = (logits_of(SHAKESPEARE, f"blk.{i}.tc_{name}") for name in ("decay", "rate"))
         assert np.shape(layer["decay"]) == np.shape(layer["half_life_tokens"]) == (1, 4)
-        np.testing.assert_allclose(layer["gate"], sigmoid(logits_of(bundled(), f"blk.{i}.tc_gate.bias"))[0], rtol=1e-6)
+        np.testing.assert_allclose(
+            layer["gate"], sigmoid(logits_of(SHAKESPEARE, f"blk.{i}.tc_gate.bias"))[0], rtol=1e-6
+        )
         np.testing.assert_allclose(layer["write_rate"], sigmoid(rate), rtol=1e-6)
         np.testing.assert_allclose(layer["half_life_tokens"], math.log(0.5) / np.log(sigmoid(decay)), rtol=1e-4)
         kept = np.power(np.array(layer["decay"]), layer["half_life_tokens"])  # what is left after that many writes

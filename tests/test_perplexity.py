@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import shared, small, tcinfer
-from test_cli import FAST, command, refused, start, write_model
+from conftest import SHAKESPEARE, shared, small, tcinfer
+from test_cli import FAST, PLAY, command, refused, start, write_model
 
 import tcinfer as package
 from tcinfer import TcinferError, perplexity, text
@@ -202,27 +202,28 @@ def test_names_of_memories() -> None:
     assert name(memory="sinks", window=9, sinks=3) == "sinks:9:3"
 
 
-# The bundled model
+# A trained model
 
 
 @pytest.mark.slow
-def test_bundled_model_on_its_validation_text(tmp_path: Path) -> None:
+def test_shakespeare_on_its_validation_text(tmp_path: Path) -> None:
     whole = shared("data", "shakespeare", "tinyshakespeare.txt").read_text()
     rest = whole[int(len(whole) * 0.9) :]
     (tmp_path / "rest").write_text(rest)
-    done = tcinfer("perplexity", "-f", str(tmp_path / "rest"), "-o", "json")
+    done = tcinfer("perplexity", "-m", SHAKESPEARE, "-f", str(tmp_path / "rest"), "-o", "json")
     assert (done.returncode, done.stderr) == (0, "")
     (row,) = json.loads(done.stdout)["rows"]
     assert row["tokens"] == len(rest) - 1
     assert abs(row["nll"] - 1.5364) < 0.02  # the card's, on streams of 2,048 of this text
 
-    model, ids = package.load(backend="numpy"), package.load().tokenizer.encode(rest[:1000])
+    model, ids = package.load(SHAKESPEARE, backend="numpy"), package.load(SHAKESPEARE).tokenizer.encode(rest[:1000])
     result = measure({"m": model}, [ids])
     assert result.whole[0].nll == pytest.approx(losses(model, ids).mean(), rel=1e-6)
 
 
 # The command
 
+SCORE = ("perplexity", "-m", SHAKESPEARE)
 SAMPLE = "First Citizen:\nBefore we proceed any further, hear me speak.\n" * 25
 
 
@@ -233,7 +234,7 @@ def sample(tmp_path: Path) -> str:
 
 
 def test_formats_agree(sample: str) -> None:
-    rest = ("perplexity", "-f", sample, "--memory", "tensor", "--memory", "window:64", "--by-position")
+    rest = (*SCORE, "-f", sample, "--memory", "tensor", "--memory", "window:64", "--by-position")
     found = json.loads(command(*rest, "-o", "json").out)
     rows = found["rows"]
     assert found["window"] == 128
@@ -255,12 +256,12 @@ def test_formats_agree(sample: str) -> None:
 
 
 def test_without_by_position_there_is_one_row_for_each(sample: str) -> None:
-    done = command("perplexity", *FAST, "-f", sample, "--limit", 500, "-o", "csv")
+    done = command("perplexity", *PLAY, "-f", sample, "--limit", 500, "-o", "csv")
     assert [line.split(",")[:4] for line in done.out.splitlines()[1:]] == [["tensor:128", "all", "1", "499"]]
 
 
 def test_a_pipe_and_a_file_are_the_same(sample: str) -> None:
-    rest = ("perplexity", "--memory", "window:16", "--memory", "sinks:16:2", "-o", "csv", "--by-position")
+    rest = (*SCORE, "--memory", "window:16", "--memory", "sinks:16:2", "-o", "csv", "--by-position")
     with open(sample) as file:
         outs = {
             tcinfer(*rest, "-f", sample).stdout,
@@ -272,7 +273,7 @@ def test_a_pipe_and_a_file_are_the_same(sample: str) -> None:
 
 
 def test_window_and_sinks_are_for_those_that_have_them(sample: str) -> None:
-    rest = ("perplexity", *FAST, "-f", sample, "--limit", 100, "-o", "json", "--window", 20, "--sinks", 2)
+    rest = ("perplexity", *PLAY, "-f", sample, "--limit", 100, "-o", "json", "--window", 20, "--sinks", 2)
     memories = ("full", "window", "sinks", "sinks:30", "sinks:30:3", "tensor")
     found = json.loads(command(*rest, *chain(*(("--memory", memory) for memory in memories))).out)
     want = ["full", "window:20", "sinks:20:2", "sinks:30:2", "sinks:30:3", "tensor:20:2"]
@@ -295,7 +296,7 @@ def test_bos_stands_at_the_start_where_the_file_says_so() -> None:
 def test_plots(sample: str, tmp_path: Path, suffix: str) -> None:
     paths = [tmp_path / f"{i}{suffix}" for i in range(2)]
     for path in paths:
-        done = command("perplexity", "-f", sample, "--memory", "tensor", "--memory", "window:64", "--plot", path)
+        done = command(*SCORE, "-f", sample, "--memory", "tensor", "--memory", "window:64", "--plot", path)
         assert (done.status, done.err) == (0, "")
     one, two = (path.read_bytes() for path in paths)
     assert one == two
@@ -326,13 +327,13 @@ def test_plots(sample: str, tmp_path: Path, suffix: str) -> None:
 )
 def test_what_is_refused(sample: str, arguments: str, says: str) -> None:
     words = [sample if word == "SAMPLE" else word for word in arguments.split()]
-    assert says in refused(command("perplexity", *FAST, *words))
+    assert says in refused(command("perplexity", *PLAY, *words))
 
 
 def test_text_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "text").write_text(SAMPLE * 1500 + "é")
     started = time.monotonic()
-    assert "U+00E9" in refused(command("perplexity", *FAST, "-f", tmp_path / "text"))
+    assert "U+00E9" in refused(command("perplexity", *PLAY, "-f", tmp_path / "text"))
     assert time.monotonic() - started < 5
 
 
@@ -345,19 +346,19 @@ def test_invalid_utf8_is_said_once(tmp_path: Path) -> None:
 
 
 def test_past_the_trained_context_is_said_on_stderr(sample: str) -> None:
-    done = command("perplexity", *FAST, "-f", sample, "--memory", "full", "--limit", 400)
+    done = command("perplexity", *PLAY, "-f", sample, "--memory", "full", "--limit", 400)
     assert done.status == 0
     assert re.fullmatch("tcinfer: full memory goes past the 256 tokens .*\n", done.err)
 
 
 def test_no_plots_without_matplotlib(sample: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install 'tcinfer[plot]'" in refused(command("perplexity", "-f", sample, "--plot", "a.svg"))
+    assert "pip install 'tcinfer[plot]'" in refused(command(*SCORE, "-f", sample, "--plot", "a.svg"))
 
 
 def test_interrupt_ends_with_130_and_no_traceback(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with start("perplexity", *FAST, "-f", str(tmp_path / "pipe")) as process, open(tmp_path / "pipe", "wb", 0) as pipe:
+    with start("perplexity", *PLAY, "-f", str(tmp_path / "pipe")) as process, open(tmp_path / "pipe", "wb", 0) as pipe:
         pipe.write(b"word " * 30_000)  # more than a pipe holds: when it is written, the first piece is being scored
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)

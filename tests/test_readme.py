@@ -11,10 +11,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, shared, tcinfer
+from conftest import ROOT, SHAKESPEARE, shared, tcinfer
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```console\n(.*?)```", README, re.S) for line in block.splitlines()]
+
+
+PAGE = "In the morning the rain was over, and they went down to the river.\n\n"
 
 
 @pytest.mark.parametrize("line", [c for c in COMMANDS if c.startswith("tcinfer ")])
@@ -25,12 +28,12 @@ def test_commands_run(line: str, tmp_path: Path) -> None:
         (tmp_path / "meta.pkl").write_bytes(_character_table())
         shutil.copytree(shared("models", "stories260K"), tmp_path / "my-llama-folder")
     if "model.gguf" in words and words[0] != "convert":
-        shutil.copy(ROOT / "models" / "shakespeare.gguf", tmp_path / "model.gguf")
-    (tmp_path / "play.txt").write_text("First Citizen:\nBefore we proceed any further, hear me speak.\n\n" * 20)
+        shutil.copy(SHAKESPEARE, tmp_path / "model.gguf")
+    (tmp_path / "tale.txt").write_text(PAGE * 20)
     env = os.environ | {"XDG_STATE_HOME": str(tmp_path)}
-    if "play.tcs" in words and words[0] != "absorb":
-        assert tcinfer("absorb", "-s", "play.tcs", "-f", "play.txt", cwd=tmp_path, env=env).returncode == 0
-    done = tcinfer(*words, cwd=tmp_path, env=env, input="ROMEO\n" if words[0] == "chat" else "")
+    if "tale.tcs" in words and words[0] != "absorb":
+        assert tcinfer("absorb", "-s", "tale.tcs", "-f", "tale.txt", cwd=tmp_path, env=env).returncode == 0
+    done = tcinfer(*words, cwd=tmp_path, env=env, input="Who are you?\n" if words[0] == "chat" else "")
     assert done.returncode == 0, done.stderr
     assert done.stdout or words[0] == "absorb"
 
@@ -56,7 +59,7 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     with contextlib.redirect_stdout(out):
         exec(code[1], {})  # the README's own text
-    assert out.getvalue().endswith(" 327744\n")
+    assert out.getvalue().endswith(" 599104\n")
 
 
 def test_the_table_of_memory_against_context_is_there() -> None:

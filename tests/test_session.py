@@ -8,7 +8,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import small
+from conftest import SHAKESPEARE, small
 
 import tcinfer
 from tcinfer.errors import TcinferError
@@ -20,8 +20,8 @@ IDS = np.random.default_rng(0).integers(0, 50, 40)
 
 
 @pytest.fixture(scope="module")
-def bundled() -> tcinfer.Model:
-    return tcinfer.load()
+def shakespeare() -> tcinfer.Model:
+    return tcinfer.load(SHAKESPEARE)
 
 
 def test_feed_takes_one_id_or_many_and_gives_the_last_logits_or_all() -> None:
@@ -168,15 +168,15 @@ def test_all_logits_are_not_kept_by_the_session() -> None:
     assert s._logits.base is None
 
 
-def test_arguments_of_the_wrong_kind_are_our_errors(bundled: tcinfer.Model) -> None:
-    s = bundled.session()
+def test_arguments_of_the_wrong_kind_are_our_errors(shakespeare: tcinfer.Model) -> None:
+    s = shakespeare.session()
     for wrong in (
         lambda: s.restore(b"x"),
         lambda: tcinfer.load(5),
         lambda: tcinfer.load(memory=["window"]),
-        lambda: bundled.tokenizer.encode(5),
-        lambda: bundled.tokenizer.decode([1.5]),
-        lambda: bundled.tokenizer.decode(3),
+        lambda: shakespeare.tokenizer.encode(5),
+        lambda: shakespeare.tokenizer.decode([1.5]),
+        lambda: shakespeare.tokenizer.decode(3),
         lambda: s.feed({1: 2}),
     ):
         with pytest.raises(TcinferError):
@@ -184,38 +184,38 @@ def test_arguments_of_the_wrong_kind_are_our_errors(bundled: tcinfer.Model) -> N
     assert s.position == 0
 
 
-def test_numpy_numbers_are_numbers(bundled: tcinfer.Model) -> None:
-    pieces = bundled.session().generate("a", max_tokens=np.int64(3), temperature=np.float32(0.5), top_k=np.int32(5))
+def test_numpy_numbers_are_numbers(shakespeare: tcinfer.Model) -> None:
+    pieces = shakespeare.session().generate("a", max_tokens=np.int64(3), temperature=np.float32(0.5), top_k=np.int32(5))
     assert len(list(pieces)) == 3
 
 
-def test_generate_yields_a_piece_a_token_and_has_fed_it(bundled: tcinfer.Model) -> None:
-    s = bundled.session()
+def test_generate_yields_a_piece_a_token_and_has_fed_it(shakespeare: tcinfer.Model) -> None:
+    s = shakespeare.session()
     seen = []
     for piece in s.generate("ROMEO:", max_tokens=30, temperature=0.8, seed=1):
         seen.append(piece)
         assert s.position == 6 + len(seen)
     assert len(seen) == 30
-    assert "".join(p.text for p in seen) == bundled.tokenizer.decode([p.id for p in seen])
-    again = [p for p in bundled.session().generate("ROMEO:", max_tokens=30, seed=1)]
+    assert "".join(p.text for p in seen) == shakespeare.tokenizer.decode([p.id for p in seen])
+    again = [p for p in shakespeare.session().generate("ROMEO:", max_tokens=30, seed=1)]
     assert again == seen
-    assert [p for p in bundled.session().generate("ROMEO:", max_tokens=30, seed=2)] != seen
+    assert [p for p in shakespeare.session().generate("ROMEO:", max_tokens=30, seed=2)] != seen
 
 
-def test_generate_goes_on_from_where_the_session_stands(bundled: tcinfer.Model) -> None:
-    whole = [p.id for p in bundled.session().generate("ROMEO:", max_tokens=20, temperature=0)]
-    s = bundled.session()
+def test_generate_goes_on_from_where_the_session_stands(shakespeare: tcinfer.Model) -> None:
+    whole = [p.id for p in shakespeare.session().generate("ROMEO:", max_tokens=20, temperature=0)]
+    s = shakespeare.session()
     start = [p.id for p in s.generate("ROMEO:", max_tokens=8, temperature=0)]
     assert start + [p.id for p in s.generate(max_tokens=12, temperature=0)] == whole
-    t = bundled.session()
-    t.feed(bundled.tokenizer.encode("ROMEO:"))
+    t = shakespeare.session()
+    t.feed(shakespeare.tokenizer.encode("ROMEO:"))
     assert [p.id for p in t.generate(max_tokens=20, temperature=0)] == whole
 
 
 @pytest.mark.parametrize("stop", ["\n", ["\n\n", "e"], ["th", "the"]], ids=str)
-def test_stop_strings_end_the_text_and_are_not_part_of_it(bundled: tcinfer.Model, stop) -> None:
+def test_stop_strings_end_the_text_and_are_not_part_of_it(shakespeare: tcinfer.Model, stop) -> None:
     def text(**options) -> str:
-        return "".join(p.text for p in bundled.session().generate("ROMEO:\n", max_tokens=200, seed=3, **options))
+        return "".join(p.text for p in shakespeare.session().generate("ROMEO:\n", max_tokens=200, seed=3, **options))
 
     free = text()
     cuts = [free.find(s) for s in ([stop] if isinstance(stop, str) else stop) if s in free]
@@ -223,10 +223,10 @@ def test_stop_strings_end_the_text_and_are_not_part_of_it(bundled: tcinfer.Model
     assert text(stop=stop) == free[: min(cuts)]
 
 
-def test_a_held_back_beginning_of_a_stop_string_is_not_lost(bundled: tcinfer.Model) -> None:
-    free = "".join(p.text for p in bundled.session().generate("ROMEO:\n", max_tokens=40, seed=3))
+def test_a_held_back_beginning_of_a_stop_string_is_not_lost(shakespeare: tcinfer.Model) -> None:
+    free = "".join(p.text for p in shakespeare.session().generate("ROMEO:\n", max_tokens=40, seed=3))
     stop = free[-3:] + "\x00"  # begins at the very end of the text and never completes
-    text = "".join(p.text for p in bundled.session().generate("ROMEO:\n", max_tokens=40, seed=3, stop=stop))
+    text = "".join(p.text for p in shakespeare.session().generate("ROMEO:\n", max_tokens=40, seed=3, stop=stop))
     assert text == free
 
 
@@ -256,8 +256,8 @@ def test_a_held_back_beginning_of_a_stop_string_is_not_lost(bundled: tcinfer.Mod
     ],
     ids=str,
 )
-def test_bad_arguments_of_generate_are_refused_before_anything_is_fed(bundled: tcinfer.Model, options) -> None:
-    s = bundled.session()
+def test_bad_arguments_of_generate_are_refused_before_anything_is_fed(shakespeare: tcinfer.Model, options) -> None:
+    s = shakespeare.session()
     with pytest.raises(TcinferError):
         s.generate(**{"prompt": "a", **options})
     assert s.position == 0

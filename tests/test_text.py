@@ -10,11 +10,11 @@ from itertools import pairwise
 from threading import Thread
 
 import pytest
-from conftest import shared, smollm2
+from conftest import SHAKESPEARE, shared, smollm2
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tcinfer import loader, progress, reader, text, tokenizer
+from tcinfer import progress, reader, text, tokenizer
 
 # what cuts are about: words, punctuation, white space of every kind, characters of one to four bytes
 TEXTS = st.text(st.sampled_from("ab.,  \n\r\t\u00a0\u3000é中😀\x1c\u0301"), max_size=100)
@@ -172,7 +172,7 @@ def check_ids(words: tokenizer.Tokenizer, whole: str) -> None:
 @pytest.mark.parametrize("size", [2**6, 2**10, 2**16])
 def test_ids_are_those_of_the_whole_text(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text, "SIZE", size)
-    characters = tokenizer_of(loader.bundled())
+    characters = tokenizer_of(SHAKESPEARE)
     shakespeare = shared("data", "shakespeare", "tinyshakespeare.txt").read_text()[:200_000]
     check_ids(characters, shakespeare)
     check_ids(tokenizer_of(shared("models", "stories260K", "stories260K-f32.gguf")), shakespeare)

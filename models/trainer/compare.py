@@ -36,25 +36,29 @@ SIZE = {
 @click.option("--steps", default=1500)
 @click.option("--memory", "memories", type=click.Choice(FORMS), multiple=True, default=FORMS)
 @click.option("--seed", default=1)
-def main(books: Path, pieces: Path, out: Path, steps: int, memories: tuple[str, ...], seed: int) -> None:
+@click.option("--threads", default=0, help="CPU threads of each; 0: torch's choice.")
+def main(books: Path, pieces: Path, out: Path, steps: int, memories: tuple[str, ...], seed: int, threads: int) -> None:
     """Train and convert the models that are compared."""
+    if not (pieces / vocabulary.NAME).exists():
+        raise click.ClickException(f"{pieces}: no {vocabulary.NAME} in this folder")
+    text = [f"--data={books / 'tales'}", f"--then={books / 'novels'}", f"--valid={books / 'valid'}"]
+    size = [f"--{name}={n}" for name, n in SIZE.items()]
     for memory in memories:
         folder = out / memory
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(pieces / vocabulary.NAME, folder / vocabulary.NAME)
-        if not (folder / "ckpt.pt").exists():
-            text = [f"--data={books / 'tales'}", f"--then={books / 'novels'}", f"--valid={books / 'valid'}"]
-            own = [f"--memory={memory}", f"--steps={steps}", f"--seed={seed}", f"--out={folder}"]
-            more = ["--resume"] if (folder / "last.pt").exists() else []
-            click.echo(f"{memory}:", err=True)
-            subprocess.run(
-                [sys.executable, HERE / "train.py", *text, *(f"--{name}={n}" for name, n in SIZE.items()), *own, *more],
-                check=True,
-            )
-        model = out / f"{memory}.gguf"
-        if not model.exists():
-            convert = ["convert", folder / "ckpt.pt", "-o", model, "--outtype", "f16"]
-            subprocess.run([sys.executable, "-m", "tcinfer", *convert], check=True)
+        if not (folder / vocabulary.NAME).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(pieces / vocabulary.NAME, folder / vocabulary.NAME)
+        own = [f"--memory={memory}", f"--steps={steps}", f"--seed={seed}", f"--threads={threads}", f"--out={folder}"]
+        more = ["--resume"] if (folder / "last.pt").exists() else []
+        click.echo(f"{memory}:", err=True)
+        run([HERE / "train.py", *text, *size, *own, *more])
+        run(["-m", "tcinfer", "convert", folder / "ckpt.pt", "-o", out / f"{memory}.gguf", "--outtype", "f16"])
+
+
+def run(command: list) -> None:
+    """A Python process that has said itself what went wrong, if something did."""
+    if status := subprocess.run([sys.executable, *command], check=False).returncode:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def learning_rate(step: int, run: Run) -> float:
 
 
 def optimizer_of(model: GPT, run: Run) -> torch.optim.AdamW:
-    """AdamW; matrices decay, norms, gates and rates do not."""
+    """AdamW; what has two dimensions or more decays, norms and per-head gates and rates do not."""
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": run.weight_decay},
@@ -83,21 +83,38 @@ def start_remembering(model: GPT) -> None:
 
     A query looks like the key of the same content (W_q = W_k), a key is mostly its predecessor's (taps 0.5 and 1), and
     what is read goes back to where it came from, softly (W_out = ECHO W_v^T). Heads remember for different times.
+    A model without a Tensor Cache starts its queries and keys so in every layer: comparisons begin alike.
     """
-    for block in model.transformer.h:
-        attention = block.attn
-        if not attention.remembers:
-            continue
+    layers = [block.attn for block in model.transformer.h]
+    for attention in [layer for layer in layers if layer.remembers] or layers:
         args, group = model.args, model.args.n_head // model.args.kv_heads
         wide, narrow = args.n_head * args.head_dim, args.kv_heads * args.head_dim
         q, k, v = attention.c_attn.weight.split((wide, narrow, narrow))
         spread = [part.unflatten(0, (args.kv_heads, -1)).repeat_interleave(group, 0).flatten(0, 1) for part in (k, v)]
         q.copy_(spread[0])
-        attention.tc_proj.weight.copy_(ECHO * spread[1].T)
         if args.key_conv:
             attention.key_conv.weight.copy_(torch.tensor(TAPS)[:, None, None].expand_as(attention.key_conv.weight))
+        if not attention.remembers:
+            continue
+        attention.tc_proj.weight.copy_(ECHO * spread[1].T)
         logits = attention.tc.logit_decay_fast
         logits.copy_(torch.tensor([DECAYS[i * len(DECAYS) // len(logits)] for i in range(len(logits))]).logit())
+
+
+def goes_on(last: dict, args: ModelArgs, config: dict) -> bool:
+    """Whether a checkpoint's run goes on as it was; where another text or schedule is asked for, streams start anew.
+
+    Raises click.ClickException for another model.
+    """
+    old, new = last["model_args"], args.saved()
+    if other := sorted(k for k in old | new if old.get(k) != new.get(k)):
+        raise click.ClickException(f"--resume: the run in the output folder has another {', '.join(other)}")
+    changed = [k for k, v in config.items() if k != "device" and last["config"].get(k) != v]
+    if changed:
+        click.echo(
+            f"from step {last['iter_num']} on with another {', '.join(changed)}; the streams start anew", err=True
+        )
+    return not changed
 
 
 def save(path: Path, checkpoint: dict) -> None:
@@ -142,12 +159,12 @@ def train(
     """Train, or go on training; the model, its checkpoint in `out`."""
     pieces = vocabulary.load(out / vocabulary.NAME)
     libraries = [data.Library(data.tokenize(data.read(path), pieces), pieces, recipe, run.seed) for path in books]
-    for library, path in zip(libraries, books, strict=True):
+    asking = replace(recipe, share=1.0, emphasis=2.0)
+    check = data.Library(data.tokenize(data.read(valid), pieces), pieces, asking, 0) if valid else None
+    for library, path in zip([*libraries, *filter(None, [check])], [*books, valid], strict=False):
         if not library.places:
             raise click.ClickException(f"{path}: no text of more than --document {recipe.length} tokens")
     streams = data.Streams(libraries, run.batch, args.block_size, run.seed)
-    asking = replace(recipe, share=1.0, emphasis=2.0)
-    check = data.Library(data.tokenize(data.read(valid), pieces), pieces, asking, 0) if valid else None
 
     torch.manual_seed(run.seed)
     model = GPT(args)
@@ -155,11 +172,14 @@ def train(
     model.to(run.device)
     optimizer = optimizer_of(model, run)
     step, state, average = 0, None, None
+    config = asdict(run) | asdict(recipe)
     if resume:
         last = torch.load(out / "last.pt", map_location=run.device, weights_only=True)
+        same = goes_on(last, args, config)
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
-        step, state, average = last["iter_num"], State(**last["state"]), last["best_val_loss"].item()
+        step, average = last["iter_num"], last["best_val_loss"].item()
+        state = State(**last["state"]) if same else None
     hidden = torch.compile(model.hidden) if compiled else model.hidden
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[status]}"), speed_estimate_period=120) as progress:
@@ -192,16 +212,16 @@ def train(
                     "optimizer": optimizer.state_dict(),
                     "model_args": args.saved(),
                     "iter_num": step,
-                    "best_val_loss": torch.tensor(average, dtype=torch.float64),
-                    "config": asdict(run) | asdict(recipe),
+                    "best_val_loss": torch.tensor(average, dtype=torch.float64),  # of the text trained on, averaged
+                    "config": config,
                     "state": vars(state),
                 }
+                if step == run.steps:  # first: last.pt of a whole run comes with it
+                    save(out / "ckpt.pt", {k: v for k, v in checkpoint.items() if k not in ("optimizer", "state")})
+                save(out / "last.pt", checkpoint)
                 found = validate(model, check, args.block_size) if check else ()
                 shown = ", validation {:.4f}, recall {:.3f}".format(*found) if found else ""
                 progress.console.print(f"step {step}: loss {average:.4f}{shown}, {speed:,.0f} tokens/s")
-                save(out / "last.pt", checkpoint)
-                if step == run.steps:
-                    save(out / "ckpt.pt", {k: v for k, v in checkpoint.items() if k not in ("optimizer", "state")})
     return model
 
 
@@ -236,33 +256,47 @@ def form_of(form: str, window: int) -> dict:
     "--rule", type=click.Choice(["delta", "outer", "wedge"]), default="delta", help="How the memory is written."
 )
 @click.option("--block", "kind", type=click.Choice(["llama", "gpt"]), default="llama", help="The kind of block.")
-@click.option("--layers", default=6)
+@click.option("--layers", default=6, type=click.IntRange(1))
 @click.option("--remember", default=3, help="How many of the top layers have a memory; -1: all.")
-@click.option("--heads", default=4)
-@click.option("--kv-heads", default=0, help="Key heads; 0: as many as heads.")
-@click.option("--width", default=256)
-@click.option("--window", default=64, help="Tokens of exact attention.")
+@click.option("--heads", default=4, type=click.IntRange(1))
+@click.option("--kv-heads", default=0, type=click.IntRange(0), help="Key heads; 0: as many as heads.")
+@click.option("--width", default=256, type=click.IntRange(1))
+@click.option("--window", default=64, type=click.IntRange(8), help="Tokens of exact attention.")
 @click.option("--key-conv/--no-key-conv", default=True, help="A key also carries its predecessor.")
 @click.option("--write-then-read/--read-then-write", default=True)
 @click.option("--memory-rope/--no-memory-rope", default=False, help="Whether the memory sees rotated keys.")
 @click.option("--token-rate/--no-token-rate", default=True, help="A write rate of each token's own.")
 @click.option("--token-gate/--scalar-gate", default=False)
 @click.option("--learned-rates/--frozen-rates", default=True)
-@click.option("--rate", default=0.3, help="Write rate at the start.")
+@click.option(
+    "--rate", default=0.3, type=click.FloatRange(0, 1, min_open=True, max_open=True), help="Write rate at the start."
+)
 @click.option("--vocab", default=4096, help="Pieces of a new vocabulary.")
 @click.option("--characters", is_flag=True, help="A vocabulary of characters instead.")
-@click.option("--steps", default=5000)
-@click.option("--batch", default=8, help="Streams read side by side.")
-@click.option("--segment", default=512, help="Tokens of each stream a step; the memory goes on to the next.")
-@click.option("--document", default=4096, help="Tokens until a stream starts anew; a multiple of --segment.")
-@click.option("--share", default=0.8, help="Of the documents that have exercises for the memory.")
-@click.option("--emphasis", default=4.0, help="Weight of their answers in the loss.")
+@click.option("--steps", default=5000, type=click.IntRange(1))
+@click.option("--batch", default=8, type=click.IntRange(1), help="Streams read side by side.")
+@click.option(
+    "--segment",
+    default=512,
+    type=click.IntRange(1),
+    help="Tokens of each stream a step; the memory goes on to the next.",
+)
+@click.option(
+    "--document",
+    default=4096,
+    type=click.IntRange(1),
+    help="Tokens until a stream starts anew; a multiple of --segment.",
+)
+@click.option(
+    "--share", default=0.8, type=click.FloatRange(0, 1), help="Of the documents that have exercises for the memory."
+)
+@click.option("--emphasis", default=4.0, type=click.FloatRange(1), help="Weight of their answers in the loss.")
 @click.option("--lr", default=2e-3, help="Learning rate between warm-up and the last third.")
-@click.option("--warmup", default=200, help="Steps of linear warm-up.")
+@click.option("--warmup", default=200, type=click.IntRange(1), help="Steps of linear warm-up.")
 @click.option("--weight-decay", default=0.1)
 @click.option("--bf16/--float32", default=True, help="Matrix products in bfloat16; the memory's stay float32.")
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile; slower on a CPU.")
-@click.option("--save-every", default=250, help="Steps between checkpoints.")
+@click.option("--save-every", default=250, type=click.IntRange(1), help="Steps between checkpoints.")
 @click.option("--seed", default=1)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 @click.option("--threads", default=0, help="CPU threads; 0: torch's choice.")
@@ -270,6 +304,8 @@ def main(first: Path, then: Path | None, valid: Path | None, out: Path, resume: 
     """Train a language model on books, its memory on exercises between their pages."""
     if resume and not (out / "last.pt").exists():
         raise click.ClickException(f"nothing to resume: {out / 'last.pt'} does not exist")
+    if not resume and (out / "last.pt").exists():
+        raise click.ClickException(f"{out} holds a run: go on with --resume, or choose another folder")
     if o["document"] % o["segment"]:
         raise click.ClickException(f"--document {o['document']} is not a multiple of --segment {o['segment']}")
     if o["threads"]:

@@ -56,7 +56,7 @@ def generate(**options: Any) -> None:
 
     \b
     Examples:
-      tcinfer generate -p "ROMEO:" -n 200 --seed 1
+      tcinfer generate -p "Once upon a time" -n 200 --seed 1
       tcinfer generate -m model.gguf --memory sinks --window 512 < book.txt
       tcinfer generate -m model.gguf -p "A person:" --json-schema-file person.json
       tcinfer generate -s notes.tcs -p "What was the name?" --temp 0
