@@ -165,6 +165,16 @@ def test_what_only_the_memory_can_know_weighs_more_and_what_a_reader_says_nothin
     assert passages > 5
 
 
+def test_held_out_words_are_never_drilled(trainer, tmp_path):
+    trainer.vocabulary.train([prose(0) + "a golden key and an apple\n\n" * 99], 420, tmp_path / "t")
+    pieces = trainer.vocabulary.load(tmp_path / "t")
+    recipe = trainer.data.Recipe(length=64, window=WINDOW, share=1.0, emphasis=3.0)
+    words = trainer.data.Library(trainer.data.tokenize([prose(0)], pieces), pieces, recipe, seed=1).words
+    assert {"key", "apple", "Tobias"} < trainer.exercises.HELD
+    assert pieces.piece_to_id("▁golden") in words
+    assert not {pieces.piece_to_id("▁key"), pieces.piece_to_id("▁apple")} & {*words, pieces.unk_id()}
+
+
 def test_held_out_words_are_never_answers(trainer, pages):
     exercises = trainer.exercises
     for choices in (exercises.NAMES, exercises.PLACES, exercises.THINGS, exercises.COLOURS):

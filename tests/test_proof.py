@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
-from conftest import shared
+from conftest import SHAKESPEARE, shared
 from test_cli import command
 from trainer_modules import trainer_modules
 
@@ -57,7 +57,41 @@ def test_ask(trainer: SimpleNamespace, model: Path, books: Path, tmp_path: Path)
         for words in ("trained", "held out")
     }
     assert all(s["asked"] == 4 and 0 <= s["right"] <= 4 for s in scores)
+    assert "| gap | words | model | memory off |" in done.output
     assert done.output.count("| 16 W |") == 2
+
+
+def test_answers_are_paired_with_the_baselines(trainer: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: in each of four trials `good` is right where `base` is wrong, and both are right about the rest."""
+    models = {name: SimpleNamespace(config=SimpleNamespace(window=2, memory=name)) for name in ("good", "base", "a")}
+    answers = {"good": [True, True], "base": [False, True], "a": [False, False]}
+    monkeypatch.setattr(trainer.ask, "trial", lambda *_: answers)
+    scores = trainer.ask.measure(models, list(range(99)), 4, 2, 1, "base")
+    assert [(s.right, s.asked, s.error, s.p) for s in scores[:3]] == [(8, 8, 0, 2**-4), (4, 8, 0, 1), (0, 8, 0, 1)]
+    head, _, row, *_ = trainer.ask.table(scores, "base").splitlines()
+    assert head == "| gap | words | good | base | a |"
+    assert row == "| 2 W | trained | 1.000 ± 0.000 (p = 0.06) | 0.500 ± 0.000 | 0.000 ± 0.000 (p = 1) |"
+
+
+def test_what_the_scripts_refuse(trainer: SimpleNamespace, model: Path, books: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(model.read_bytes())
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF")
+    (tmp_path / "short.txt").write_text("Too short.")
+    for script, arguments, says in (
+        ("ask", [str(model), str(tmp_path / "model.gguf"), f"--book={books / 'one.txt'}"], "two files have one name"),
+        ("ask", [str(tmp_path / "broken.gguf"), f"--book={books / 'one.txt'}"], "broken.gguf"),
+        ("ask", [str(model), SHAKESPEARE, f"--book={books / 'one.txt'}"], "another vocabulary"),
+        ("ask", [str(model), f"--book={tmp_path / 'short.txt'}"], "too short"),
+        ("ask", [str(model), f"--book={books / 'one.txt'}", "--against=it"], "no such model among model"),
+        ("distance", [str(model), f"--books={tmp_path / 'none'}"], "does not exist"),
+        ("distance", [str(model), f"--books={model.parent}"], "no *.txt"),
+        ("distance", [str(model), f"--books={books}", f"--plot={tmp_path}/x.pdf"], "ends in .svg"),
+        ("compare", [f"--books={books}", f"--vocabulary={books}", f"--out={tmp_path / 'out'}"], "no tokenizer.model"),
+    ):
+        done = CliRunner().invoke(getattr(trainer, script).main, arguments)
+        assert done.exit_code in (1, 2), done.output
+        assert isinstance(done.exception, SystemExit), done.exception
+        assert says in " ".join(done.output.split())
 
 
 def test_the_gap_is_what_it_says(
@@ -82,9 +116,11 @@ def spy(feed, fed):
     return seen
 
 
-@pytest.mark.parametrize(("right", "asked", "rate", "p"), [(0, 9, 0.3, 1), (9, 9, 0.5, 2**-9), (10, 10, 0, 1e-10)])
-def test_binomial_tail(trainer: SimpleNamespace, right: int, asked: int, rate: float, p: float) -> None:
-    assert trainer.ask.chance_of(right, asked, rate) == pytest.approx(p)
+@pytest.mark.parametrize(
+    ("better", "worse", "p"), [(0, 0, 1), (0, 9, 1), (9, 0, 2**-9), (2, 1, 0.5), (999, 999, 0.509)]
+)
+def test_the_sign_test(trainer: SimpleNamespace, better: int, worse: int, p: float) -> None:
+    assert trainer.ask.sign_test(better, worse) == pytest.approx(p, rel=1e-3)
 
 
 def test_distance_agrees_with_the_command(trainer: SimpleNamespace, model: Path, books: Path, tmp_path: Path) -> None:
@@ -145,7 +181,13 @@ def test_compare(trainer: SimpleNamespace, books: Path, model: Path, tmp_path: P
         "batch": 2,
     }
     monkeypatch.setattr(trainer.compare, "SIZE", small)
-    line = [f"--books={folder}", f"--vocabulary={model.parent}", f"--out={tmp_path / 'out'}", "--steps=2"]
+    line = [
+        f"--books={folder}",
+        f"--vocabulary={model.parent}",
+        f"--out={tmp_path / 'out'}",
+        "--steps=2",
+        "--threads=1",
+    ]
     for _ in range(2):
         done = CliRunner().invoke(trainer.compare.main, line)
         assert done.exit_code == 0, done.output
@@ -158,16 +200,11 @@ def test_compare(trainer: SimpleNamespace, books: Path, model: Path, tmp_path: P
 @pytest.mark.slow
 def test_the_storyteller_remembers(trainer: SimpleNamespace) -> None:
     """The bundled weights: told, read pages, asked; with its memory clearly more than with the window alone."""
-    file = Path(tcinfer.loader.bundled()).with_name("storyteller.gguf")
-    if not file.exists():
-        pytest.skip("no storyteller yet")
-    book = shared("data", "books", "valid") / "Beatrix_Potter__The_Tale_of_Peter_Rabbit.txt"
-    book = book if book.exists() else next(iter(sorted(shared("data", "books", "valid").glob("*.txt"))))
-    models = {"on": tcinfer.load(file), "off": tcinfer.load(file, memory="window")}
+    book = shared("data", "books", "valid", "Edith_Nesbit__The_Book_of_Dragons.txt")
+    models = {"on": tcinfer.load(), "off": tcinfer.load(memory="window")}
     ids = models["on"].tokenizer.encode(book.read_text())
-    scores = trainer.ask.measure(models, ids, 10, 3, seed=2)
-    for gap in (2, 4):
-        on, off = (
-            sum(s.right for s in scores if s.model == name and s.gap == gap and s.words == "trained") for name in models
-        )
-        assert trainer.ask.chance_of(on, 30, off / 30) < 1e-3
+    for score in trainer.ask.measure(models, ids, 10, 3, seed=2, base="off"):
+        if score.words == "trained":
+            assert score.right >= 24 if score.model == "on" else score.right <= 6
+        elif score.model == "on":
+            assert score.p < 0.05

@@ -156,6 +156,24 @@ def test_a_resumed_run_takes_the_same_steps(run, trainer, tmp_path, monkeypatch)
     assert_equal(a, b)
 
 
+def test_a_run_goes_on_as_another_only_where_that_can_be(run, tmp_path):
+    assert run("out", "--steps=3").exit_code == 0
+    first = checkpoint(tmp_path / "out" / "last.pt")
+    for options, says in (
+        (["--steps=3"], "holds a run: go on with --resume"),
+        (["--resume", "--width=32"], "has another n_embd, n_inner"),
+        (["--resume", "--memory=window"], "has another tc_enabled"),
+    ):
+        done = run("out", *options)
+        assert (done.exit_code, type(done.exception)) == (1, SystemExit)
+        assert says in " ".join(done.output.split())
+    assert_equal(checkpoint(tmp_path / "out" / "last.pt"), first)
+    done = run("out", "--resume", "--steps=6", "--share=0.5", "--batch=2")
+    assert done.exit_code == 0, done.output
+    assert "from step 3 on with another steps, batch, share; the streams start anew" in done.output
+    assert checkpoint(tmp_path / "out" / "ckpt.pt")["iter_num"] == 6
+
+
 @pytest.mark.slow
 def test_a_killed_process_goes_on(tmp_path, text):
     def start(out: str, *options: str) -> subprocess.Popen:
@@ -186,11 +204,29 @@ def test_a_killed_process_goes_on(tmp_path, text):
         (["--document=72"], "--document 72 is not a multiple of --segment 16"),
         (["--heads=3"], "n_head 3 must divide n_embd"),
         (["--document=16384"], "16384"),
+        (["--width=18"], "n_embd 18 is not a multiple of twice n_head 2"),
+        (["--valid={}/short.txt"], "no text of more than --document"),
+        (["--data={}/nothing"], "nothing: no \\*.txt in this folder"),
+        (["--data={}/latin.txt"], "latin.txt: not UTF-8"),
+        (["--vocab=4096"], "--vocab 4096 "),
     ],
-    ids=["nothing to resume", "document", "heads", "text too short"],
+    ids=[
+        "nothing to resume",
+        "document",
+        "heads",
+        "text too short",
+        "width",
+        "valid",
+        "no text",
+        "not UTF-8",
+        "vocabulary",
+    ],
 )
-def test_bad_options_are_one_clear_error(options, message, run):
-    result = run("out", *options)
+def test_bad_options_are_one_clear_error(options, message, run, tmp_path):
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "short.txt").write_text("Too short.")
+    (tmp_path / "latin.txt").write_bytes(b"na\xefve " * 999)
+    result = run("out", *(option.format(tmp_path) for option in options))
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit), result.exception
     [line] = [line for line in result.output.splitlines() if line.startswith("Error: ")]

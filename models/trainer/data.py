@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import click
 import exercises
 import numpy as np
 import torch
@@ -44,9 +45,20 @@ class Recipe:
 
 
 def read(folder: Path) -> list[str]:
-    """The text of a file, or of every *.txt of a folder in order of name."""
+    """The text of a file, or of every *.txt of a folder in order of name.
+
+    Raises click.ClickException where there is none, or it is not UTF-8.
+    """
     files = sorted(folder.glob("*.txt")) if folder.is_dir() else [folder]
-    return [file.read_text(encoding="utf-8") for file in files]
+    if not files:
+        raise click.ClickException(f"{folder}: no *.txt in this folder")
+    texts = []
+    for file in files:
+        try:
+            texts.append(file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as e:
+            raise click.ClickException(f"{file}: not UTF-8 at byte {e.start}") from None
+    return texts
 
 
 class Writer:
@@ -168,7 +180,8 @@ class Library:
     def __init__(self, books: list[Ids], pieces: SentencePieceProcessor, recipe: Recipe, seed: int) -> None:
         self.books, self.pieces, self.recipe, self.seed = books, pieces, recipe, seed
         known = [i for i in range(pieces.get_piece_size()) if not (pieces.is_control(i) or pieces.is_unknown(i))]
-        self.words = [i for i in known if WORD.fullmatch(pieces.id_to_piece(i))] or known
+        words = [i for i in known if WORD.fullmatch(pieces.id_to_piece(i))]
+        self.words = [i for i in words if pieces.id_to_piece(i)[1:] not in exercises.HELD] or known
         self.places = [
             (i, at) for i, book in enumerate(books) for at in range(0, len(book) - recipe.length, recipe.length)
         ]

@@ -11,8 +11,8 @@ import math
 from pathlib import Path
 
 import click
+from runtime import axes_of, check_drawing, one_error, open_models
 
-from tcinfer.loader import load
 from tcinfer.model import Model
 from tcinfer.perplexity import WHOLE, measure
 from tcinfer.progress import bar
@@ -23,15 +23,24 @@ Bins = dict[str, dict[str, list[tuple[int, float]]]]  # bin -> model -> (tokens,
 def read(models: dict[str, Model], books: list[Path], limit: int) -> tuple[Bins, dict[str, int]]:
     """Each model on each book from an empty state; and the bytes of its state at the end."""
     bins: Bins = {}
+    said: set[str] = set()
     encode = next(iter(models.values())).tokenizer
     with bar("reading", len(books) * limit * len(models)) as advance:
         for book in books:
             ids = [encode.bos_id, *encode.encode(book.read_text(encoding="utf-8"))]
-            result = measure(models, [ids], limit, advance)
+            result = measure(models, [ids], limit, advance, lambda text: said.add(text))
             for rows in (*result.bins, result.whole):
                 for row in rows:
                     bins.setdefault(row.windows, {}).setdefault(row.memory, []).append((row.tokens, row.nll))
+    for text in said:
+        click.echo(text, err=True)
     return bins, result.state_bytes
+
+
+def shown(values: list[tuple[int, float]], form: str) -> str:
+    """The mean and its error, which one book alone does not tell."""
+    m, error = mean(values)
+    return form.format(m) + (f" ± {error:.4f}" if len(values) > 1 else "")
 
 
 def mean(values: list[tuple[int, float]]) -> tuple[float, float]:
@@ -48,37 +57,23 @@ def table(bins: Bins) -> str:
     lines = [f"| windows | books | {first} | " + " | ".join(f"{name} - {first}" for name in others) + " |"]
     lines.append("|---|---:|---:|" + "---:|" * len(others))
     for label, found in bins.items():
-        cells = ["{:.4f} ± {:.4f}".format(*mean(found[first]))]
+        cells = [shown(found[first], "{:.4f}")]
         for name in others:
             pairs = zip(found[name], found[first], strict=True)
-            cells.append("{:+.4f} ± {:.4f}".format(*mean([(n, x - y) for (n, x), (_, y) in pairs])))
+            cells.append(shown([(n, x - y) for (n, x), (_, y) in pairs], "{:+.4f}"))
         lines.append(f"| {label} | {len(found[first])} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def plot(bins: Bins, path: Path) -> None:
     """Nats per token against position, a line for each model."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"svg.hashsalt": "tcinfer"}):
-        figure = Figure(figsize=(7, 4.2), layout="constrained")
-        axes = figure.add_subplot()
+    with axes_of(path, "position, in windows", "nats per token") as axes:
         labels = [label for label in bins if label != WHOLE]
         for name in bins[WHOLE]:
             there = [label for label in labels if name in bins[label]]
-            axes.plot(
-                [labels.index(label) for label in there],
-                [mean(bins[label][name])[0] for label in there],
-                "o-",
-                label=name,
-            )
+            values = [mean(bins[label][name])[0] for label in there]
+            axes.plot([labels.index(label) for label in there], values, "o-", label=name)
         axes.set_xticks(range(len(labels)), labels, rotation=45, fontsize=8)
-        axes.set_xlabel("position, in windows")
-        axes.set_ylabel("nats per token")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        figure.savefig(path, metadata={"Date": None})
 
 
 @click.command(context_settings={"show_default": True})
@@ -92,16 +87,18 @@ def main(
     files: tuple[Path, ...], books: Path, limit: int, off: bool, drawing: Path | None, results: Path | None
 ) -> None:
     """Compare models of one vocabulary on whole books."""
-    models = {file.stem: load(file) for file in files}
-    if off:
-        models["memory off"] = load(files[0], memory="window")
-    bins, states = read(models, sorted(books.glob("*.txt")), limit)
+    check_drawing(drawing)
+    texts = sorted(books.glob("*.txt"))
+    if not texts:
+        raise click.ClickException(f"{books}: no *.txt in this folder")
+    with one_error():
+        bins, states = read(open_models(files, off), texts, limit)
     click.echo(table(bins))
     click.echo("\nstate bytes: " + ", ".join(f"{name} {size:,}" for name, size in states.items()))
-    if drawing:
-        plot(bins, drawing)
     if results:
         results.write_text(json.dumps({"bins": bins, "state_bytes": states}, indent=1))
+    if drawing:
+        plot(bins, drawing)
 
 
 if __name__ == "__main__":

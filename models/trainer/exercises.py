@@ -37,7 +37,8 @@ THINGS = (
 ).split()
 COLOURS = "red blue green white black yellow grey brown golden silver purple pink".split()
 
-HELD_OUT = 5  # every fifth word of an answer's list is never trained on
+HELD_OUT = 5  # every fifth word of an answer's list is never asked for in training
+HELD = frozenset(word for choices in (NAMES, PLACES, THINGS, COLOURS) for word in choices[::HELD_OUT])
 
 # What is told, with its question; {who} is somebody, {what} the answer.
 FACTS = (

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import click
 import numpy as np
+from runtime import axes_of, check_drawing, open_models
 
-from tcinfer.loader import load
 from tcinfer.model import Model
 
 CONTEXTS = (64, 128, 256, 1024, 4096, 16_384, 131_072, 1_048_576, 10_485_760)  # tokens
@@ -34,20 +34,10 @@ def rows(model: Model, measured: int) -> list[tuple[int, int, int]]:
 
 
 def plot(found: list[tuple[int, int, int]], path: Path) -> None:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"svg.hashsalt": "tcinfer"}):
-        figure = Figure(figsize=(7, 4.2), layout="constrained")
-        axes = figure.add_subplot()
+    with axes_of(path, "context, tokens", "MB") as axes:
         tokens, own, full = zip(*found, strict=True)
         axes.loglog(tokens, [n / 1e6 for n in full], "o-", label="full cache")
         axes.loglog(tokens, [n / 1e6 for n in own], "o-", label="Tensor Cache")
-        axes.set_xlabel("context, tokens")
-        axes.set_ylabel("MB")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        figure.savefig(path, metadata={"Date": None})
 
 
 @click.command(context_settings={"show_default": True})
@@ -56,7 +46,11 @@ def plot(found: list[tuple[int, int, int]], path: Path) -> None:
 @click.option("--plot", "drawing", type=click.Path(path_type=Path), help="An SVG.")
 def main(file: Path, measured: int, drawing: Path | None) -> None:
     """Print state bytes by context."""
-    found = rows(load(file), measured)
+    check_drawing(drawing)
+    (model,) = open_models((file,), off=False).values()
+    if model.config.memory == "full":
+        raise click.ClickException(f"{file}: full memory has no state of one size")
+    found = rows(model, measured)
     click.echo("| context | state | full cache | full / state |\n|---:|---:|---:|---:|")
     for tokens, own, full in found:
         click.echo(f"| {tokens:,} | {own:,} | {full:,} | {full / own:,.1f} |")

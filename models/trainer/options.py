@@ -74,6 +74,8 @@ class ModelArgs:
             raise ValueError(
                 f"n_head {self.n_head} must divide n_embd, and n_kv_head {self.kv_heads} must divide n_head"
             )
+        if self.use_rope and self.head_dim % 2:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of twice n_head {self.n_head}")
         if self.kv_num_sinks and self.tc_enabled and not self.infini_enabled:
             raise ValueError("a Tensor Cache has no sinks")
         if self.kv_num_sinks and not self.kv_num_sinks < self.kv_window:
