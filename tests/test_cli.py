@@ -369,7 +369,7 @@ def test_text_is_utf8_in_a_plain_locale(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "lines"),
     {
-        "": ("tcgpt", "memory                tensor", "window                128", "  layer 3", "char, 65 tokens"),
+        "": ("tcllama", "memory                tensor", "window                64", "  layer 3", "llama, 4,096 tokens"),
         "stories260K-f32.gguf": ("llama", "llama, 512 tokens", "grows by 640 bytes a token", "292,800 in 48 tensors"),
     }.items(),
 )

@@ -8,6 +8,8 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,14 @@ def test_commands_run(line: str, tmp_path: Path) -> None:
     done = tcinfer(*words, cwd=tmp_path, env=env, input="Who are you?\n" if words[0] == "chat" else "")
     assert done.returncode == 0, done.stderr
     assert done.stdout or words[0] == "absorb"
+
+
+def test_what_the_bundled_model_remembers(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```text\n(printf .*?chat -q --temp 0\n)(.*?)```", README, re.S)
+    (tmp_path / "tale.txt").write_text(PAGE * 30)
+    env = os.environ | {"XDG_STATE_HOME": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", block[0]], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, block[1])
 
 
 def _character_table() -> bytes:
