@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from terminal import ALT_ENTER, COMMAND, CTRL_D, TEMPLATE, UP, Terminal, chats, environment, piped, shakespeare
-from test_cli import PLAY, command, refused, write_model
+from test_cli import FAST, PLAY, command, refused, write_model
 
 from tcinfer.chat.conversation import Conversation
 from tcinfer.cli.repl import COMMANDS, Repl, printable
@@ -438,7 +438,7 @@ def test_what_is_refused_is_refused_in_one_line(
     (home / "broken.jinja").write_text("{% for %}")
     before = sorted(folder.iterdir())
     monkeypatch.chdir(home)
-    assert says in refused(command(*CHAT, *arguments))
+    assert says in refused(command("chat", *FAST, *arguments))
     assert sorted(folder.iterdir()) == before
 
 

@@ -202,7 +202,7 @@ def test_threads_change_no_bit(folder: Path, backend: str) -> None:
 
 def test_a_chat_through_a_pipe_goes_on(tmp_path: Path) -> None:
     def piped(arguments: str) -> subprocess.CompletedProcess:
-        script = f"printf 'ROMEO\\n' | {COMMAND} chat {arguments}"
+        script = f"printf 'ROMEO\\n' | {COMMAND} chat -m {MODEL} {arguments}"
         env = os.environ | {"XDG_STATE_HOME": str(tmp_path)}
         return subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=60)
 
