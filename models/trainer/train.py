@@ -262,7 +262,11 @@ def form_of(form: str, window: int) -> dict:
 @click.option("--then", type=click.Path(exists=True, path_type=Path), help="More text, mixed in more and more.")
 @click.option("--valid", type=click.Path(exists=True, path_type=Path), help="Text to validate on.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Output folder.")
-@click.option("--resume", is_flag=True, help="Go on from last.pt in the output folder; give the same options.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on from last.pt in the output folder; another text or schedule starts the streams anew.",
+)
 @click.option(
     "--memory", type=click.Choice(FORMS), default="tensor", help="What lies behind the window, if there is one."
 )

@@ -28,7 +28,7 @@ from tcinfer.errors import TcinferError
 @click.option("-c", "--continue", "resume", is_flag=True, help="Go on with the last conversation (or --name's).")
 @click.option("--name", metavar="NAME", help="The conversation's name; without it, the time.")
 @click.option(
-    "-n", "--max-tokens", type=int, default=-1, show_default=True, metavar="N", help="Of an answer; -1: no end."
+    "-n", "--max-tokens", type=int, default=1024, show_default=True, metavar="N", help="Of an answer; -1: no end."
 )
 @sampling_options
 @stop_option
