@@ -148,6 +148,16 @@ def test_distance_agrees_with_the_command(trainer: SimpleNamespace, model: Path,
             assert nll == pytest.approx(row["nll"], abs=1e-6)
 
 
+def test_parts_of_books(trainer: SimpleNamespace, model: Path, books: Path) -> None:
+    """Each from an empty state: no bin is farther than a part is long, and every part counts."""
+    done = CliRunner().invoke(trainer.distance.main, [str(model), f"--books={books}", "--cut=40"])
+    assert done.exit_code == 0, done.output
+    runtime = tcinfer.load(model)
+    parts = sum(len(runtime.tokenizer.encode((books / f"{name}.txt").read_text())) // 40 for name in ("one", "two"))
+    labels = [line.split(" | ")[:2] for line in done.output.splitlines()[2:] if line.startswith("|")]
+    assert labels == [[f"| {label}", str(parts)] for label in ("0-1", "1-2", "2-4", "4-8", "all")]
+
+
 def test_means_over_books(trainer: SimpleNamespace) -> None:
     mean, error = trainer.distance.mean([(10, 1.0), (30, 2.0)])
     assert mean == 1.75

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import smollm2
+from conftest import SHAKESPEARE, smollm2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -336,7 +336,7 @@ def test_words_that_are_no_draws_are_refused() -> None:
 
 
 def test_breakers_are_tokens_that_hold_one_of_the_texts() -> None:
-    model = tcinfer.load()
+    model = tcinfer.load(SHAKESPEARE)
     tokenizer, rows = model.tokenizer, model.config.vocab_size
     breaks = breaker_ids(tokenizer, ["\n", ":", "xyz"], rows + 5)
     assert breaks.tolist() == [i < rows and tokenizer.decode([i]) in ("\n", ":") for i in range(rows + 5)]

@@ -162,7 +162,8 @@ def test_a_run_goes_on_as_another_only_where_that_can_be(run, tmp_path):
     first = checkpoint(tmp_path / "out" / "last.pt")
     for options, says in (
         (["--steps=3"], "holds a run: go on with --resume"),
-        (["--resume", "--width=32"], "has another n_embd, n_inner"),
+        (["--resume", "--steps=2"], "3 steps were taken already"),
+        (["--resume", "--steps=3", "--width=32"], "has another n_embd, n_inner"),
         (["--resume", "--memory=window"], "has another tc_enabled"),
     ):
         done = run("out", *options)
@@ -171,7 +172,10 @@ def test_a_run_goes_on_as_another_only_where_that_can_be(run, tmp_path):
     assert_equal(checkpoint(tmp_path / "out" / "last.pt"), first)
     done = run("out", "--resume", "--steps=6", "--share=0.5", "--batch=2")
     assert done.exit_code == 0, done.output
-    assert "from step 3 on with another steps, batch, share; the streams start anew" in done.output
+    assert "from step 3 on with another steps, batch, share; memories start empty" in done.output
+    assert checkpoint(tmp_path / "out" / "ckpt.pt")["iter_num"] == 6
+    (tmp_path / "out" / "ckpt.pt").unlink()
+    assert run("out", "--resume", "--steps=6", "--weight-decay=0").exit_code == 0
     assert checkpoint(tmp_path / "out" / "ckpt.pt")["iter_num"] == 6
 
 

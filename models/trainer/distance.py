@@ -3,7 +3,7 @@
     python models/trainer/distance.py tensor.gguf window.gguf full.gguf --books books/valid --limit 100000
 
 The command `tcinfer perplexity --by-position` for many books and several files at once, all on the same tokens. Errors
-are standard errors over books, as is the error of a difference to the first file.
+are standard errors over books (or their parts), as is the error of a difference to the first file.
 """
 
 import json
@@ -20,15 +20,19 @@ from tcinfer.progress import bar
 Bins = dict[str, dict[str, list[tuple[int, float]]]]  # bin -> model -> (tokens, nats per token) of each book
 
 
-def read(models: dict[str, Model], books: list[Path], limit: int) -> tuple[Bins, dict[str, int]]:
-    """Each model on each book from an empty state; and the bytes of its state at the end."""
+def read(models: dict[str, Model], books: list[Path], limit: int, cut: int) -> tuple[Bins, dict[str, int]]:
+    """Each model on each book, or on each part of `cut` tokens, from an empty state; and its bytes at the end."""
     bins: Bins = {}
     said: set[str] = set()
     encode = next(iter(models.values())).tokenizer
-    with bar("reading", len(books) * limit * len(models)) as advance:
-        for book in books:
-            ids = [encode.bos_id, *encode.encode(book.read_text(encoding="utf-8"))]
-            result = measure(models, [ids], limit, advance, lambda text: said.add(text))
+    texts = [encode.encode(book.read_text(encoding="utf-8")) for book in books]
+    if cut:
+        texts = [ids[at : at + cut] for ids in texts for at in range(0, len(ids) - cut + 1, cut)]
+    if not texts:
+        raise click.ClickException(f"no text of --cut {cut} tokens")
+    with bar("reading", sum(min(len(ids), limit) for ids in texts) * len(models)) as advance:
+        for ids in texts:
+            result = measure(models, [[encode.bos_id, *ids]], limit, advance, said.add)
             for rows in (*result.bins, result.whole):
                 for row in rows:
                     bins.setdefault(row.windows, {}).setdefault(row.memory, []).append((row.tokens, row.nll))
@@ -54,7 +58,7 @@ def mean(values: list[tuple[int, float]]) -> tuple[float, float]:
 def table(bins: Bins) -> str:
     """A row for each bin; the first model's figure, and of the others the difference to it."""
     first, *others = bins[WHOLE]
-    lines = [f"| windows | books | {first} | " + " | ".join(f"{name} - {first}" for name in others) + " |"]
+    lines = [f"| windows | texts | {first} | " + " | ".join(f"{name} - {first}" for name in others) + " |"]
     lines.append("|---|---:|---:|" + "---:|" * len(others))
     for label, found in bins.items():
         cells = [shown(found[first], "{:.4f}")]
@@ -80,11 +84,23 @@ def plot(bins: Bins, path: Path) -> None:
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--books", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True, help="*.txt.")
 @click.option("--limit", default=100_000, help="Tokens of each book.")
+@click.option(
+    "--cut",
+    default=0,
+    type=click.IntRange(0),
+    help="Parts of so many tokens, each from an empty state; 0: whole books.",
+)
 @click.option("--off", is_flag=True, help="The first file also with its memory off.")
 @click.option("--plot", "drawing", type=click.Path(path_type=Path), help="An SVG.")
 @click.option("--json", "results", type=click.Path(path_type=Path), help="Where to write the figures.")
 def main(
-    files: tuple[Path, ...], books: Path, limit: int, off: bool, drawing: Path | None, results: Path | None
+    files: tuple[Path, ...],
+    books: Path,
+    limit: int,
+    cut: int,
+    off: bool,
+    drawing: Path | None,
+    results: Path | None,
 ) -> None:
     """Compare models of one vocabulary on whole books."""
     check_drawing(drawing)
@@ -92,7 +108,7 @@ def main(
     if not texts:
         raise click.ClickException(f"{books}: no *.txt in this folder")
     with one_error():
-        bins, states = read(open_models(files, off), texts, limit)
+        bins, states = read(open_models(files, off), texts, limit, cut)
     click.echo(table(bins))
     click.echo("\nstate bytes: " + ", ".join(f"{name} {size:,}" for name, size in states.items()))
     if results:

@@ -114,19 +114,24 @@ def limit_decays(model: GPT, document: int) -> None:
 
 
 def goes_on(last: dict, args: ModelArgs, config: dict) -> bool:
-    """Whether a checkpoint's run goes on as it was; where another text or schedule is asked for, streams start anew.
+    """Whether a checkpoint's run goes on as it was; where another text or schedule is asked for, memories start empty.
 
-    Raises click.ClickException for another model.
+    Raises click.ClickException for another model, or fewer steps than were taken.
     """
+    if last["iter_num"] > config["steps"]:
+        raise click.ClickException(f"--resume: {last['iter_num']} steps were taken already, more than --steps")
     old, new = last["model_args"], args.saved()
     if other := sorted(k for k in old | new if old.get(k) != new.get(k)):
         raise click.ClickException(f"--resume: the run in the output folder has another {', '.join(other)}")
     changed = [k for k, v in config.items() if k != "device" and last["config"].get(k) != v]
     if changed:
-        click.echo(
-            f"from step {last['iter_num']} on with another {', '.join(changed)}; the streams start anew", err=True
-        )
+        click.echo(f"from step {last['iter_num']} on with another {', '.join(changed)}; memories start empty", err=True)
     return not changed
+
+
+def result(checkpoint: dict) -> dict:
+    """What of a checkpoint is the trained model."""
+    return {k: v for k, v in checkpoint.items() if k not in ("optimizer", "state")}
 
 
 def save(path: Path, checkpoint: dict) -> None:
@@ -185,14 +190,18 @@ def train(
     model.to(run.device)
     optimizer = optimizer_of(model, run)
     step, state, average = 0, None, None
-    config = asdict(run) | asdict(recipe)
+    config = asdict(run) | asdict(recipe) | {"tokens": [library.tokens for library in libraries]}
     if resume:
         last = torch.load(out / "last.pt", map_location=run.device, weights_only=True)
         same = goes_on(last, args, config)
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
+        for group, decay in zip(optimizer.param_groups, (run.weight_decay, 0.0), strict=True):
+            group["weight_decay"] = decay
         step, average = last["iter_num"], last["best_val_loss"].item()
         state = State(**last["state"]) if same else None
+        if step == run.steps:  # and perhaps there is no ckpt.pt, of a run that had other ends
+            save(out / "ckpt.pt", result(last))
     hidden = torch.compile(model.hidden) if compiled else model.hidden
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[status]}"), speed_estimate_period=120) as progress:
@@ -231,7 +240,7 @@ def train(
                     "state": vars(state),
                 }
                 if step == run.steps:  # first: last.pt of a whole run comes with it
-                    save(out / "ckpt.pt", {k: v for k, v in checkpoint.items() if k not in ("optimizer", "state")})
+                    save(out / "ckpt.pt", result(checkpoint))
                 save(out / "last.pt", checkpoint)
                 found = validate(model, check, args.block_size) if check else ()
                 shown = ", validation {:.4f}, recall {:.3f}".format(*found) if found else ""
@@ -265,7 +274,7 @@ def form_of(form: str, window: int) -> dict:
 @click.option(
     "--resume",
     is_flag=True,
-    help="Go on from last.pt in the output folder; another text or schedule starts the streams anew.",
+    help="Go on from last.pt in the output folder; another text or schedule starts with empty memories.",
 )
 @click.option(
     "--memory", type=click.Choice(FORMS), default="tensor", help="What lies behind the window, if there is one."
