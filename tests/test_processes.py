@@ -147,6 +147,42 @@ def test_an_interruption_anywhere_leaves_threads_that_work() -> None:
     process(MODEL + code.replace("\n    ", "\n"))
 
 
+def test_an_interruption_where_python_looks_for_signals_leaves_no_lock() -> None:
+    """Ctrl-C at the start and end of each Python function that hands work to sleeping threads, one after the other."""
+    code = """
+    model = build(SMALL, "numba", threads=2)
+    session = model.session()
+    session.feed([1, 2, 3])
+    start = session.snapshot()
+    def after():
+        session.restore(start)
+        return session.feed(5)
+    def trace(frame, event, _):
+        global left
+        if event in ("call", "return") and frame.f_code.co_filename.endswith(("cpu/threads.py", "threading.py")):
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+    want = after()
+    for turn in range(1, 1000):
+        time.sleep(0.02)  # the workers go to sleep
+        session.restore(start)
+        left = turn
+        try:
+            sys.settrace(trace)
+            session.feed(5)
+            break
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        assert np.array_equal(after(), want), turn
+    assert 1 < turn < 999
+    """
+    process(MODEL + code.replace("\n    ", "\n"))
+
+
 # Forks
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import suppress
 
 import numpy as np
 from numba import types
@@ -166,7 +167,8 @@ class Threads:
                 patience = 0
                 while n := _run_together(shared, *job, threads, asleep.ctypes.data, patience):
                     for worker in asleep[:n]:
-                        self._wake[worker].set()
+                        with suppress(RuntimeError):  # it is open already
+                            self._wake[worker].release()
                     patience = WAKING
             except BaseException:  # Ctrl-C, before the job was handed out or after it was done
                 _let_go(shared, threads)
@@ -179,18 +181,19 @@ class Threads:
             block = np.zeros(WORKERS + LINE * (self.count + 1), np.int64)
             self._shared = block[-block.ctypes.data % 64 // 8 :]
             self._lock = threading.Lock()
-            self._wake = [threading.Event() for _ in range(self.count)]
+            self._wake = [threading.Lock() for _ in range(self.count)]  # open: the worker is to wake up
             for worker in range(1, self.count):
+                self._wake[worker].acquire()
                 threading.Thread(
                     target=_live, args=(self._wake[worker], self._shared, worker), name=f"tcinfer-{worker}", daemon=True
                 ).start()
             self._owner = os.getpid()
 
 
-def _live(wake: threading.Event, shared: np.ndarray, worker: int) -> None:
+def _live(wake: threading.Lock, shared: np.ndarray, worker: int) -> None:
+    """A worker's life. Ctrl-C within the Python code of a threading.Event could leave its lock held; this one is C."""
     while True:
-        wake.wait()
-        wake.clear()
+        wake.acquire()
         _work(shared.ctypes.data, worker)
 
 
