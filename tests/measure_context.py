@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 
-CONTEXTS = (1_000, 4_000, 16_000, 64_000)
+CONTEXTS = (1_000, 4_000, 16_000, 32_000)
 MODES = ("full", "tensor")
 
 
