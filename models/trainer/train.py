@@ -143,7 +143,7 @@ def save(path: Path, checkpoint: dict) -> None:
 
 @torch.no_grad()
 def validate(model: GPT, library: data.Library, block: int, documents: int = 8) -> tuple[float, float]:
-    """Nats per token, and the share of what only the memory can know that is predicted right."""
+    """Nats per token, and the share of answers' and repeats' tokens predicted right; language alone has about 0.37."""
     model.eval()
     total = tokens = hits = asked = 0
     for number in range(documents):
