@@ -230,8 +230,8 @@ class Infini(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, M: Tensor, z: Tensor, local: Tensor):
         """What the heads give [B, H, T, D], and the new M, z [B, G, D].  q, local [B, H, T, D]; k, v [B, G, T, D]."""
-        q = functional.elu(q.float().unflatten(1, (k.shape[1], -1))) + 1  # [B, G, R, T, D]
-        k = functional.elu(k.float()) + 1  # float32: z is a sum over all that was read
+        q = functional.elu(q.to(z.dtype).unflatten(1, (k.shape[1], -1))) + 1  # [B, G, R, T, D]
+        k = functional.elu(k.to(z.dtype)) + 1  # not bfloat16: z is a sum over all that was read
         after = z[:, :, None] + k.cumsum(2)  # [B, G, T, D]
         before = torch.cat((z[:, :, None], after[:, :, :-1]), 2)
         one = k.new_ones(1)
