@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tcinfer import plot
 from tcinfer.config import CHUNK, DEFAULT_WINDOW, ModelConfig, check_count
 from tcinfer.errors import TcinferError
 from tcinfer.model import Model
@@ -38,7 +39,6 @@ LONGEST_BATCH = 512  # tokens
 FEWEST = 4  # batches
 AT_ONCE = 2**17  # logits that are float64 at the same time: 1 MB stays near the core
 WHOLE = "all"
-PLOTS = (".svg", ".png")
 
 F64 = NDArray[np.float64]
 
@@ -116,47 +116,16 @@ class Result:
 
     def plot(self, path: Path) -> None:
         """Draw nats per token against position, as SVG or PNG; the same figures give the same bytes."""
-        check_plot(path)
-        import matplotlib
-        from matplotlib.figure import Figure
-
-        with matplotlib.rc_context({"svg.hashsalt": "tcinfer"}):
-            figure = Figure(figsize=(7, 4.2), layout="constrained")
-            axes = figure.add_subplot()
+        with plot.axes(path, f"position, in windows of {self.window:,} tokens", "nats per token") as axes:
             for rows in zip(*self.bins, strict=True):
                 middles = [(row.first + row.last + 1) / 2 / self.window for row in rows]
                 errors = [math.nan if row.error is None else row.error for row in rows]  # nan: no bar
                 axes.errorbar(middles, [row.nll for row in rows], errors, marker="o", capsize=3, label=rows[0].memory)
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:g}")
-            axes.set_xlabel(f"position, in windows of {self.window:,} tokens")
-            axes.set_ylabel("nats per token")
-            axes.grid(alpha=0.3)
-            axes.legend()
-            try:
-                figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-            except OSError as e:
-                raise TcinferError(f"{path}: the plot cannot be written: {e.strerror}") from None
 
     def _rows(self, by_position: bool) -> list[Row]:
         return self.whole + (list(chain.from_iterable(self.bins)) if by_position else [])
-
-
-def check_plot(path: Path) -> None:
-    """Raise TcinferError, before the long work, where a plot cannot be drawn there."""
-    if path.suffix not in PLOTS:
-        raise TcinferError(f"{path}: a plot's name ends in {' or '.join(PLOTS)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise TcinferError("plots need matplotlib: pip install 'tcinfer[plot]'") from None
-    try:
-        there = path.exists()
-        path.open("ab").close()
-        if not there:
-            path.unlink()
-    except OSError as e:
-        raise TcinferError(f"{path}: the plot cannot be written: {e.strerror}") from None
 
 
 def memory_name(config: ModelConfig) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,6 +28,9 @@ SHARED = ROOT.parent / "shared"
 SHAKESPEARE = str(ROOT / "models" / "shakespeare.gguf")  # trained, of characters, and quick
 BACKENDS = ("numpy", "numba")
 FLOATS = (Kind.F32, Kind.F16, Kind.BF16)
+
+# Tests interrupt their own process; one that a shell starts in the background has SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def shared(*parts: str) -> Path:

@@ -11,10 +11,11 @@ import math
 from pathlib import Path
 
 import click
-from runtime import axes_of, check_drawing, one_error, open_models
+from runtime import one_error, open_models
 
 from tcinfer.model import Model
 from tcinfer.perplexity import WHOLE, measure
+from tcinfer.plot import axes, check
 from tcinfer.progress import bar
 
 Bins = dict[str, dict[str, list[tuple[int, float]]]]  # bin -> model -> (tokens, nats per token) of each book
@@ -71,13 +72,13 @@ def table(bins: Bins) -> str:
 
 def plot(bins: Bins, path: Path) -> None:
     """Nats per token against position, a line for each model."""
-    with axes_of(path, "position, in windows", "nats per token") as axes:
+    with axes(path, "position, in windows", "nats per token") as drawn:
         labels = [label for label in bins if label != WHOLE]
         for name in bins[WHOLE]:
             there = [label for label in labels if name in bins[label]]
             values = [mean(bins[label][name])[0] for label in there]
-            axes.plot([labels.index(label) for label in there], values, "o-", label=name)
-        axes.set_xticks(range(len(labels)), labels, rotation=45, fontsize=8)
+            drawn.plot([labels.index(label) for label in there], values, "o-", label=name)
+        drawn.set_xticks(range(len(labels)), labels, rotation=45, fontsize=8)
 
 
 @click.command(context_settings={"show_default": True})
@@ -103,7 +104,9 @@ def main(
     results: Path | None,
 ) -> None:
     """Compare models of one vocabulary on whole books."""
-    check_drawing(drawing)
+    if drawing:
+        with one_error():
+            check(drawing)
     texts = sorted(books.glob("*.txt"))
     if not texts:
         raise click.ClickException(f"{books}: no *.txt in this folder")

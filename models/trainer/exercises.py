@@ -38,7 +38,6 @@ THINGS = (
 COLOURS = "red blue green white black yellow grey brown golden silver purple pink".split()
 
 HELD_OUT = 5  # every fifth word of an answer's list is never asked for in training
-HELD = frozenset(word for choices in (NAMES, PLACES, THINGS, COLOURS) for word in choices[::HELD_OUT])
 
 # What is told, with its question; {who} is somebody, {what} the answer.
 FACTS = (
@@ -70,6 +69,9 @@ class Question:
 
 def words(choices: list[str], held_out: bool) -> list[str]:
     return [w.replace("_", " ") for i, w in enumerate(choices) if (i % HELD_OUT == 0) is held_out]
+
+
+HELD = frozenset(word for choices in (NAMES, PLACES, THINGS, COLOURS) for word in words(choices, held_out=True))
 
 
 def facts(rng: random.Random, count: int, held_out: bool = False) -> tuple[str, list[Question]]:

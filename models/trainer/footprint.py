@@ -10,9 +10,10 @@ from pathlib import Path
 
 import click
 import numpy as np
-from runtime import axes_of, check_drawing, open_models
+from runtime import one_error, open_models
 
 from tcinfer.model import Model
+from tcinfer.plot import axes, check
 
 CONTEXTS = (64, 128, 256, 1024, 4096, 16_384, 131_072, 1_048_576, 10_485_760)  # tokens
 
@@ -34,10 +35,10 @@ def rows(model: Model, measured: int) -> list[tuple[int, int, int]]:
 
 
 def plot(found: list[tuple[int, int, int]], path: Path) -> None:
-    with axes_of(path, "context, tokens", "MB") as axes:
+    with axes(path, "context, tokens", "MB") as drawn:
         tokens, own, full = zip(*found, strict=True)
-        axes.loglog(tokens, [n / 1e6 for n in full], "o-", label="full cache")
-        axes.loglog(tokens, [n / 1e6 for n in own], "o-", label="Tensor Cache")
+        drawn.loglog(tokens, [n / 1e6 for n in full], "o-", label="full cache")
+        drawn.loglog(tokens, [n / 1e6 for n in own], "o-", label="Tensor Cache")
 
 
 @click.command(context_settings={"show_default": True})
@@ -46,7 +47,9 @@ def plot(found: list[tuple[int, int, int]], path: Path) -> None:
 @click.option("--plot", "drawing", type=click.Path(path_type=Path), help="An SVG.")
 def main(file: Path, measured: int, drawing: Path | None) -> None:
     """Print state bytes by context."""
-    check_drawing(drawing)
+    if drawing:
+        with one_error():
+            check(drawing)
     (model,) = open_models((file,), off=False).values()
     if model.config.memory == "full":
         raise click.ClickException(f"{file}: full memory has no state of one size")

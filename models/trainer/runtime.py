@@ -1,4 +1,4 @@
-"""What the scripts of the proof share: models opened in tcinfer, and plots of one look."""
+"""What the scripts of the proof share: models opened in tcinfer, and its errors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,6 @@ import click
 from tcinfer.errors import TcinferError
 from tcinfer.loader import load
 from tcinfer.model import Model
-from tcinfer.perplexity import check_plot
 
 OFF = "memory off"  # the name of the first model without its memory
 
@@ -40,25 +39,3 @@ def open_models(files: tuple[Path, ...], off: bool) -> dict[str, Model]:
         if not same or model.tokenizer.encode(words) != first.tokenizer.encode(words):
             raise click.ClickException(f"{name} has another vocabulary than {files[0].stem}")
     return models
-
-
-@contextmanager
-def axes_of(path: Path, x: str, y: str) -> Iterator:
-    """Axes to draw lines on; then the file. `check_drawing` comes before the long work."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"svg.hashsalt": "tcinfer"}):
-        figure = Figure(figsize=(7, 4.2), layout="constrained")
-        axes = figure.add_subplot(xlabel=x, ylabel=y)
-        yield axes
-        axes.grid(alpha=0.3)
-        axes.legend()
-        figure.savefig(path, metadata={"Date": None})
-
-
-def check_drawing(path: Path | None) -> None:
-    """Raises click.ClickException where a plot cannot be drawn there."""
-    if path:
-        with one_error():
-            check_plot(path)

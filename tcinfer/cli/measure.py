@@ -106,7 +106,7 @@ def perplexity(**options: Any) -> None:
       tcinfer perplexity -f book.txt --memory tensor --memory window --by-position
       tcinfer perplexity -m model.gguf -f - --memory window:256 --memory sinks:256:4 < book.txt
     """
-    from tcinfer import perplexity as measuring
+    from tcinfer import plot as plotting
     from tcinfer.config import check_choice, check_count
     from tcinfer.loader import bundled
 
@@ -115,7 +115,7 @@ def perplexity(**options: Any) -> None:
         check_count("--limit", options["limit"], 2)
     plot = Path(options["plot"]) if options["plot"] is not None else None
     if plot is not None:
-        measuring.check_plot(plot)
+        plotting.check(plot)
     with _opened(options["file"]) as stream:
         result = _measured(_models(options), stream, options["limit"])
     of = {"model": options["model"] or str(bundled()), "text": options["file"]}
