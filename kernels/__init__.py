@@ -1,4 +1,5 @@
-"""Operators: the equation in NumPy (`reference/`), and the same operator made fast (`cpu/`, Numba).
+"""Operators: the equation in NumPy (`reference/`), and the same made fast, for CPUs (`cpu/`, Numba) and for NVIDIA's GPUs
+(`cuda/`, CUDA C++ through CuPy).
 
 This package imports nothing of the rest of tcinfer.
 """
@@ -7,21 +8,28 @@ from __future__ import annotations
 
 import importlib.util
 
+from tcinfer.kernels.errors import UnavailableError
 from tcinfer.kernels.reference import Reference
+
+__all__ = ["BACKENDS", "Reference", "UnavailableError", "backend"]
 
 BACKENDS = ("auto", "numpy", "numba", "cuda")
 
 
-class UnavailableError(Exception):
-    """A backend that was asked for by name cannot run here; the message says why and what to do."""
-
-
 def backend(name: str = "auto", threads: int | None = None) -> Reference:
-    """The operators of one backend; "auto" is numba where it is installed, else numpy. Raises UnavailableError."""
+    """The operators of one backend. "auto" is the first that is there: cuda, where CuPy is installed and finds a GPU,
+    numba, numpy. Raises UnavailableError."""
     if name not in BACKENDS:
         raise UnavailableError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")
     if name == "cuda":
-        raise UnavailableError("backend 'cuda' is not in this version; use 'numba' or 'numpy'")
+        return _cuda()
+    if name == "auto" and importlib.util.find_spec("cupy") is not None:
+        try:
+            return _cuda()
+        except UnavailableError as e:
+            other = backend("numba", threads)
+            other.remark = f"the GPU is not used, but the CPU (numba): {e}"
+            return other
     if name == "numpy" or (name == "auto" and importlib.util.find_spec("numba") is None):
         return Reference(threads)
     try:
@@ -29,3 +37,11 @@ def backend(name: str = "auto", threads: int | None = None) -> Reference:
     except ImportError as e:
         raise UnavailableError(f"backend 'numba' cannot be loaded ({e}); use 'numpy', or install numba") from e
     return Compiled(threads)
+
+
+def _cuda() -> Reference:
+    try:
+        from tcinfer.kernels.cuda import Cuda
+    except ImportError as e:  # numba, whose plans it shares
+        raise UnavailableError(f"backend 'cuda' cannot be loaded ({e}); use 'numpy', or install numba") from e
+    return Cuda()

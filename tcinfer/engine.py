@@ -1,6 +1,7 @@
-"""The transformer as one plan (numba backend): what Model.forward does in NumPy, step for step, in compiled operators.
+"""The transformer as one plan: what Model.forward does in NumPy, step for step, in a backend's operators.
 
-One plan serves a single token, a chunk of a prompt, and one token each of many sessions: only the rows differ.
+One plan serves a single token, a chunk of a prompt, and one token each of many sessions: only the rows differ. `Engine`
+runs it on CPUs (numba backend); device_engine.py on a GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from tcinfer import memory
 from tcinfer.config import CHUNK, ModelConfig
-from tcinfer.kernels.cpu import attention, linear, rows
+from tcinfer.kernels.cpu import attention, linear, operators
 from tcinfer.kernels.cpu.plan import COUNT, FIELDS, FIRST, LONG, ROW, SEQUENCE, SHORT, Plan, Rows
 from tcinfer.kernels.cpu.threads import Threads
 from tcinfer.kernels.reference.quants import Matrix
@@ -29,18 +30,18 @@ WORTH_SHARING = 2**21  # multiplications of a pass below which one thread is don
 class Engine:
     """A model's plan, and how a pass is described to it. One pass at a time; callers wait for each other."""
 
+    chunk = CHUNK  # rows of the longest pass
+
     def __init__(
         self, config: ModelConfig, weights: Mapping[str, Any], freq: NDArray[np.float64] | None, threads: Threads
     ) -> None:
         """weights: as Model takes them; the matrices are repacked here, which takes their size in memory again."""
         self.config, self._threads, self._lock, self._owner = config, threads, Lock(), os.getpid()
         self._geometry = geometry(config)
-        self._plan = _plan(config, _repacked(weights, threads), weights[EMBEDDING], freq, threads)
-        self.bytes_per_token = sum(
-            value.data.nbytes
-            for name, value in weights.items()
-            if isinstance(value, Matrix) and not (name == EMBEDDING and HEAD in weights)
-        )
+        self._plan = Plan(CHUNK, threads)
+        transformer(self._plan, operators, config, _repacked(weights, threads), weights[EMBEDDING], freq)
+        self._plan.finish()
+        self.bytes_per_token = bytes_per_token(weights)
         self._parts = np.empty(0, np.uint8)
         self._gathered = np.empty(0, np.uint8)
 
@@ -112,40 +113,49 @@ def _repacked(weights: Mapping[str, Any], threads: Threads) -> dict[str, Any]:
     return out
 
 
-def _plan(
+def bytes_per_token(weights: Mapping[str, Any]) -> int:
+    """Bytes of the matrices that each token is multiplied with, as the file holds them."""
+    return sum(
+        value.data.nbytes
+        for name, value in weights.items()
+        if isinstance(value, Matrix) and not (name == EMBEDDING and HEAD in weights)
+    )
+
+
+def transformer(
+    plan: Plan,
+    operators: Any,
     config: ModelConfig,
     weights: Mapping[str, Any],
-    embedding: Matrix,
+    embedding: Any,
     freq: NDArray[np.float64] | None,
-    threads: Threads,
-) -> Plan:
-    plan = Plan(CHUNK, threads)
+) -> None:
+    """Put the whole model into a plan, logits last. operators: the backend's module of them; weights: its matrices,
+    and float32 arrays for the rest; embedding: as its `embed` reads it."""
     layout, mechanism = memory.layout(config), memory.mechanism(config)
-    x = rows.embed(plan, embedding, weights.get("position_embd.weight"))
+    x = operators.embed(plan, embedding, weights.get("position_embd.weight"))
     positions, first_field = Positions(plan, config, freq), 0
     plan.hold()
     for i, fields in enumerate(layout.layers):
         prefix = f"blk.{i}."
         own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-        layer = Layer(plan, config, own, positions, i, fields, first_field, x)
+        layer = Layer(plan, operators, config, own, positions, i, fields, first_field, x)
         first_field += len(fields)
-        h = _norm(plan, config, own, "attn_norm", x)
+        h = _norm(plan, operators, config, own, "attn_norm", x)
         q, k, v = (layer.linear(h, name, wait=name == "attn_v") for name in ("attn_q", "attn_k", "attn_v"))
         mechanism.plan(layer, q, k, v, h)
-        h = _norm(plan, config, own, "ffn_norm", x)
+        h = _norm(plan, operators, config, own, "ffn_norm", x)
         if config.block.mlp == "gelu":
-            h = rows.gelu(plan, layer.linear(h, "ffn_up"))
+            h = operators.gelu(plan, layer.linear(h, "ffn_up"))
         else:
             gate = layer.linear(h, "ffn_gate", wait=False)
-            h = rows.swiglu(plan, gate, layer.linear(h, "ffn_up"))
+            h = operators.swiglu(plan, gate, layer.linear(h, "ffn_up"))
         layer.linear(h, "ffn_down", into=x)
         plan.reuse()
-    h = _norm(plan, config, weights, "output_norm", x)
-    linear.linear(plan, h, weights.get(HEAD, weights[EMBEDDING]), head=True)
-    plan.finish()
-    return plan
+    h = _norm(plan, operators, config, weights, "output_norm", x)
+    operators.linear(plan, h, weights.get(HEAD, weights[EMBEDDING]), head=True)
 
 
-def _norm(plan: Plan, config: ModelConfig, w: Mapping[str, Any], name: str, x: Rows) -> Rows:
+def _norm(plan: Plan, operators: Any, config: ModelConfig, w: Mapping[str, Any], name: str, x: Rows) -> Rows:
     layer = config.block.norm == "layer"
-    return rows.norm(plan, x, w[name + ".weight"], w.get(name + ".bias"), config.norm_eps, layer)
+    return operators.norm(plan, x, w[name + ".weight"], w.get(name + ".bias"), config.norm_eps, layer)

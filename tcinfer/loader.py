@@ -94,8 +94,9 @@ class Opened:
         asked = with_memory(self.config, memory, window, sinks, cache_type)
         with self._named():
             weights = bind(asked, self._file.tensors, without=dropped(self.config, asked))
-        if notice is not None and ops.cold:
-            notice(ops.cold)
+        for line in (ops.remark, ops.cold):
+            if notice is not None and line:
+                notice(line)
         return Model(asked, weights, self.tokenizer, ops)
 
     @contextmanager

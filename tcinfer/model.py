@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -12,16 +13,20 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tcinfer import memory
-from tcinfer.config import ModelConfig
+from tcinfer.config import CHUNK, ModelConfig
+from tcinfer.errors import TcinferError
+from tcinfer.kernels.errors import UnavailableError
 from tcinfer.kernels.reference import Reference
 from tcinfer.kernels.reference.quants import Matrix
 from tcinfer.kernels.reference.rotary import frequencies
 from tcinfer.memory.chunk import Chunk
-from tcinfer.memory.state import Spec, State
+from tcinfer.memory.state import AnyState, DeviceState, Layout, Spec, State
 from tcinfer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from tcinfer.device_engine import DeviceEngine, Later
     from tcinfer.engine import Engine
+    from tcinfer.sampler import Sampling
     from tcinfer.session import Session
 
 F32 = NDArray[np.float32]
@@ -85,16 +90,22 @@ class Model:
                 weights.get("rope_freqs.weight"),
             )
         self._attend = memory.mechanism(config).attend
-        self._engine: Engine | None = None
-        if ops.plans:
+        self._engine: Engine | DeviceEngine | None = None
+        if ops.device is not None:
+            from tcinfer.device_engine import DeviceEngine
+
+            with _enough():
+                self._engine = DeviceEngine(config, weights, self._freq, ops.device)
+        elif ops.plans:
             from tcinfer.engine import Engine
 
             self._engine = Engine(config, weights, self._freq, ops.threads)
+        self.chunk = CHUNK if self._engine is None else self._engine.chunk  # most tokens that one pass takes
         self.bounded = memory.bounded(config)  # whether a session's state has one size for ever
 
     @property
     def bytes_per_token(self) -> int | None:
-        """Bytes of the matrices that each token is multiplied with, as the file holds them (numba backend alone)."""
+        """Bytes of the matrices that each token is multiplied with, as the file holds them (not of the numpy backend)."""
         return self._engine.bytes_per_token if self._engine is not None else None
 
     @cached_property
@@ -138,20 +149,37 @@ class Model:
 
         return step_many(self, sessions, tokens)
 
-    def step(self, states: Sequence[State], ids: NDArray[np.int64]) -> F32:
-        """One token for each of at most CHUNK states; logits [len(states), V]."""
+    def new_state(self, layout: Layout) -> AnyState:
+        """All zeros, where the model runs. Raises TcinferError where there is not so much memory."""
+        if self.ops.device is None:
+            return State(layout)
+        with _enough():
+            return DeviceState(layout, self.ops.device)
+
+    def adopted(self, state: AnyState) -> AnyState:
+        """A copy of a state, where the model runs. Raises TcinferError as `new_state` does."""
+        if self.ops.device is None or not isinstance(state, State):
+            with _enough():
+                return state.copy()
+        with _enough():
+            return DeviceState.placed(state, self.ops.device)
+
+    def step(self, states: Sequence[AnyState], ids: NDArray[np.int64]) -> F32:
+        """One token for each of at most `chunk` states; logits [len(states), V]."""
         if self._engine is not None:
-            return self._engine.run(states, [1] * len(states), ids, len(states))
+            with _enough():
+                return self._engine.run(states, [1] * len(states), ids, len(states))
         return np.concatenate([self.forward(state, ids[i : i + 1]) for i, state in enumerate(states)])
 
     def forward(
-        self, state: State, ids: NDArray[np.int64], logits: str = "last", shares: dict[int, F32] | None = None
+        self, state: AnyState, ids: NDArray[np.int64], logits: str = "last", shares: dict[int, F32] | None = None
     ) -> F32:
         """Take ids [T] in, moving `state` on by T tokens; logits of the "last" token [1, V], of "all" [T, V], or
         "none" [0, V].  shares: if given, is told for each layer with a memory its share [T] in what the layer adds;
         such a pass runs by the reference, whatever the backend."""
         if self._engine is not None and shares is None:
-            return self._engine.run([state], [len(ids)], ids, {"last": 1, "all": len(ids), "none": 0}[logits])
+            with _enough():
+                return self._engine.run([state], [len(ids)], ids, {"last": 1, "all": len(ids), "none": 0}[logits])
         config, ops = self.config, self.ops
         first, T = state.position, len(ids)
         chunk = Chunk(ops, config, self._freq, first, T)
@@ -179,3 +207,12 @@ class Model:
         if self.config.block.norm == "rms":
             return self.ops.rms_norm(x, w[name + ".weight"], self.config.norm_eps)
         return self.ops.layer_norm(x, w[name + ".weight"], w.get(name + ".bias"), self.config.norm_eps)
+
+
+@contextmanager
+def _enough() -> Iterator[None]:
+    """What a device lacks is the user's to know."""
+    try:
+        yield
+    except UnavailableError as e:
+        raise TcinferError(str(e)) from None

@@ -148,3 +148,30 @@ def bias(text: str) -> tuple[int, float]:
         return int(found[1]), float(found[2])  # type: ignore[index]
     except (TypeError, ValueError):
         raise TcinferError(f"logit_bias {text[:40]!r}: an id, a sign, a number, such as 42+1.5 or 42-inf") from None
+
+
+def on_device(how: Sampling, vocab_size: int) -> bool:
+    """Whether kernels/cuda/sampling.cu chooses as `sampler.sample` does, if that is given no `allowed` ids.
+
+    It has top-k, top-p, min-p and a temperature, in this order, and room for 1,024 candidates and ids below 2^24.
+    """
+    plain = how.repeat_penalty == 1 and how.presence_penalty == 0 and how.frequency_penalty == 0
+    off = {
+        "penalties": plain or how.repeat_last_n == 0,
+        "dry": how.dry_multiplier == 0 or how.dry_penalty_last_n == 0,
+        "top_n_sigma": how.top_n_sigma <= 0,
+        "top_k": not 0 < how.top_k < vocab_size,
+        "typ_p": how.typical >= 1,
+        "top_p": how.top_p >= 1,
+        "min_p": how.min_p <= 0,
+        "xtc": how.xtc_probability <= 0 or how.xtc_threshold > 0.5,
+        "temperature": how.temperature == 1 and how.dynatemp_range == 0,
+    }
+    runs = [name for name in how.chain() if not off[name]]
+    if how.logit_bias or vocab_size > 2**24:
+        return False
+    if how.temperature == 0:  # then nothing else bears on which is the likeliest; beside Mirostat not even these
+        return how.mirostat != 0 or not {"penalties", "dry"} & set(runs)
+    served = [name for name in ("top_k", "top_p", "min_p", "temperature") if not off[name]]
+    candidates = vocab_size if off["top_k"] else how.top_k
+    return runs == served and candidates <= 1024 and how.mirostat == 0 and how.dynatemp_range == 0

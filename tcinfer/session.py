@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tcinfer import memory
-from tcinfer.config import CHUNK
 from tcinfer.errors import TcinferError
-from tcinfer.memory.state import State
+from tcinfer.memory.state import AnyState
 
 if TYPE_CHECKING:
     from tcinfer.constraint import Constraint
@@ -33,7 +32,7 @@ class Snapshot:
     """A session's whole state at one moment, and the logits it stood before; opaque."""
 
     model: Model
-    state: State
+    state: AnyState
     logits: NDArray[np.float32] | None
     ring: NDArray[np.int32]
     draws: Draws | None
@@ -98,8 +97,8 @@ class Session:
         self._make_room(len(checked))
         V = self.model.config.vocab_size
         out = _rows(len(checked), V) if all_logits else None
-        for a in range(0, len(checked), CHUNK):
-            part = checked[a : a + CHUNK]
+        for a in range(0, len(checked), self.model.chunk):
+            part = checked[a : a + self.model.chunk]
             self._torn = True
             # Damaged weights show in the logits, which `sample` checks.
             with np.errstate(all="ignore"):
@@ -148,7 +147,7 @@ class Session:
         """Go back to a snapshot of any session of the same model. Raises TcinferError for another model's."""
         if not isinstance(snapshot, Snapshot) or snapshot.model is not self.model:
             raise TcinferError("this is no snapshot of a session of this model, as it was loaded")
-        self._state, self._logits, self._torn = snapshot.state.copy(), snapshot.logits, False
+        self._state, self._logits, self._torn = self.model.adopted(snapshot.state), snapshot.logits, False
         self._ring, self.draws = snapshot.ring.copy(), _copy(snapshot.draws)
 
     def fork(self) -> Session:
@@ -157,7 +156,7 @@ class Session:
 
     def reset(self) -> None:
         """Forget everything: position 0, as new."""
-        self._state = State(memory.layout(self.model.config, GROWTH))
+        self._state = self.model.new_state(memory.layout(self.model.config, GROWTH))
         self._logits = None
         self._ring = np.zeros(RECENT, np.int32)  # the id at position p in p mod RECENT
         self._torn = False  # a pass was interrupted half way: some layers have moved on, some have not
@@ -243,8 +242,8 @@ def step_many(model: Model, sessions: Sequence[Session], tokens: ArrayLike) -> N
     out = _rows(len(sessions), model.config.vocab_size)
     for session in sessions:
         session._make_room(1)
-    for a in range(0, len(sessions), CHUNK):
-        part = sessions[a : a + CHUNK]
+    for a in range(0, len(sessions), model.chunk):
+        part = sessions[a : a + model.chunk]
         for session in part:
             session._torn = True
         with np.errstate(all="ignore"):

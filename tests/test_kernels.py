@@ -168,7 +168,7 @@ def test_small_matrices_of_a_mechanism() -> None:
     for shape in ((1, 32), (2, 24), (16, 8), (19, 7)):
         matrix, x = normal(7, *shape), normal(8, 5, shape[1])
         p = Pass(5)
-        (y,) = p.compute(linear.linear(p, p.filled(x), linear.small(matrix)))
+        (y,) = p.compute(linear.linear(p, p.filled(x), linear.small(p, matrix)))
         close(y, x @ matrix.T)
 
 

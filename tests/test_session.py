@@ -13,7 +13,8 @@ from conftest import SHAKESPEARE, small
 import tcinfer
 from tcinfer.errors import TcinferError
 from tcinfer.memory import tensor
-from tcinfer.session import CHUNK, RECENT, Session
+from tcinfer.config import CHUNK
+from tcinfer.session import RECENT, Session
 
 TENSOR = {"memory": "tensor", "window": 8, "options": tensor.Options()}
 IDS = np.random.default_rng(0).integers(0, 50, 40)

@@ -143,7 +143,7 @@ def repacked(plan: Plan, w: Matrix) -> Weights:
     return Weights(w.kind, w.shape, data)
 
 
-def small(values: NDArray[np.float32]) -> Weights:
+def small(plan: Plan, values: NDArray[np.float32]) -> Weights:
     """A float32 matrix [rows, columns] as products read it, made here and now."""
     rows, columns = values.shape
     groups = -(-rows // LANES)

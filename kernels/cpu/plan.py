@@ -8,6 +8,7 @@ prompt, or one token each of many sessions. Nothing is allocated while it runs.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ ALIGNMENT = 64
 class Step:
     """One call of an operator, while the plan is being made: arguments can still change."""
 
-    def __init__(self, operator: Operator, arguments: list[int], wait: bool, when: int) -> None:
+    def __init__(self, operator: Any, arguments: list[int], wait: bool, when: int) -> None:
         self.operator, self.arguments, self.wait, self.when = operator, arguments, wait, when
 
 
@@ -85,7 +86,7 @@ class Rows:
 class Plan:
     """Steps, and the memory that they share. Made by the functions of the operator modules, closed by `finish`."""
 
-    def __init__(self, capacity: int, threads: Threads) -> None:
+    def __init__(self, capacity: int, threads: Any) -> None:
         """capacity: rows of the longest pass."""
         self.capacity, self.threads = capacity, threads
         self.steps: list[Step] = []
@@ -102,11 +103,15 @@ class Plan:
             address = self._free[size].pop()
             self._rooms.append((address, size))
             return address
-        block = np.empty(size + 2 * ALIGNMENT, np.uint8)  # vectors may be read whole at the end
-        self.kept.append(block)
-        address = int(block.ctypes.data + -block.ctypes.data % ALIGNMENT)
+        address = self.allocate(size)
         self._rooms.append((address, size))
         return address
+
+    def allocate(self, size: int) -> int:
+        """Address of `size` bytes, the plan's for ever."""
+        block = np.empty(size + 2 * ALIGNMENT, np.uint8)  # vectors may be read whole at the end
+        self.kept.append(block)
+        return int(block.ctypes.data + -block.ctypes.data % ALIGNMENT)
 
     def keep(self, array: NDArray | None) -> int:
         """Address of an array's first element; 0 for None."""
@@ -118,8 +123,7 @@ class Plan:
 
     def step(self, operator: Operator, *arguments: int | float, wait: bool = True, when: int = ALWAYS) -> Step:
         """Append a step. wait: the next one needs what this one does; when: in which kinds of pass it runs."""
-        words = [_word(x) if isinstance(x, float) else int(x) for x in arguments]
-        self.steps.append(Step(operator, words, wait, when))
+        self.steps.append(Step(operator, as_words(arguments), wait, when))
         return self.steps[-1]
 
     def hold(self) -> None:
@@ -158,11 +162,11 @@ class Plan:
         assert self._finished is not None
         steps, pass_ = self._finished
         for name, value in words.items():
-            pass_[_WORDS[name]] = value
+            pass_[WORDS[name]] = value
         self.threads.run(steps, pass_, self.threads.count if threads is None else threads)
 
 
-_WORDS = {
+WORDS = {
     "kind": KIND_OF_PASS,
     "rows": ROWS,
     "ids": IDS,
@@ -179,6 +183,6 @@ _WORDS = {
 }
 
 
-def _word(x: float) -> int:
-    """The bits of a float64 (`machine.number` takes them back)."""
-    return int(struct.unpack("<q", struct.pack("<d", x))[0])
+def as_words(arguments: Iterable[int | float]) -> list[int]:
+    """Arguments as int64: of a float64 its bits (`machine.number` takes them back)."""
+    return [struct.unpack("<q", struct.pack("<d", x))[0] if isinstance(x, float) else int(x) for x in arguments]

@@ -15,8 +15,10 @@ class Reference:
 
     name = "numpy"
     cold = ""  # what a user should know if loading is going to take seconds
-    plans = False  # whether a model runs as one plan on `threads`, and not operator by operator
+    remark = ""  # what else a user should know, in a line
+    plans = False  # whether a model runs as one plan on `threads` or on `device`, and not operator by operator
     threads: Any = None
+    device: Any = None
 
     def __init__(self, threads: int | None = None) -> None:
         """threads: of the matrix products, which are NumPy's own (process-wide); None leaves them as they are."""

@@ -1,4 +1,4 @@
-"""One layer of a model while its plan is made: what a mechanism's `plan` is given (numba backend)."""
+"""One layer of a model while its plan is made: what a mechanism's `plan` is given (numba and cuda backends)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gguf.constants import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 
 from tcinfer.config import ModelConfig
-from tcinfer.kernels.cpu import attention, linear, ring, rows
+from tcinfer.kernels.cpu import ring, rows
 from tcinfer.kernels.cpu.plan import Plan, Rows
 from tcinfer.kernels.cpu.ring import Entering, Geometry
 from tcinfer.memory.state import Field
@@ -42,6 +42,7 @@ class Layer:
     """A layer's plan in the making.  x: the residual rows that its output is added to."""
 
     plan: Plan
+    operators: Any  # the backend's module of them
     config: ModelConfig
     weights: Mapping[str, Any]  # by their names within the layer: linear.Weights for matrices, float32 for the rest
     positions: Positions
@@ -61,11 +62,11 @@ class Layer:
     def linear(self, x: Rows, name: str, into: Rows | None = None, gate: Rows | None = None, wait: bool = True) -> Rows:
         """x Wᵀ + b with the layer's `name`.weight and, where there is one, `name`.bias; see kernels.cpu.linear."""
         w, bias = self.weights[name + ".weight"], self.weights.get(name + ".bias")
-        return linear.linear(self.plan, x, w, bias, into, gate, wait=wait)
+        return self.operators.linear(self.plan, x, w, bias, into, gate, wait=wait)
 
     def project(self, x: Rows, matrix: NDArray[np.float32], wait: bool = True) -> Rows:
         """x Wᵀ with a small float32 matrix [out, in] of the mechanism's."""
-        return linear.linear(self.plan, x, linear.small(matrix), wait=wait)
+        return self.operators.linear(self.plan, x, self.operators.small(self.plan, matrix), wait=wait)
 
     def push(self, q: Rows, k: Rows, v: Rows, rounded: bool = False, plain: bool = False) -> Entering:
         """Queries, keys and values as they enter the first level; see kernels.cpu.ring.push."""
@@ -76,7 +77,7 @@ class Layer:
 
     def attend(self, new: Entering) -> Rows:
         """Local attention, rows [H * D]."""
-        return attention.attention(self.plan, self.geometry, new, self.field("k"), self.field("v"))
+        return self.operators.attention(self.plan, self.geometry, new, self.field("k"), self.field("v"))
 
     def take(self, name: str, new: int, stride: int, width: int) -> Rows:
         """What leaves a per-token field of the state; see kernels.cpu.ring.take."""

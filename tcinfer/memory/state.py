@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,14 @@ class Layout:
     def nbytes(self) -> int:
         return ALIGNMENT + sum(_padded(f) for fields in self.layers for f in fields)
 
+    def places(self) -> Iterator[tuple[int, Field, int]]:
+        """Every array: its layer, itself, and where in the buffer it begins."""
+        at = ALIGNMENT
+        for layer, fields in enumerate(self.layers):
+            for f in fields:
+                yield layer, f, at
+                at += _padded(f)
+
 
 def _bytes(f: Field) -> int:
     return math.prod(f.shape) * np.dtype(f.dtype).itemsize
@@ -66,17 +75,11 @@ class State:
         self.layout = layout
         self.buffer: NDArray[np.uint8] = room[start : start + layout.nbytes]
         self._position: NDArray[np.int64] = self.buffer[:8].view(np.int64)
-        self.layers: list[dict[str, NDArray]] = []
-        addresses = []  # of every array, layer by layer
-        at = ALIGNMENT
-        for fields in layout.layers:
-            views = {}
-            for f in fields:
-                views[f.name] = self.buffer[at : at + _bytes(f)].view(f.dtype).reshape(f.shape)
-                addresses.append(views[f.name].ctypes.data)
-                at += _padded(f)
-            self.layers.append(views)
-        self.addresses = np.array(addresses, np.int64)
+        self.layers: list[dict[str, NDArray]] = [{} for _ in layout.layers]
+        for layer, f, at in layout.places():
+            self.layers[layer][f.name] = self.buffer[at : at + _bytes(f)].view(f.dtype).reshape(f.shape)
+        addresses = [array.ctypes.data for views in self.layers for array in views.values()]
+        self.addresses = np.array(addresses, np.int64)  # of every array, layer by layer
 
     @property
     def position(self) -> int:
@@ -106,3 +109,64 @@ class State:
                 count = min(len(array), len(new[name]))
                 new[name][:count] = array[:count]
         return other
+
+    def on_host(self) -> State:
+        """Itself."""
+        return self
+
+
+class DeviceState:
+    """The same in a GPU's memory: passes run on it there, and whoever wants to look at it gets a copy."""
+
+    def __init__(self, layout: Layout, device: Any) -> None:
+        """All zeros, position 0. Raises the device's error where its memory does not suffice."""
+        places = [at for _, _, at in layout.places()]
+        self.layout, self.position, self._device = layout, 0, device
+        self._room = device.zeros(layout.nbytes + 8 * len(places))
+        self.fields = self._room.address + layout.nbytes  # address of the arrays' addresses, int64
+        device.put(self.fields, np.array(places, np.int64) + self._room.address)
+
+    @classmethod
+    def placed(cls, state: State, device: Any) -> DeviceState:
+        """A copy of a state of this machine's memory."""
+        other = cls(state.layout, device)
+        device.put(other._room.address, state.buffer)
+        other.position = state.position
+        return other
+
+    @property
+    def nbytes(self) -> int:
+        return self.layout.nbytes
+
+    @property
+    def buffer(self) -> NDArray[np.uint8]:
+        """A copy, uint8 [nbytes]."""
+        return self.on_host().buffer
+
+    @property
+    def layers(self) -> list[dict[str, NDArray]]:
+        """A copy of every array."""
+        return self.on_host().layers
+
+    def on_host(self) -> State:
+        """A copy in this machine's memory."""
+        other = State(self.layout)
+        self._device.get(self._room.address, other.buffer)
+        other.position = self.position
+        return other
+
+    def copy(self) -> DeviceState:
+        """Another state with the same contents and nothing shared."""
+        return self.resized(self.layout)
+
+    def resized(self, layout: Layout) -> DeviceState:
+        """The same contents in a layout with room for another number of tokens."""
+        other = DeviceState(layout, self._device)
+        other.position = self.position
+        for (_, old, at), (_, new, to) in zip(self.layout.places(), layout.places(), strict=True):
+            count = min(_bytes(old), _bytes(new))  # a field grows, if at all, along its first axis
+            self._device.copy(other._room.address + to, self._room.address + at, count)
+        return other
+
+
+AnyState = State | DeviceState

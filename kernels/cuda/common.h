@@ -1,0 +1,70 @@
+// What every operator is given, and small things that many of them do.
+//
+// An operator is name(a, p, work): `a` are the arguments of its step, `p` the words of the pass (both as in
+// kernels/cpu/plan.py, in the same order as the compiled operators of kernels/cpu have them), and `work` says which
+// block of how many this is. The threads of a block do an operator together.
+
+typedef const int64 *Words;
+
+struct Work {
+    int block, blocks;
+    bool by_head;  // items must go to blocks by key head: the steps around this one wait for their own block alone
+};
+
+FUNCTION float *floats(int64 address) { return (float *)address; }
+FUNCTION const unsigned short *shorts(int64 address) { return (const unsigned short *)address; }
+FUNCTION Words words(int64 address) { return (Words)address; }
+FUNCTION double number(int64 bits) { return __longlong_as_double(bits); }
+
+FUNCTION int threads() { return blockDim.x; }
+FUNCTION int thread() { return threadIdx.x; }
+FUNCTION int warps() { return blockDim.x / 32; }
+FUNCTION int warp() { return threadIdx.x / 32; }
+FUNCTION int lane() { return threadIdx.x % 32; }
+
+// The first kilobyte of shared memory is the desk of block-wide sums; an operator's own room begins behind it.
+const int DESK = 1024;
+FUNCTION char *room() { return shared_memory() + DESK; }
+
+// The sum over all threads of the block, in all of them; in an order that depends on the block's size alone.
+FUNCTION float block_sum(float x) {
+    float *desk = (float *)shared_memory();
+    x = warp_sum(x);
+    __syncthreads();
+    if (lane() == 0) desk[warp()] = x;
+    __syncthreads();
+    float total = 0;
+    for (int i = 0; i < warps(); i++) total += desk[i];
+    return total;
+}
+
+FUNCTION float block_max(float x) {
+    float *desk = (float *)shared_memory();
+    x = warp_max(x);
+    __syncthreads();
+    if (lane() == 0) desk[warp()] = x;
+    __syncthreads();
+    float most = desk[0];
+    for (int i = 1; i < warps(); i++) most = fmaxf(most, desk[i]);
+    return most;
+}
+
+FUNCTION float sigmoid(float x) {
+    float e = expf(-fabsf(x));
+    return (x >= 0 ? 1.0f : e) / (1.0f + e);
+}
+
+// Of the sequence that a row belongs to: FIELDS, FIRST, ROW, COUNT.
+FUNCTION Words sequence(Words p, int64 i) { return words(p[TABLE]) + SEQUENCE * i; }
+FUNCTION Words sequence_of(Words p, int64 row) { return sequence(p, words(p[SEQUENCE_OF])[row]); }
+
+// Where in its stream a row of the pass stands.
+FUNCTION int64 position(Words p, int64 row) {
+    Words s = sequence_of(p, row);
+    return s[FIRST] + row - s[ROW];
+}
+
+// Where a position is kept: sinks in front, then the ring.
+FUNCTION int64 slot_of(int64 at, int64 window, int64 sinks) {
+    return window == 0 || at < sinks ? at : sinks + (at - sinks) % window;
+}

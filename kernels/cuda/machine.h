@@ -1,0 +1,121 @@
+// What operators ask of the machine: numbers of 16 bits, sums over a warp, tensor cores, barriers. Inline PTX stands
+// here and nowhere else; host.h gives the same names on a CPU, where tests run the operators thread by thread.
+#ifndef HOST
+
+typedef long long int64;
+typedef unsigned long long uint64;
+
+#define FUNCTION [[maybe_unused]] static __device__ __forceinline__
+#define MEMBER __device__ __forceinline__  // a function in a struct
+#define OPERATOR [[maybe_unused]] static __device__ __noinline__
+#define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
+
+// The block's shared memory: all of it, in one piece, aligned to 16 bytes.
+FUNCTION char *shared_memory() {
+    extern __shared__ uint4 shared_room[];
+    return (char *)shared_room;
+}
+
+FUNCTION float from_half(unsigned short h) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+    return f;
+}
+
+// To the nearest, ties to even; beyond 65504 infinite.
+FUNCTION unsigned short to_half(float f) {
+    unsigned short h;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
+    return h;
+}
+
+FUNCTION float from_brain(unsigned short b) { return __uint_as_float((unsigned)b << 16); }
+
+// Two numbers as halves in one word, the first in the low 16 bits.
+FUNCTION unsigned to_halves(float low, float high) {
+    unsigned pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+// 16 bytes of weights: read once, so they push nothing out of the first cache. Never of what a kernel itself writes.
+FUNCTION uint4 load_weights(const void *p) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p));
+    return v;
+}
+
+// One lane's value in all lanes of the warp; all 32 must come.
+FUNCTION float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+
+FUNCTION float warp_sum(float x) {
+#pragma unroll
+    for (int i = 16; i; i >>= 1) x += __shfl_xor_sync(0xffffffffu, x, i);
+    return x;
+}
+
+FUNCTION float warp_max(float x) {
+#pragma unroll
+    for (int i = 16; i; i >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, i));
+    return x;
+}
+
+// What the warp's lanes have written to shared memory is there for all of them.
+FUNCTION void warp_barrier() { __syncwarp(); }
+
+// Four 8 x 8 matrices of halves from shared memory: lane l names the 16 bytes of row l % 8 of matrix l / 8, and gets
+// of each matrix the elements (l / 4, 2 (l % 4)) and the one after it.
+FUNCTION void load_matrices(unsigned r[4], const void *row) {
+    unsigned at = (unsigned)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(at)
+                 : "memory");
+}
+
+// The same, each matrix transposed.
+FUNCTION void load_matrices_turned(unsigned r[4], const void *row) {
+    unsigned at = (unsigned)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(at)
+                 : "memory");
+}
+
+// c [16, 8] += a [16, 16] b [16, 8] over a warp, halves into float32. Lane l, with g = l / 4 and t = l % 4, holds
+// a: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8), each with the column after it; b: (2t, g), (2t + 8, g), each
+// with the row after it; c: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+FUNCTION void multiply(float c[4], const unsigned a[4], const unsigned b[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// 16 bytes from global to shared memory, in the background; what was asked for so far is one group.
+FUNCTION void copy_later(void *to, const void *from) {
+    unsigned at = (unsigned)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+}
+FUNCTION void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until at most `left` groups are on their way.
+template <int left> FUNCTION void wait_for_groups() { asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory"); }
+
+// All blocks of a cooperative launch meet; what each has written before is there for all afterwards. `arrivals` counts
+// from 0 at the launch and is never reset in it; `goal` is the count at which this meeting is complete.
+FUNCTION void grid_barrier(unsigned *arrivals, unsigned goal) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        atomicAdd(arrivals, 1u);
+        unsigned count;
+        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(arrivals) : "memory");
+        while (count < goal);
+        __threadfence();
+    }
+    __syncthreads();
+}
+
+#endif

@@ -1,0 +1,175 @@
+"""The operators that a model's plan is made of, as steps for a GPU; the same names as in kernels/cpu/operators.py.
+
+What a norm or an activation makes of a row is not computed by itself: it is told to the products that read it, which
+compute it on the way in (staging.h). A token's products read float32 rows; those of many rows read halves that `prepare`
+has written, each row divided by a power of two that keeps it in their range.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType as Kind
+from numpy.typing import NDArray
+
+from tcinfer.kernels.cpu import plan as cpu
+from tcinfer.kernels.cpu.ring import Entering, Geometry
+from tcinfer.kernels.cpu.rows import angles
+from tcinfer.kernels.cuda.packing import RUN, packed
+from tcinfer.kernels.cuda.plan import ALWAYS, ONE, PROMPT, SESSIONS, Plan
+from tcinfer.kernels.cuda.program import Named
+from tcinfer.kernels.reference.quants import Matrix
+
+__all__ = ["angles", "attention", "embed", "gelu", "linear", "norm", "small", "stored", "swiglu"]
+
+PLAIN, RMS_NORM, LAYER_NORM, SWIGLU, GELU = range(5)  # staging.h
+ALONE = 1024  # keys up to which one block takes all of a token's keys of a head
+SPLIT = 256  # keys of a part, where they are divided
+MOST_SPLITS = 64
+
+
+class Weights(NamedTuple):
+    """A matrix on the device."""
+
+    kind: Kind
+    shape: tuple[int, int]
+    words: tuple[int, ...]  # addresses of its arrays, and runs of a row (kinds.h)
+
+
+def stored(plan: Plan, w: Matrix) -> Weights:
+    """`w` on the device, repacked."""
+    arrays = (plan.upload(array) for array in packed(w))
+    return Weights(w.kind, w.shape, (*arrays, -(-w.shape[1] // RUN)))
+
+
+def small(plan: Plan, values: NDArray[np.float32]) -> Weights:
+    """A float32 matrix [rows, columns] as products read it."""
+    data = np.ascontiguousarray(values).view(np.uint8).reshape(len(values), -1)
+    return stored(plan, Matrix(data, Kind.F32, (values.shape[0], values.shape[1])))
+
+
+class Made(cpu.Rows):
+    """Rows that products compute from other rows as they read them; written out only where something else reads them."""
+
+    def __init__(self, plan: Plan, columns: int, words: tuple[int | float, ...]) -> None:
+        """words: what they are made of, as in staging.h up to FRESH."""
+        self.plan, self.columns, self.stride, self.words = plan, columns, 4 * columns, words
+        self._address = 0
+
+    @property
+    def address(self) -> int:  # type: ignore[override]
+        if not self._address:
+            assert isinstance(self.plan, Plan)
+            self._address = self.plan.room(self.plan.capacity * self.stride)
+            self.plan.step(Named("prepare"), *self.words, 1, self._address, self.stride, 0, False)
+        return self._address
+
+
+def embed(plan: Plan, w: Weights, positions: NDArray | None) -> cpu.Rows:
+    """The rows of the embedding that the pass's ids name, plus those of learned positions, if there are any."""
+    x = cpu.Rows(plan, w.shape[1])
+    plan.step(Named("embed", w.kind.name), *w.words, x.columns, x.address, x.stride, plan.keep(positions), wait=False)
+    plan.wait()
+    return x
+
+
+def norm(plan: Plan, x: cpu.Rows, weight: NDArray, bias: NDArray | None, eps: float, layer: bool) -> Made:
+    """RMS norm, or layer norm with its mean and its bias."""
+    parameters = plan.keep(weight), plan.keep(bias), float(eps)
+    return Made(plan, x.columns, (LAYER_NORM if layer else RMS_NORM, x.address, x.stride, x.columns, *parameters))
+
+
+def swiglu(plan: Plan, gate: cpu.Rows, up: cpu.Rows) -> Made:
+    """silu(gate) · up."""
+    return Made(plan, up.columns, (SWIGLU, up.address, up.stride, up.columns, gate.address, 0, 0))
+
+
+def gelu(plan: Plan, x: cpu.Rows) -> Made:
+    """The exact form."""
+    return Made(plan, x.columns, (GELU, x.address, x.stride, x.columns, 0, 0, 0))
+
+
+def linear(
+    plan: Plan,
+    x: cpu.Rows,
+    w: Weights,
+    bias: NDArray | None = None,
+    into: cpu.Rows | None = None,
+    gate: cpu.Rows | None = None,
+    head: bool = False,
+    wait: bool = True,
+) -> cpu.Rows:
+    """x Wᵀ + b. into: rows that it is added to; gate: a factor for each row; head: the pass's logits."""
+    outputs, columns = w.shape
+    assert columns == x.columns
+    y = into or cpu.Rows(plan, 0 if head else outputs)
+    address, stride = (0, 4 * outputs) if head else (y.address, y.stride)
+    after = (plan.keep(bias), gate.address if gate else 0, into is not None)
+    before, fresh = _since(plan, x, outputs, address)
+    one = (*w.words, outputs, address, *after, before, *_made(x), fresh)
+    plan.step(Named("linear_one", w.kind.name), *one, wait=wait, when=ONE)
+    many = (*w.words, outputs, *_prepared(plan, x, w.kind, head), address, stride, *after, head, columns)
+    plan.step(Named("linear_many", w.kind.name), *many, when=PROMPT | SESSIONS)
+    return y
+
+
+OUTPUTS, Y, _, _, ADD, BEFORE, FIRST_MADE = range(5, 12)  # arguments of linear_one
+
+
+def _since(plan: Plan, x: cpu.Rows, outputs: int, y: int) -> tuple[int, bool]:
+    """What a token's product finds before it: rows of weights that have their warps already, and whether x is not
+    staged yet.
+
+    Two that add to the same numbers give each of them to the same warp, one after the other: they need not meet.
+    """
+    last = next((step for step in reversed(plan.steps) if step.when & ONE), None)
+    if last is None or last.operator.name != "linear_one":
+        return 0, True
+    if last.arguments[ADD] and last.arguments[Y] == y and last.arguments[OUTPUTS] == outputs:
+        last.wait = False
+        return last.arguments[BEFORE], True
+    if last.wait:
+        return 0, True
+    staged = cpu.as_words(_made(x))
+    return last.arguments[BEFORE] + last.arguments[OUTPUTS], last.arguments[FIRST_MADE:-1] != staged
+
+
+def _made(x: cpu.Rows) -> tuple[int | float, ...]:
+    """What rows are made of, in the words of staging.h up to FRESH."""
+    return x.words if isinstance(x, Made) else (PLAIN, x.address, x.stride, x.columns, 0, 0, 0)
+
+
+def _prepared(plan: Plan, x: cpu.Rows, kind: Kind, head: bool) -> tuple[int, int, int]:
+    """Address, stride and factors of rows as products of many read them: of the head only those that are wanted."""
+    floats = kind == Kind.F32
+    if floats and not isinstance(x, Made) and not head:
+        return x.address, x.stride, 0
+    key = id(x), floats, head
+    if key not in plan.prepared:
+        stride = x.stride if floats else 2 * RUN * -(-x.columns // RUN)
+        rows, factors = plan.room(plan.capacity * stride), 0 if floats else plan.room(4 * plan.capacity)
+        plan.step(Named("prepare"), *_made(x), True, rows, stride, factors, head, when=PROMPT | SESSIONS)
+        plan.prepared[key] = x, (rows, stride, factors)
+    return plan.prepared[key][1]
+
+
+def attention(plan: Plan, geometry: Geometry, new: Entering, k_field: int, v_field: int) -> cpu.Rows:
+    """Each row's query over what it sees of its sequence's ring and of the pass's own rows. Rows [H * D]."""
+    H, G, D, window, sinks = geometry.heads, geometry.kv_heads, geometry.head_dim, geometry.window, geometry.sinks
+    out, half = cpu.Rows(plan, H * D), geometry.kind == Kind.F16
+    query = (new.q.address, new.q_far.address if new.q_far else 0, new.q.stride)
+    common = (*query, k_field, v_field, new.k_new, new.v_new, H, G, D, window, sinks, out.address)
+    keys = window + sinks if window else SPLIT * MOST_SPLITS
+    by_itself = SESSIONS if half else SESSIONS | PROMPT
+    if keys <= ALONE:
+        plan.step(Named("attend_rows"), *common, half, 1, 0, when=ONE | by_itself)
+    else:
+        splits = min(MOST_SPLITS, keys // SPLIT)
+        parts = plan.room(4 * H * splits * (D + 2))
+        plan.step(Named("attend_splits"), *common, half, splits, parts, when=ONE)
+        plan.step(Named("combine"), parts, out.address, out.stride, H, D, splits, when=ONE)
+        plan.step(Named("attend_rows"), *common, half, 1, 0, when=by_itself)
+    if half:
+        plan.step(Named("attend_many"), *common, when=PROMPT)
+    return out

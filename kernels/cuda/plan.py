@@ -1,0 +1,179 @@
+"""A plan on a GPU: the same steps as on a CPU, their memory and arguments on the device, run in one launch or in many.
+
+A single token is one cooperative launch: every multiprocessor holds one block, the blocks go through the steps side by
+side, and meet where a step needs what another block has done. Where it needs only what its own block has done, which is
+so between the steps that treat each key head by itself, the threads of the block meet. A chunk of a prompt, and one
+token each of many sessions, are a launch a step: there is work enough in each to pay for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tcinfer.kernels.cpu import plan as cpu
+from tcinfer.kernels.cuda.program import (
+    ALONE_THREADS,
+    CHOICES,
+    HOW,
+    KEY_HEADS,
+    PASS,
+    TOGETHER_THREADS,
+    Named,
+    source,
+)
+
+ONE, PROMPT, SESSIONS = 1, 2, 4  # kinds of pass: a token, many rows of a sequence, a row each of many
+ALWAYS = ONE | PROMPT | SESSIONS
+NO_WAIT, WAIT_FOR_BLOCK, WAIT_FOR_GRID = range(3)  # as in passes.cu
+DESK = 1024  # bytes of shared memory in front of an operator's own (common.h)
+BLOCKS = 4  # of a launch of one step, for each multiprocessor
+
+# Operators that do in one block what belongs to a row and a key head.
+BY_HEAD = frozenset(
+    "push take insert keep_last writes ones unit mix divide gate scan features blend attend_rows".split()
+)
+Room = Callable[[Sequence[int], int], int]
+
+
+def _attention_room(a: Sequence[int], warps: int) -> int:
+    return 4 * (8 * a[9] + warps * (4 * (128 + 2 + 32) + 64))
+
+
+# Bytes of shared memory beside the desk, by a step's arguments and the warps of a block.
+ROOM: dict[str, Room] = {
+    "linear_one": lambda a, warps: 4096 * -(-a[4] // 32),
+    "attend_rows": _attention_room,
+    "attend_splits": _attention_room,
+    "scan": lambda a, warps: 4 * 32 * (a[4] + 1 + 8 * warps),
+    "writes": lambda a, warps: 4 * a[7],
+    "mix": lambda a, warps: 8 * a[5],
+}
+
+
+class Plan(cpu.Plan):
+    """Steps in the making, and then in device memory. Emitted by operators.py here and by the modules of kernels.cpu."""
+
+    def __init__(self, capacity: int, device: Any, key_heads: int) -> None:
+        """capacity: rows of the longest pass; device: device.Device or what stands for it."""
+        super().__init__(capacity, threads=None)
+        self.device, self.key_heads = device, key_heads
+        self.prepared: dict[tuple[int, bool], tuple[Any, ...]] = {}  # rows as products of many take them (operators.py)
+        self._uploads: dict[int, int] = {}
+        self._buffers: list[Any] = []
+        self.nbytes = 0  # of device memory
+
+    def allocate(self, size: int) -> int:
+        """Address of `size` bytes of device memory, zeros, the plan's for ever."""
+        self._buffers.append(self.device.zeros(max(size, 16)))
+        self.nbytes += size
+        return self._buffers[-1].address
+
+    def upload(self, array: NDArray | None) -> int:
+        """Address of a copy of an array; 0 for None."""
+        if array is None:
+            return 0
+        address = self.allocate(array.nbytes)
+        self.device.put(address, np.ascontiguousarray(array))
+        return address
+
+    def keep(self, array: NDArray | None) -> int:
+        """The same, with one copy of an array that is asked for again."""
+        if array is None:
+            return 0
+        if id(array) not in self._uploads:
+            self.kept.append(array)  # so that nothing else gets its id
+            self._uploads[id(array)] = self.upload(array)
+        return self._uploads[id(array)]
+
+    def step(self, operator: Any, *arguments: int | float, wait: bool = True, when: int = ALWAYS) -> cpu.Step:
+        """Append a step of an Operator of kernels.cpu, whose name the CUDA form has too, or of a Named one."""
+        named = operator if isinstance(operator, Named) else Named(operator.name.removeprefix("_"))
+        return super().step(named, *arguments, wait=wait, when=ALWAYS if when == cpu.ALWAYS else when)
+
+    def reuse(self) -> None:
+        super().reuse()
+        self.prepared.clear()
+
+    def finish(self) -> None:
+        """Compile the operators that the steps use, and put the steps on the device."""
+        arguments = [np.array(step.arguments or [0], np.int64) for step in self.steps]
+        starts = np.cumsum([0, *map(len, arguments)])
+        base = self.allocate(8 * int(starts[-1]))
+        self.device.put(base, np.concatenate(arguments))
+        at = {id(step): base + 8 * int(start) for step, start in zip(self.steps, starts[:-1], strict=True)}
+        one = [step for step in self.steps if step.when & ONE]
+        names = sorted({step.operator for step in one})
+        others = [step for step in self.steps if step.when & (PROMPT | SESSIONS)]
+        rows = [[names.index(s.operator), at[id(s)], wait] for s, wait in zip(one, _waits(one), strict=True)]
+        self._steps = self.keep(np.array([len(one), *np.ravel(rows)], np.int64))
+        # Two programs: the first is one kernel with all operators of a token, the second one kernel for each.
+        self._together = self.device.program(source(names, ()), together=True).kernel("together")
+        alone = self.device.program(source((), (s.operator for s in others)))
+        self._launches = [(alone.kernel(f"step_{s.operator.full}"), at[id(s)], _shared([s], ALONE_THREADS), s.when) for s in others]
+        self._shared_together = _shared(one, TOGETHER_THREADS)
+
+    def run_pass(self, kind: int, address: int) -> None:
+        """Launch the steps of a kind of pass, whose words are at an address on the device."""
+        if kind == ONE:
+            blocks = self.device.multiprocessors
+            self.device.launch(
+                self._together, self._steps, address, blocks, TOGETHER_THREADS, self._shared_together, together=True
+            )
+            return
+        for kernel, arguments, shared, when in self._launches:
+            if when & kind:
+                blocks = BLOCKS * self.device.multiprocessors
+                self.device.launch(kernel, arguments, address, blocks, ALONE_THREADS, shared)
+
+
+def _shared(steps: Sequence[cpu.Step], threads: int) -> int:
+    """Bytes of shared memory that any of some steps needs."""
+    needs = [ROOM[s.operator.name](s.arguments, threads // 32) for s in steps if s.operator.name in ROOM]
+    return DESK + max(needs, default=0)
+
+
+def _waits(steps: Sequence[cpu.Step]) -> list[int]:
+    """What each step of a single launch ends with.
+
+    A step that the next one needs is waited for by its block alone while both treat key heads by themselves; whatever
+    was waited for in that way must be waited for by all once another kind of step follows.
+    """
+    out, pending = [], False  # pending: a block alone has been waited for
+    for step, following in zip(steps, [*steps[1:], None], strict=True):
+        local = step.operator.name in BY_HEAD and following is not None and following.operator.name in BY_HEAD
+        if following is None:
+            out.append(NO_WAIT)
+        elif local:
+            out.append(WAIT_FOR_BLOCK if step.wait else NO_WAIT)
+            pending |= step.wait
+        else:
+            out.append(WAIT_FOR_GRID if step.wait or pending else NO_WAIT)
+            pending &= not out[-1]
+    return out
+
+
+def pass_of(
+    words: dict[str, int], rows: int, sequences: int, key_heads: int, address: int = 0
+) -> tuple[NDArray[np.int64], dict[str, NDArray]]:
+    """All that a pass is told, as one array int64 to be put at an address, and views of its parts to be filled.
+
+    words: of the pass, by their names in small letters. Parts: how [rows, 5] (float64, see sampling.cu), choices [1] (0:
+    no id is chosen), table [sequences, SEQUENCE], ids [rows], sequence_of [rows].
+    """
+    shapes = {"how": (rows, 5), "table": (sequences, cpu.SEQUENCE), "ids": (rows,), "sequence_of": (rows,)}
+    ends = np.cumsum([PASS, *(math.prod(shape) for shape in shapes.values())])
+    data = np.zeros(int(ends[-1]), np.int64)
+    parts, numbers = {}, {"how": HOW, **{name: cpu.WORDS[name] for name in shapes if name != "how"}}
+    for (name, shape), start, end in zip(shapes.items(), ends[:-1], ends[1:], strict=True):
+        parts[name] = data[start:end].reshape(shape)
+        data[numbers[name]] = address + 8 * int(start)
+    for name, value in {"rows": rows, "sequences": sequences, **words}.items():
+        data[cpu.WORDS[name]] = value
+    data[KEY_HEADS] = key_heads
+    parts["how"] = parts["how"].view(np.float64)
+    return data, parts | {"choices": data[CHOICES : CHOICES + 1]}

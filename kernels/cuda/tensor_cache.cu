@@ -1,0 +1,152 @@
+// What Tensor Cache memory adds to ring and matrix: which pair a row writes and how, and how queries read.
+// Equations: tcinfer/memory/tensor.py; the same steps compiled for CPUs: kernels/cpu/tensor_cache.py.
+
+const float UNIT_EPS = 1e-5f;  // added to a norm, as kernels.reference.pointwise.unit
+
+// 1 / (norm of x + eps), by one warp, in all its lanes.
+FUNCTION float unit_scale(const float *x, int width) {
+    float sum = 0;
+    for (int i = lane(); i < width; i += 32) sum += x[i] * x[i];
+    return 1.0f / (sqrtf(warp_sum(sum)) + UNIT_EPS);
+}
+
+// Router logits cos(x, slot key) / (sqrt(D) temperature) of all slots: each warp some of them.
+FUNCTION void cosines(const float *x, int width, const float *keys, int slots, float temperature, float *out) {
+    for (int s = warp(); s < slots; s += warps()) {
+        const float *key = keys + s * width;
+        float dot = 0;
+        for (int i = lane(); i < width; i += 32) dot += x[i] * key[i];
+        dot = warp_sum(dot);
+        float scale = unit_scale(x, width) / (sqrtf((float)width) * temperature) * unit_scale(key, width);
+        if (lane() == 0) out[s] = dot * scale;
+    }
+}
+
+OPERATOR void writes(Words a, Words p, Work work) {
+    Words entering = words(a[0]), leaving = words(a[1]);
+    int G = a[2], D = a[3], timescales = a[6], slots = a[7];
+    int64 window = a[4], sinks = a[5], route_stride = a[18];
+    bool normalize = a[8], interleaved = a[13];
+    float value_scale = (float)number(a[9]), temperature = (float)number(a[10]);
+    const float *decays = floats(a[14]), *rates = floats(a[15]), *slot_keys = floats(a[16]);
+    float *decay = floats(a[21]), *rate = floats(a[22]);
+    for (int64 item = work.block; item < p[ROWS] * G; item += work.blocks) {
+        int64 row = item / G;
+        int g = item % G;
+        bool left = leaving && position(p, row) - window >= sinks, written = left || entering;
+        Words source = left ? leaving : entering;
+        float *k = floats(a[19]) + D * item, *v = floats(a[20]) + D * item;
+        const float *x = written ? floats(source[0]) + D * item : 0, *y = written ? floats(source[1]) + D * item : 0;
+        const float *cos_back = floats(a[11]) + D / 2 * row, *sin_back = floats(a[12]) + D / 2 * row;
+        bool turns = left && a[11];  // the memory sees keys before rotation
+        float lengths = 0;
+        for (int c = thread(); c < D; c += threads()) {
+            float kept = written ? x[c] : 0.0f;
+            if (turns) {
+                bool upper = interleaved ? c % 2 : c >= D / 2;
+                int pair = interleaved ? c / 2 : c % (D / 2), first, second;
+                pair_of(pair, D / 2, interleaved, first, second);
+                kept = upper ? x[second] * cos_back[pair] - x[first] * sin_back[pair]
+                             : x[first] * cos_back[pair] + x[second] * sin_back[pair];
+            }
+            k[c] = kept;
+            v[c] = written ? y[c] * value_scale : 0.0f;
+            lengths += kept * kept;
+        }
+        if (normalize && written) {
+            float by = 1.0f / (sqrtf(block_sum(lengths)) + UNIT_EPS);
+            for (int c = thread(); c < D; c += threads()) k[c] *= by;
+        }
+        __syncthreads();
+        float *logits = (float *)room();
+        if (slots > 1 && written) {
+            const float *chooser = a[17] ? floats(a[17] + row * route_stride) + D * g : k;
+            cosines(chooser, D, slot_keys + slots * D * g, slots, temperature, logits);
+        }
+        __syncthreads();
+        if (thread() == 0) {
+            int best = 0;
+            if (slots > 1 && written)
+                for (int s = 1; s < slots; s++)
+                    if (logits[s] > logits[best]) best = s;
+            float decay_term = written && source[2] ? floats(source[2])[item] : 0.0f;
+            float rate_term = written && source[3] ? floats(source[3])[item] : 0.0f;
+            for (int t = 0; t < timescales; t++)
+                for (int s = 0; s < slots; s++) {
+                    int64 plane = (row * timescales * slots + t * slots + s) * G + g;
+                    bool on = written && s == best;
+                    decay[plane] = on ? sigmoid(decays[G * t + g] + decay_term) : 1.0f;
+                    rate[plane] = on ? sigmoid(rates[G * t + g] + rate_term) : 0.0f;
+                }
+        }
+        __syncthreads();
+    }
+}
+
+OPERATOR void ones(Words a, Words p, Work work) {
+    int64 G = p[KEY_HEADS], columns = a[1], part = columns / G;
+    for (int64 item = work.block; item < p[ROWS] * G; item += work.blocks)
+        for (int64 i = thread(); i < part; i += threads()) floats(a[0])[item * part + i] = 1.0f;
+}
+
+// Each head divided by its norm.
+OPERATOR void unit(Words a, Words p, Work work) {
+    int width = a[2];
+    int64 G = p[KEY_HEADS], heads = a[3] / G;
+    for (int64 item = work.block; item < p[ROWS] * G; item += work.blocks)
+        for (int64 h = heads * item + warp(); h < heads * (item + 1); h += warps()) {
+            float by = unit_scale(floats(a[0]) + width * h, width);
+            for (int c = lane(); c < width; c += 32) floats(a[1])[width * h + c] = floats(a[0])[width * h + c] * by;
+        }
+}
+
+// How much of each plane a query reads: softmax over its best slots, sigmoid(alpha) of the slow ones.
+OPERATOR void mix(Words a, Words p, Work work) {
+    int G = a[1], R = a[2], D = a[3], timescales = a[4], slots = a[5], topk = a[6];
+    float temperature = (float)number(a[7]), *out = floats(a[10]);
+    float *logits = (float *)room(), *weights = logits + slots;
+    for (int64 item = work.block; item < p[ROWS] * G; item += work.blocks) {
+        int64 row = item / G;
+        int g = item % G;
+        float slow = timescales == 2 ? sigmoid(floats(a[9])[g]) : 1.0f;
+        for (int r = 0; r < R; r++) {
+            __syncthreads();
+            if (slots > 1)
+                cosines(floats(a[0]) + D * (item * R + r), D, floats(a[8]) + slots * D * g, slots, temperature, logits);
+            else if (thread() == 0)
+                logits[0] = 0;
+            __syncthreads();
+            if (thread()) continue;
+            float total = 0, top = 0;
+            for (int s = 0; s < slots; s++) weights[s] = 0;
+            for (int n = 0; n < min(topk, slots); n++) {  // the best ones, the first of equals before the others
+                int best = -1;
+                for (int s = 0; s < slots; s++)
+                    if (weights[s] == 0 && (best < 0 || logits[s] > logits[best])) best = s;
+                if (n == 0) top = logits[best];
+                weights[best] = expf(logits[best] - top);
+                total += weights[best];
+            }
+            for (int t = 0; t < timescales; t++)
+                for (int s = 0; s < slots; s++)
+                    out[((row * timescales * slots + t * slots + s) * G + g) * R + r] = (t ? slow : 1.0f) * weights[s] / total;
+        }
+    }
+}
+
+// x [heads, width] /= max(|by [heads]|, eps), in place.
+OPERATOR void divide(Words a, Words p, Work work) {
+    int width = a[2];
+    int64 G = p[KEY_HEADS], part = a[3] / G * width;
+    float eps = (float)number(a[4]);
+    for (int64 item = work.block; item < p[ROWS] * G; item += work.blocks)
+        for (int64 i = part * item + thread(); i < part * (item + 1); i += threads())
+            floats(a[0])[i] /= fmaxf(fabsf(floats(a[1])[i / width]), eps);
+}
+
+// sigmoid(logit + bias) of each row, in place of the logit.
+OPERATOR void gate(Words a, Words p, Work work) {
+    float *x = floats(a[0]), bias = floats(a[1])[0];
+    for (int64 row = work.block * threads() + thread(); row < p[ROWS]; row += work.blocks * threads())
+        x[row] = sigmoid(a[2] ? bias : x[row] + bias);
+}
