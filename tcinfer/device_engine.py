@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tcinfer.config import ModelConfig
-from tcinfer.engine import EMBEDDING, HEAD, bytes_per_token, transformer
+from tcinfer.engine import EMBEDDING, bytes_per_token, transformer
 from tcinfer.kernels.cuda import operators
 from tcinfer.kernels.cuda.plan import ONE, PROMPT, SESSIONS, Plan, pass_of
 from tcinfer.kernels.cuda.program import Named

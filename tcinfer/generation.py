@@ -99,7 +99,7 @@ class Generation:
                 if rest := text.flush():
                     yield Piece(rest, chosen)
                 return
-            session.feed(chosen)
+            session._advance(chosen, self._how if n != self._max_tokens and self._constraint is None else None)
             if self._constraint is not None:
                 self._constraint.accept(chosen)
             piece = text.push(chosen)
@@ -115,9 +115,15 @@ class Generation:
     def _choose(self, text: _Text, breaks: NDArray[np.bool_] | None) -> int:
         """The next id: as sampled, but again without it where it would complete a banned string."""
         session = self._session
-        assert session.logits is not None
         assert session.draws is not None
+        ahead = session._chosen_ahead(self._how) if self._constraint is None else None
+        if ahead is not None and not text.forbids(ahead):
+            return ahead
+        assert session.logits is not None
         allowed = None if self._constraint is None else self._constraint.allowed()
+        if ahead is not None:
+            allowed = np.ones(len(session.logits), bool)
+            allowed[ahead] = False
         mu = session.draws.mu
         while True:
             session.draws.mu = mu  # what was not taken is no surprise

@@ -21,12 +21,12 @@ from tcinfer.kernels.reference.quants import Matrix
 from tcinfer.kernels.reference.rotary import frequencies
 from tcinfer.memory.chunk import Chunk
 from tcinfer.memory.state import AnyState, DeviceState, Layout, Spec, State
+from tcinfer.sampling import Sampling, on_device
 from tcinfer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from tcinfer.device_engine import DeviceEngine, Later
     from tcinfer.engine import Engine
-    from tcinfer.sampler import Sampling
     from tcinfer.session import Session
 
 F32 = NDArray[np.float32]
@@ -138,16 +138,37 @@ class Model:
 
         return session_file.load(self, path)
 
-    def step_many(self, sessions: Sequence[Session], tokens: ArrayLike) -> F32:
+    def step_many(
+        self, sessions: Sequence[Session], tokens: ArrayLike, sampling: Sampling | None = None
+    ) -> NDArray[Any]:
         """Feed one token to each of many sessions, sharing each pass over the weights; logits [len(sessions), V].
 
-        The same as feeding each by itself, bit for bit, and much faster: reading the weights is most of the cost of a
-        token. Raises TcinferError, all sessions untouched, for a token out of range
-        or a session that is not this model's or is named twice.
+        With `sampling`, the ids that come next instead, int64 [len(sessions)], each drawn by its session's own random
+        numbers: on a GPU the logits then need not leave it.
+        The same as feeding each by itself (bit for bit on CPUs), and much faster: reading the weights is most of the
+        cost of a token. Raises TcinferError, all sessions untouched, for a token out of range or a session that is not
+        this model's or is named twice.
         """
         from tcinfer.session import step_many
 
-        return step_many(self, sessions, tokens)
+        return step_many(self, sessions, tokens, sampling)
+
+    def chooses(self, how: Sampling) -> bool:
+        """Whether `choose` can: the model runs on a GPU, and this way of sampling is one that it has there."""
+        return self.ops.device is not None and on_device(how, self.config.vocab_size)
+
+    def choose(
+        self, states: Sequence[AnyState], ids: NDArray[np.int64], hows: Sequence[tuple[Sampling, float]]
+    ) -> tuple[list[Later], NDArray[np.int64]]:
+        """As `step`, and choose what comes next on the GPU; hows: for each state how, and a draw from [0, 1).
+
+        Returns the logits, still there, and the ids, int64 [len(states)]; -1 where the logits are not finite.
+        """
+        engine: Any = self._engine
+        rows = np.array([(h.temperature, h.top_k or len(self._embedding.data), h.top_p, h.min_p, u) for h, u in hows])
+        with _enough():
+            chosen = engine.launch(states, [1] * len(states), ids, len(states), rows)
+        return [engine.later(row) for row in range(len(states))], chosen
 
     def new_state(self, layout: Layout) -> AnyState:
         """All zeros, where the model runs. Raises TcinferError where there is not so much memory."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tcinfer.tokenizer import Tokenizer
 
 LARGEST_WORD = 2**64 - 1
+NOT_FINITE = "the model computed logits that are not finite: its weights are damaged or overflow"
 
 
 @dataclass
@@ -36,6 +37,23 @@ class Draws:
     def seeded(cls, seed: int | None) -> Draws:
         """At the start; None: from the system's entropy."""
         return cls(np.random.Generator(np.random.PCG64(seed)))
+
+    def peek(self) -> float:
+        """The number that `rng.random()` gives next."""
+        bits = self.rng.bit_generator
+        before = bits.state
+        number = self.rng.random()
+        bits.state = before
+        return number
+
+    def take(self, number: float) -> bool:
+        """Go past a number that was seen; False, and nothing done, if it is not the next one any more."""
+        bits = self.rng.bit_generator
+        before = bits.state
+        if self.rng.random() == number:
+            return True
+        bits.state = before
+        return False
 
     def copy(self) -> Draws:
         """The same draws from here on, independent of these."""
@@ -80,7 +98,7 @@ def sample(
     TcinferError for logits that are not finite, and where no id is left.
     """
     if not np.isfinite(logits).all():
-        raise TcinferError("the model computed logits that are not finite: its weights are damaged or overflow")
+        raise TcinferError(NOT_FINITE)
     c = _candidates(logits, how, allowed)
     # llama.cpp runs no other sampler beside Mirostat, penalties included: bias, temperature, Mirostat.
     chain = [] if how.mirostat else how.chain()

@@ -16,6 +16,7 @@ from tcinfer.memory.state import AnyState
 
 if TYPE_CHECKING:
     from tcinfer.constraint import Constraint
+    from tcinfer.device_engine import Later
     from tcinfer.generation import Piece
     from tcinfer.model import Model
     from tcinfer.sampler import Draws, Sampling
@@ -46,7 +47,8 @@ class Session:
     """The state of one sequence, made by `model.session()`. Not for several threads at once; sessions are cheap."""
 
     draws: Draws | None  # what sampling keeps between tokens; made by the first `generate`
-    _logits: NDArray[np.float32] | None  # never written to: snapshots share it
+    _logits: NDArray[np.float32] | Later | None  # never written to: snapshots share it
+    _ahead: tuple[Sampling, float, int] | None  # how the next id was chosen already on a GPU, with which draw; the id
 
     def __init__(self, model: Model, past: Snapshot | None = None) -> None:
         """Called by `model.session()`, at position 0, and by `fork` and `load_session` with a past to go on from."""
@@ -79,6 +81,8 @@ class Session:
     @property
     def logits(self) -> NDArray[np.float32] | None:
         """float32 [V] after the last token, what `generate` goes on from; read only. None before the first."""
+        if self._logits is not None and not isinstance(self._logits, np.ndarray):
+            self._logits = self._logits.fetch()
         return self._logits
 
     @property
@@ -99,7 +103,7 @@ class Session:
         out = _rows(len(checked), V) if all_logits else None
         for a in range(0, len(checked), self.model.chunk):
             part = checked[a : a + self.model.chunk]
-            self._torn = True
+            self._begin()
             # Damaged weights show in the logits, which `sample` checks.
             with np.errstate(all="ignore"):
                 logits = self.model.forward(self._state, part, "all" if all_logits else "last")
@@ -141,14 +145,14 @@ class Session:
     def snapshot(self) -> Snapshot:
         """A copy of the whole state, to be put back by `restore` any number of times."""
         self._check_whole()
-        return Snapshot(self.model, self._state.copy(), self._logits, self._ring.copy(), _copy(self.draws))
+        return Snapshot(self.model, self.model.adopted(self._state), self.logits, self._ring.copy(), _copy(self.draws))
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of any session of the same model. Raises TcinferError for another model's."""
         if not isinstance(snapshot, Snapshot) or snapshot.model is not self.model:
             raise TcinferError("this is no snapshot of a session of this model, as it was loaded")
         self._state, self._logits, self._torn = self.model.adopted(snapshot.state), snapshot.logits, False
-        self._ring, self.draws = snapshot.ring.copy(), _copy(snapshot.draws)
+        self._ring, self.draws, self._ahead = snapshot.ring.copy(), _copy(snapshot.draws), None
 
     def fork(self) -> Session:
         """Another session with the same past; from here on the two never influence each other."""
@@ -160,7 +164,7 @@ class Session:
         self._logits = None
         self._ring = np.zeros(RECENT, np.int32)  # the id at position p in p mod RECENT
         self._torn = False  # a pass was interrupted half way: some layers have moved on, some have not
-        self.draws = None
+        self.draws = self._ahead = None
 
     def save(self, path: str | PathLike[str]) -> int:
         """Write the session to a file, in one step, and give its bytes: the same number however long the session is.
@@ -172,10 +176,44 @@ class Session:
 
         return session_file.write(self.snapshot(), path)
 
-    def _taken(self, ids: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
+    def _advance(self, token: int, how: Sampling | None = None) -> None:
+        """As `feed` with one token, its logits left where they are until they are asked for.
+
+        how: the next id will be chosen in this way (`_chosen_ahead`); a GPU does it in the same pass.
+        """
+        if how is None or not self.model.chooses(how):
+            self.feed(token)
+            return
+        ids = self._check(token)
+        self._make_room(1)
+        assert self.draws is not None
+        draw = self.draws.peek() if how.temperature else 0.0
+        self._begin()
+        (later,), (chosen,) = self.model.choose([self._state], ids, [(how, draw)])
+        self._taken(ids, later)
+        self._ahead = how, draw, int(chosen)
+
+    def _chosen_ahead(self, how: Sampling) -> int | None:
+        """The next id, if it was chosen when the last one was fed, just as `sample` would now; takes its draw."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead[0] != how or self.draws is None:
+            return None
+        if how.temperature and not self.draws.take(ahead[1]):
+            return None
+        return None if ahead[2] < 0 else ahead[2]  # below 0: not finite, which `sample` reports
+
+    def _begin(self) -> None:
+        """A pass is about to change the state."""
+        self._torn, self._logits, self._ahead = True, None, None
+
+    def _taken(self, ids: NDArray[np.int64], logits: NDArray[np.float32] | Later) -> None:
         """A pass has taken ids in (and has moved the position on)."""
-        self._ring[np.arange(self.position - len(ids), self.position) % RECENT] = ids
-        logits.flags.writeable = False  # snapshots share it
+        if len(ids) == 1:
+            self._ring[(self.position - 1) % RECENT] = ids[0]
+        else:
+            self._ring[np.arange(self.position - len(ids), self.position) % RECENT] = ids
+        if isinstance(logits, np.ndarray):
+            logits.flags.writeable = False  # snapshots share it
         self._logits, self._torn = logits, False
 
     def _check_whole(self) -> None:
@@ -187,14 +225,19 @@ class Session:
 
     def _check(self, ids: ArrayLike) -> NDArray[np.int64]:
         """ids as int64 [n], n >= 1, each in the vocabulary and all within what the model can take."""
+        array = self._check_ids(ids)
+        self._check_fits(array.size)
+        return array
+
+    def _check_fits(self, count: int) -> None:
+        """That so many tokens more can be taken in."""
         self._check_whole()
-        config, array = self.model.config, self._check_ids(ids)
-        if config.learned_positions and self.position + array.size > config.context_length:
+        config = self.model.config
+        if config.learned_positions and self.position + count > config.context_length:
             raise TcinferError(
                 f"this model has learned positions and ends at token {config.context_length}: "
-                f"{self.position} are taken, {array.size} more do not fit"
+                f"{self.position} are taken, {count} more do not fit"
             )
-        return array
 
     def _check_ids(self, ids: ArrayLike) -> NDArray[np.int64]:
         """ids as int64 [n], n >= 1, each in the vocabulary."""
@@ -229,8 +272,10 @@ def _copy(draws: Draws | None) -> Draws | None:
     return None if draws is None else draws.copy()
 
 
-def step_many(model: Model, sessions: Sequence[Session], tokens: ArrayLike) -> NDArray[np.float32]:
+def step_many(model: Model, sessions: Sequence[Session], tokens: ArrayLike, sampling: Sampling | None) -> NDArray:
     """See Model.step_many."""
+    from tcinfer.sampler import NOT_FINITE, sample
+
     sessions = list(sessions)
     if not all(isinstance(s, Session) and s.model is model for s in sessions):
         raise TcinferError("step_many takes sessions of this model, as it was loaded")
@@ -238,18 +283,32 @@ def step_many(model: Model, sessions: Sequence[Session], tokens: ArrayLike) -> N
         raise TcinferError("step_many takes each session once: their tokens are independent of each other")
     if np.shape(tokens) != (len(sessions),) or not sessions:
         raise TcinferError(f"step_many takes one token for each of at least one session, not {np.shape(tokens)} tokens")
-    ids = np.concatenate([session._check(token) for session, token in zip(sessions, np.asarray(tokens), strict=True)])
-    out = _rows(len(sessions), model.config.vocab_size)
+    ids = sessions[0]._check_ids(tokens)
+    for session in sessions:
+        session._check_fits(1)
     for session in sessions:
         session._make_room(1)
+        if sampling is not None and session.draws is None:
+            session.draws = sampling.draws()
+    out = np.empty(len(sessions), np.int64) if sampling else _rows(len(sessions), model.config.vocab_size)
     for a in range(0, len(sessions), model.chunk):
-        part = sessions[a : a + model.chunk]
+        part, theirs = sessions[a : a + model.chunk], ids[a : a + model.chunk]
+        states, some = [s._state for s in part], out[a : a + model.chunk]
         for session in part:
-            session._torn = True
+            session._begin()
+        if sampling is not None and model.chooses(sampling):
+            hows = [(sampling, s.draws.rng.random() if sampling.temperature else 0.0) for s in part if s.draws]
+            laters, some[:] = model.choose(states, theirs, hows)
+            for i, (session, later) in enumerate(zip(part, laters, strict=True)):
+                session._taken(theirs[i : i + 1], later)
+            if some.min() < 0:
+                raise TcinferError(NOT_FINITE)
+            continue
         with np.errstate(all="ignore"):
-            out[a : a + len(part)] = model.step([s._state for s in part], ids[a : a + len(part)])
-        for i, session in enumerate(part, a):
-            session._taken(ids[i : i + 1], out[i].copy())
+            logits = model.step(states, theirs)
+        for i, session in enumerate(part):
+            session._taken(theirs[i : i + 1], logits[i].copy())
+        some[:] = logits if sampling is None else [sample(s.logits, sampling, s.draws, s.recent) for s in part]  # type: ignore[arg-type]
     return out
 
 

@@ -11,9 +11,9 @@ import pytest
 from conftest import SHAKESPEARE, small
 
 import tcinfer
+from tcinfer.config import CHUNK
 from tcinfer.errors import TcinferError
 from tcinfer.memory import tensor
-from tcinfer.config import CHUNK
 from tcinfer.session import RECENT, Session
 
 TENSOR = {"memory": "tensor", "window": 8, "options": tensor.Options()}

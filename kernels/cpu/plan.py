@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tcinfer.kernels.cpu.jit import Operator
 from tcinfer.kernels.cpu.packing import RUN
-from tcinfer.kernels.cpu.threads import ARGUMENTS, KIND_OF_PASS, OPERATOR, STEP, WAIT, WHEN, Threads
+from tcinfer.kernels.cpu.threads import ARGUMENTS, KIND_OF_PASS, OPERATOR, STEP, WAIT, WHEN
 from tcinfer.kernels.cpu.tiles import HEAD
 
 # Words of a pass, int64. Addresses where nothing else is said.

@@ -42,7 +42,9 @@ class Device:
             import cupy
         except Exception as e:  # a library that does not go with another raises anything as it is imported
             extras = " or ".join(f"'tcinfer[{name}]'" for name in EXTRAS)
-            raise UnavailableError(f"CuPy cannot be loaded ({_line(e)}): pip install {extras}, as the driver's CUDA is") from e
+            raise UnavailableError(
+                f"CuPy cannot be loaded ({_line(e)}): pip install {extras}, as the driver's CUDA is"
+            ) from e
         self._cupy = cupy
         try:
             count = cupy.cuda.runtime.getDeviceCount()
@@ -55,7 +57,9 @@ class Device:
         self.capability = properties["major"], properties["minor"]
         if self.capability < OLDEST:
             have, need = (".".join(map(str, c)) for c in (self.capability, OLDEST))
-            raise UnavailableError(f"{self.name} has compute capability {have}; tcinfer needs {need}: use --backend numba")
+            raise UnavailableError(
+                f"{self.name} has compute capability {have}; tcinfer needs {need}: use --backend numba"
+            )
         self.multiprocessors: int = properties["multiProcessorCount"]
         self.shared_bytes: int = properties["sharedMemPerBlockOptin"]  # that a block can have
         self._allowed: dict[int, int] = {}  # by kernel: dynamic shared memory that it was given leave for
@@ -110,7 +114,9 @@ class Device:
         """Compile CUDA C++, or find it in CuPy's cache. together: its kernels' blocks meet while they run."""
         return Program(self._cupy, text, together)
 
-    def launch(self, kernel: Any, a: int, p: int, blocks: int, threads: int, shared: int = 0, together: bool = False) -> None:
+    def launch(
+        self, kernel: Any, a: int, p: int, blocks: int, threads: int, shared: int = 0, together: bool = False
+    ) -> None:
         """Run a kernel of two addresses. together: every block at once (as its program was compiled)."""
         if shared > self._allowed.get(id(kernel), 48 * 1024):
             if shared > self.shared_bytes:

@@ -17,7 +17,7 @@ from tcinfer.kernels.cpu import plan as cpu
 from tcinfer.kernels.cpu.ring import Entering, Geometry
 from tcinfer.kernels.cpu.rows import angles
 from tcinfer.kernels.cuda.packing import RUN, packed
-from tcinfer.kernels.cuda.plan import ALWAYS, ONE, PROMPT, SESSIONS, Plan
+from tcinfer.kernels.cuda.plan import ONE, PROMPT, SESSIONS, Plan
 from tcinfer.kernels.cuda.program import Named
 from tcinfer.kernels.reference.quants import Matrix
 

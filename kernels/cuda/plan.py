@@ -24,6 +24,7 @@ from tcinfer.kernels.cuda.program import (
     PASS,
     TOGETHER_THREADS,
     Named,
+    operators,
     source,
 )
 
@@ -35,7 +36,22 @@ BLOCKS = 4  # of a launch of one step, for each multiprocessor
 
 # Operators that do in one block what belongs to a row and a key head.
 BY_HEAD = frozenset(
-    "push take insert keep_last writes ones unit mix divide gate scan features blend attend_rows".split()
+    [
+        "push",
+        "take",
+        "insert",
+        "keep_last",
+        "writes",
+        "ones",
+        "unit",
+        "mix",
+        "divide",
+        "gate",
+        "scan",
+        "features",
+        "blend",
+        "attend_rows",
+    ]
 )
 Room = Callable[[Sequence[int], int], int]
 
@@ -52,6 +68,9 @@ ROOM: dict[str, Room] = {
     "scan": lambda a, warps: 4 * 32 * (a[4] + 1 + 8 * warps),
     "writes": lambda a, warps: 4 * a[7],
     "mix": lambda a, warps: 8 * a[5],
+    "choose": lambda a, warps: 24720,
+    "linear_many": lambda a, warps: 98304,
+    "attend_many": lambda a, warps: 98304,
 }
 
 
@@ -107,15 +126,16 @@ class Plan(cpu.Plan):
         self.device.put(base, np.concatenate(arguments))
         at = {id(step): base + 8 * int(start) for step, start in zip(self.steps, starts[:-1], strict=True)}
         one = [step for step in self.steps if step.when & ONE]
-        names = sorted({step.operator for step in one})
         others = [step for step in self.steps if step.when & (PROMPT | SESSIONS)]
-        rows = [[names.index(s.operator), at[id(s)], wait] for s, wait in zip(one, _waits(one), strict=True)]
+        kinds = {step.operator.kind for step in self.steps if step.operator.kind}
+        numbers = {operator: i for i, operator in enumerate(operators(True, kinds))}
+        rows = [[numbers[s.operator], at[id(s)], wait] for s, wait in zip(one, _waits(one), strict=True)]
         self._steps = self.keep(np.array([len(one), *np.ravel(rows)], np.int64))
-        # Two programs: the first is one kernel with all operators of a token, the second one kernel for each.
-        self._together = self.device.program(source(names, ()), together=True).kernel("together")
-        alone = self.device.program(source((), (s.operator for s in others)))
-        self._launches = [(alone.kernel(f"step_{s.operator.full}"), at[id(s)], _shared([s], ALONE_THREADS), s.when) for s in others]
+        self._together = self.device.program(source(True, kinds), together=True).kernel("together")
         self._shared_together = _shared(one, TOGETHER_THREADS)
+        alone = self.device.program(source(False, kinds))
+        kernels = {s.operator: alone.kernel(f"step_{s.operator.full}") for s in others}
+        self._launches = [(kernels[s.operator], at[id(s)], _shared([s], ALONE_THREADS), s.when) for s in others]
 
     def run_pass(self, kind: int, address: int) -> None:
         """Launch the steps of a kind of pass, whose words are at an address on the device."""

@@ -21,13 +21,47 @@ SOURCES = (
     "infini.cu",
     "sampling.cu",
 )
-TOGETHER_THREADS, ALONE_THREADS = 512, 256  # of a block
+TOGETHER_THREADS, ALONE_THREADS = 384, 256  # of a block
 
 # Words of a pass beyond those of kernels.cpu.plan. The last one is no argument: blocks count there how many have come.
 KEY_HEADS, CHOICES, HOW, ARRIVALS, PASS = range(words.PASS, words.PASS + 5)
-SHARED_WORDS = (
-    "ROWS IDS SEQUENCE_OF SEQUENCES TABLE OUT_FIRST OUT_ROWS LOGITS SEQUENCE FIELDS FIRST ROW COUNT"
-).split()
+SHARED_WORDS = [
+    "ROWS",
+    "IDS",
+    "SEQUENCE_OF",
+    "SEQUENCES",
+    "TABLE",
+    "OUT_FIRST",
+    "OUT_ROWS",
+    "LOGITS",
+    "SEQUENCE",
+    "FIELDS",
+    "FIRST",
+    "ROW",
+    "COUNT",
+]
+
+
+# The operators: of a token's one launch alone, of longer passes alone, of both. Those of weights are made for each kind.
+OF_BOTH = (
+    *(
+        "angles",
+        "push",
+        "take",
+        "insert",
+        "keep_last",
+        "attend_rows",
+        "scan",
+        "writes",
+        "ones",
+        "unit",
+        "mix",
+        "divide",
+    ),
+    *("gate", "features", "blend", "choose"),
+)
+OF_ONE, WEIGHTS_OF_ONE = ("attend_splits", "combine"), ("embed", "linear_one")
+OF_MANY, WEIGHTS_OF_MANY = ("prepare", "attend_many"), ("embed", "linear_many")
 
 
 class Named(NamedTuple):
@@ -41,25 +75,29 @@ class Named(NamedTuple):
         return f"{self.name}_{self.kind}" if self.kind else self.name
 
 
-def source(together: Iterable[Named], alone: Iterable[Named]) -> str:
-    """CUDA C++ with a kernel `together` that runs steps of those operators, and `step_NAME` for each of these.
+def operators(together: bool, kinds: Iterable[str]) -> list[Named]:
+    """Those of a token's one launch, in the order of their numbers, or those that are launched alone."""
+    plain, weights = (OF_ONE, WEIGHTS_OF_ONE) if together else (OF_MANY, WEIGHTS_OF_MANY)
+    made = [Named(name, kind) for kind in sorted(kinds) for name in weights]
+    return [Named(name) for name in (*OF_BOTH, *plain)] + made
+
+
+def source(together: bool, kinds: Iterable[str]) -> str:
+    """CUDA C++ for models of these kinds of weights: the kernel `together`, or a kernel `step_NAME` for each operator.
 
     In one piece: a compiler's cache that looks at the text alone then notices every change.
     """
-    together, alone = sorted(set(together)), sorted(set(alone))
-    here = Path(__file__).parent
+    here, made = Path(__file__).parent, operators(together, kinds)
     numbers = {name: getattr(words, name) for name in SHARED_WORDS}
     numbers |= {"KEY_HEADS": KEY_HEADS, "CHOICES": CHOICES, "HOW": HOW, "ARRIVALS": ARRIVALS}
     lines = [f"enum {{ {', '.join(f'{name} = {value}' for name, value in numbers.items())} }};"]
     lines += [f"#define {name}_THREADS {n}" for name, n in (("TOGETHER", TOGETHER_THREADS), ("ALONE", ALONE_THREADS))]
-    for name, operators in (("EACH_TOGETHER", together), ("EACH_ALONE", alone)):
-        if operators:
-            lines.append(f"#define {name}(X) {' '.join(f'X({o.full})' for o in operators)}")
+    lines.append(f"#define EACH_{'TOGETHER' if together else 'ALONE'}(X) {' '.join(f'X({o.full})' for o in made)}")
     parts = [(here / "machine.h").read_text(), "\n".join(lines)]
     parts += [(here / name).read_text() for name in (*HEADERS, *SOURCES)]
     parts += [
         f"OPERATOR void {o.full}(Words a, Words p, Work work) {{ {o.name}<{o.kind}>(a, p, work); }}"
-        for o in sorted({*together, *alone})
+        for o in made
         if o.kind
     ]
     return "\n".join([*parts, (here / "passes.cu").read_text()])

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,9 @@ import numpy as np
 import platformdirs
 import pytest
 from numpy.typing import NDArray
+
+from tcinfer import kernels
+from tcinfer.kernels.cuda import Cuda
 
 HEADER = Path(__file__).resolve().parents[2] / "kernels" / "cuda" / "host.h"
 FLAGS = [
@@ -194,3 +198,21 @@ def host_device(seed: int = 0) -> HostDevice:
     if not sys.platform.startswith("linux") or shutil.which("g++") is None:
         pytest.skip("needs g++ on Linux")
     return HostDevice(seed)
+
+
+# Fixtures, for tests that import them (a conftest.py here would hide the one above)
+
+
+@pytest.fixture(scope="session")
+def device() -> HostDevice:
+    """One for all: what was compiled is kept."""
+    return host_device()
+
+
+@pytest.fixture
+def backend(device: HostDevice, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """In place of the fixture of tests/conftest.py: contracts that were written for all backends run on "cuda", which is
+    the stand-in here; afterwards nothing has been written beside what was allocated."""
+    monkeypatch.setattr(kernels, "_cuda", lambda: Cuda(device))
+    yield "cuda"
+    device.check()

@@ -15,7 +15,7 @@ from tcinfer.errors import TcinferError
 from tcinfer.sampler import Draws, sample
 from tcinfer.sampling import SAMPLERS, Sampling, on_device
 
-SHARED = 26 * 1024
+SHARED = 1024 + 24720  # the desk, and what lies behind it
 WORDS = "SEQUENCE_OF, TABLE, OUT_ROWS, LOGITS, CHOICES, HOW"
 MAIN = "KERNEL(1024, 1) choose_all(Words a, Words p) { choose(a, p, {(int)blockIdx.x, (int)gridDim.x, false}); }\n"
 FULL = np.finfo(np.float32).max

@@ -1,0 +1,264 @@
+"""Products and attention of many rows on tensor cores, against float64: kernels/cuda/linear_many.cu, attention_many.cu."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf.constants import GGMLQuantizationType as Kind
+from host_device import HostDevice, host_device
+from numpy.typing import NDArray
+from plans import random_matrix
+
+from tcinfer.kernels.cpu import plan as words
+from tcinfer.kernels.cuda import packing
+from tcinfer.kernels.cuda.packing import packed
+from tcinfer.kernels.reference.quants import KINDS
+
+F = np.float32
+THREADS = 256
+SHARED = 1024 + 98304
+SEEDS = (0, 1, 2)
+
+
+CUDA = Path(packing.__file__).parent
+TEXTS = ("machine.h", "common.h", "kinds.h", "staging.h", "linear_many.cu", "attention_many.cu")
+WORDS = [
+    "ROWS",
+    "IDS",
+    "SEQUENCE_OF",
+    "SEQUENCES",
+    "TABLE",
+    "OUT_FIRST",
+    "OUT_ROWS",
+    "LOGITS",
+    "SEQUENCE",
+    "FIELDS",
+    "FIRST",
+    "ROW",
+    "COUNT",
+]
+
+
+@cache
+def source(operator: str) -> str:
+    """The two files, and a kernel `test` that runs one operator."""
+    machine, *texts = ((CUDA / name).read_text() for name in TEXTS)
+    enum = f"enum {{ {', '.join(f'{name} = {getattr(words, name)}' for name in WORDS)} }};"
+    work = "Work{(int)blockIdx.x, (int)gridDim.x, false}"
+    kernel = f"KERNEL({THREADS}, 1) test(const int64 *a, const int64 *p) {{ {operator}(a, p, {work}); }}"
+    return "\n".join([machine, enum, *texts, kernel])
+
+
+class Memory:
+    """Arrays on a device, and one launch over them."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.device: HostDevice = host_device(seed)
+        self.buffers: list[Any] = []
+
+    def put(self, array: NDArray | None) -> int:
+        if array is None:
+            return 0
+        self.buffers.append(self.device.zeros(array.nbytes))
+        self.device.put(self.buffers[-1].address, array)
+        return self.buffers[-1].address
+
+    def run(self, operator: str, a: list[int], p: dict[int, int], blocks: int) -> None:
+        of_pass = np.zeros(words.PASS, np.int64)
+        for word, value in p.items():
+            of_pass[word] = value
+        kernel = self.device.program(source(operator)).kernel("test")
+        self.device.launch(kernel, self.put(np.array(a, np.int64)), self.put(of_pass), blocks, THREADS, SHARED)
+        self.device.check()
+
+
+def normal(seed: int, *shape: int) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).standard_normal(shape, F)
+
+
+# Products
+
+
+def product(
+    kind: Kind,
+    rows: int,
+    outputs: int,
+    columns: int,
+    *,
+    bias: bool = False,
+    gate: bool = False,
+    add: bool = False,
+    head: bool = False,
+    blocks: int = 3,
+    seed: int = 0,
+) -> tuple[NDArray, NDArray]:
+    """What the operator makes of random rows, and what it should."""
+    w, m = random_matrix(kind, outputs, columns), Memory(seed)
+    floats = kind == Kind.F32
+    width = columns if floats else -(-columns // 32) * 32
+    x = np.zeros((rows, width), F if floats else np.float16)
+    x[:, :columns] = normal(1, rows, columns)
+    factors = None if floats else np.abs(normal(2, rows)) + F(0.5)
+    b = normal(3, outputs) if bias else None
+    g = normal(4, rows) if gate else None
+    y = normal(5, rows, outputs)
+    to = m.put(y)
+    arrays = [m.put(array) for array in packed(w)]
+    a = [*arrays, -(-columns // 32), outputs, m.put(x), width * x.itemsize, m.put(factors)]
+    a += [0 if head else to, 4 * outputs, m.put(b), m.put(g), add, head, columns]
+    p = {words.ROWS: 999, words.OUT_ROWS: rows, words.LOGITS: to} if head else {words.ROWS: rows}
+    m.run(f"linear_many<{kind.name}>", a, p, blocks)
+    want = x[:, :columns].astype(float) @ w.values.astype(float).T
+    want = want if factors is None else factors[:, None] * want
+    want = want if b is None else want + b
+    want = want if g is None else g[:, None] * want
+    return m.device.get(to, np.empty_like(y)), want + y if add else want
+
+
+def error(got: NDArray, want: NDArray) -> float:
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize(("rows", "outputs", "columns"), [(3, 41, 512), (13, 37, 768), (33, 70, 256)])
+def test_products_with_every_kind(kind: Kind, rows: int, outputs: int, columns: int) -> None:
+    assert error(*product(kind, rows, outputs, columns)) < (1e-6 if kind == Kind.F32 else 1e-3)
+
+
+@pytest.mark.parametrize("kind", [Kind.F16, Kind.BF16, Kind.F32], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("columns", [1, 31, 72, 1100])
+@pytest.mark.parametrize("rows", [2, 9, 17])
+def test_products_with_any_number_of_columns(kind: Kind, rows: int, columns: int) -> None:
+    assert error(*product(kind, rows, 19, columns)) < (1e-6 if kind == Kind.F32 else 1e-3)
+
+
+@pytest.mark.parametrize("rows", [2, 8, 16, 17, 32, 64, 129, 300])
+@pytest.mark.parametrize(("outputs", "columns"), [(130, 96), (5, 160)])
+def test_products_of_any_number_of_rows(rows: int, outputs: int, columns: int) -> None:
+    assert error(*product(Kind.Q8_0, rows, outputs, columns, blocks=2)) < 1e-3
+
+
+@pytest.mark.parametrize("blocks", [1, 400])
+def test_products_in_every_size_of_tiles(blocks: int) -> None:
+    assert error(*product(Kind.Q5_1, 260, 300, 128, blocks=blocks)) < 1e-3
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.F32], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_what_is_done_with_products(kind: Kind, rows: int) -> None:
+    bound = 1e-6 if kind == Kind.F32 else 1e-3
+    for options in ({"bias": True}, {"gate": True}, {"add": True}, {"head": True}):
+        assert error(*product(kind, rows, 33, 64, **options)) < bound
+    assert error(*product(kind, rows, 33, 64, bias=True, gate=True, add=True)) < bound
+
+
+@pytest.mark.parametrize("kind", [Kind.Q6_K, Kind.F16, Kind.F32], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("rows", [2, 12, 70])
+def test_products_are_the_same_in_any_order_and_number_of_blocks(kind: Kind, rows: int) -> None:
+    first, _ = product(kind, rows, 100, 512, blocks=1)
+    for seed in SEEDS:
+        np.testing.assert_array_equal(product(kind, rows, 100, 512, blocks=1 + seed, seed=seed)[0], first)
+
+
+def test_a_row_is_the_same_beside_any_others_in_the_same_form() -> None:
+    for some, more in ((3, 15), (18, 150)):
+        few, many = (product(Kind.Q4_K, rows, 140, 256)[0] for rows in (some, more))
+        factors = (np.abs(normal(2, n)) + F(0.5) for n in (some, more))
+        x = (normal(1, n, 256) for n in (some, more))
+        np.testing.assert_array_equal(*(v[:some] for v in x))
+        np.testing.assert_array_equal(*(v[:some] for v in factors))
+        np.testing.assert_array_equal(few, many[:some])
+
+
+# Attention
+
+
+def attended(
+    first: int,
+    rows: int,
+    H: int,
+    G: int,
+    D: int,
+    window: int,
+    sinks: int,
+    *,
+    far: bool = False,
+    blocks: int = 2,
+    seed: int = 0,
+    scale: float = 1,
+) -> tuple[NDArray, NDArray]:
+    """What the operator makes of the last `rows` of a random stream, and what it should."""
+    m, all_ = Memory(seed), first + rows
+    k, v = (normal(i, all_, G, D).astype(np.float16) for i in (1, 2))
+    q, q_far = (F(scale) * normal(i, all_, H, D) for i in (3, 4))
+    rings = [np.full((sinks + (window or all_), G, D), np.nan, np.float16) for _ in range(2)]
+    for t in range(first):
+        slot = t if not window or t < sinks else sinks + (t - sinks) % window
+        rings[0][slot], rings[1][slot] = k[t], v[t]
+    fields = m.put(np.array([0, 0, m.put(rings[1]), 0, m.put(rings[0])], np.int64))
+    sequence = np.zeros(words.SEQUENCE, np.int64)
+    sequence[[words.FIELDS, words.FIRST, words.ROW, words.COUNT]] = fields, first, 0, rows
+    out = np.zeros((rows, H, D), F)
+    to = m.put(out)
+    a = [m.put(q[first:]), m.put(q_far[first:]) if far else 0, 4 * H * D, 4, 2, m.put(k[first:]), m.put(v[first:])]
+    a += [H, G, D, window, sinks, to]
+    m.run("attend_many", a, {words.ROWS: rows, words.TABLE: m.put(sequence)}, blocks)
+
+    want = np.empty((rows, H, D))
+    t, s = np.arange(first, all_)[:, None], np.arange(all_)[None]
+    seen = (s <= t) & ((s < sinks) | (s > t - window)) if window else s <= t
+    for h in range(H):
+        keys, values = k[:, h * G // H].astype(float), v[:, h * G // H].astype(float)
+        scores = q[first:, h].astype(float) @ keys.T
+        if far and window:
+            scores[:, :sinks] = q_far[first:, h].astype(float) @ keys[:sinks].T
+        scores = np.where(seen, scores / math.sqrt(D), -np.inf)
+        weights = np.exp(scores - scores.max(1, keepdims=True))
+        want[:, h] = weights / weights.sum(1, keepdims=True) @ values
+    return m.device.get(to, out), want
+
+
+def close(got: NDArray, want: NDArray) -> None:
+    assert np.abs(got - want).max() < 2e-3 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("D", [2, 8, 20, 24, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize(("window", "sinks"), [(0, 0), (37, 5)])
+def test_attention_with_any_size_of_heads(D: int, window: int, sinks: int) -> None:
+    close(*attended(45, 21, 2, 1, D, window, sinks))
+
+
+@pytest.mark.parametrize(("H", "G"), [(1, 1), (4, 4), (6, 2), (5, 1), (9, 3)])
+def test_attention_with_grouped_heads(H: int, G: int) -> None:
+    close(*attended(30, 50, H, G, 8, 0, 0))
+    close(*attended(30, 50, H, G, 8, 40, 3, far=True))
+
+
+@pytest.mark.parametrize("first", [0, 3, 70, 200])
+@pytest.mark.parametrize("rows", [2, 65, 300])
+@pytest.mark.parametrize(("window", "sinks", "far"), [(0, 0, False), (16, 0, False), (66, 70, True), (130, 4, True)])
+def test_attention_over_ring_and_chunk(first: int, rows: int, window: int, sinks: int, far: bool) -> None:
+    close(*attended(first, rows, 2, 1, 8, window, sinks, far=far))
+
+
+def test_attention_with_sharp_scores() -> None:
+    close(*attended(100, 40, 2, 1, 64, 64, 4, far=True, scale=8))
+
+
+@pytest.mark.parametrize("D", [24, 256])
+def test_attention_is_the_same_in_any_order_and_number_of_blocks(D: int) -> None:
+    first, _ = attended(50, 70, 4, 2, D, 33, 2, far=True, blocks=1)
+    for seed in SEEDS:
+        again, _ = attended(50, 70, 4, 2, D, 33, 2, far=True, blocks=1 + seed, seed=seed)
+        np.testing.assert_array_equal(again, first)
+
+
+def test_attention_of_a_token_is_the_same_in_any_chunk() -> None:
+    whole, _ = attended(0, 150, 2, 1, 8, 40, 3)
+    last, _ = attended(131, 19, 2, 1, 8, 40, 3)
+    np.testing.assert_array_equal(last, whole[131:])
