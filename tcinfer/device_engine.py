@@ -19,7 +19,7 @@ from tcinfer.kernels.reference.quants import Matrix
 from tcinfer.memory.state import DeviceState
 
 F32 = NDArray[np.float32]
-CHUNK = 1024  # rows of the longest pass: enough for a GPU to be busy with
+CHUNK = 1024  # rows of a pass with which a GPU is busy
 HOW = 5  # numbers that say how a row's next id is chosen: temperature, top_k, top_p, min_p, a draw from [0, 1)
 
 
@@ -47,10 +47,10 @@ class DeviceEngine:
         weights: Mapping[str, Any],
         freq: NDArray[np.float64] | None,
         device: Any,
-        chunk: int = CHUNK,
     ) -> None:
         """weights: as Model takes them; the matrices are repacked and sent to the device."""
-        self.config, self.device, self.chunk, self._lock = config, device, chunk, Lock()
+        self.config, self.device, self._lock = config, device, Lock()
+        self.chunk = chunk = CHUNK  # rows of the longest pass
         self.bytes_per_token = bytes_per_token(weights)
         self._plan = plan = Plan(chunk, device, config.n_kv_heads)
         there = {name: operators.stored(plan, w) if isinstance(w, Matrix) else w for name, w in weights.items()}

@@ -19,6 +19,7 @@ from tcinfer.chat.store import state_folder
 from tcinfer.errors import TcinferError
 
 EXTRAS = ("llguidance", "matplotlib", "llama-cpp-python", "torch")
+CUPY = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
 LABEL = 18  # columns of the report's first one
 PATIENCE = 5  # seconds for nvidia-smi
 
@@ -30,7 +31,7 @@ def facts() -> dict[str, Any]:
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "platform": platform.platform(),
         "cpu": {"name": _cpu(), "usable": _usable(), "instructions": None},
-        "backends": {"numpy": _version("numpy"), "numba": None, "cuda": None},
+        "backends": {"numpy": _version("numpy"), "numba": None, "cuda": _cupy()},
         "compiler": _version("llvmlite"),
         "operators": None,
         "state_folder": _folder(state_folder()),
@@ -58,6 +59,8 @@ def facts() -> dict[str, Any]:
         )
         return found
     found["advice"] += _about_cache(found["operators"])
+    if found["gpus"] and not found["backends"]["cuda"]:
+        found["advice"].append("the GPU is not used: pip install 'tcinfer[cuda13]', or [cuda12] for an older driver")
     return found
 
 
@@ -109,6 +112,11 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _cupy() -> str | None:
+    """The version of CuPy, under whichever of its names it is installed."""
+    return next(filter(None, map(_version, CUPY)), None)
+
+
 def _cpu() -> str:
     with suppress(OSError), open("/proc/cpuinfo", errors="replace") as file:
         for line in file:
@@ -150,7 +158,7 @@ def report(found: dict[str, Any]) -> str:
         ("GPU", "; ".join(found["gpus"]) or "none found"),
         ("numpy", backends["numpy"] or "not installed"),
         ("numba", f"{backends['numba']}, llvmlite {found['compiler']}" if backends["numba"] else "cannot be used"),
-        ("cuda", "not in this version"),
+        ("cuda", f"CuPy {backends['cuda']}" if backends["cuda"] else "CuPy is not installed"),
         ("operators", _operators(compiled) if compiled else "none"),
         ("cache folder", _place(compiled and compiled["cache"])),
         ("state folder", _place(state)),

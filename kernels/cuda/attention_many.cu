@@ -1,13 +1,13 @@
-// Softmax attention of a prompt's chunk on tensor cores: one sequence, a block takes 128 queries (tokens times the heads
-// that read one key head) through all the keys that any of them sees, a tile at a time, and no score leaves its
-// registers. Equation: kernels/reference/attention.py. Blocks of 256 threads.
+// Softmax attention of a prompt's chunk on tensor cores: one sequence. A block takes 128 queries (tokens times heads
+// of a key head) through all the keys that any of them sees, a tile at a time, and no score leaves the registers.
+// Equation: kernels/reference/attention.py. Blocks of 256 threads.
 //
 // Tiles begin at multiples of their size in the stream, and one of which a query sees nothing leaves its sums as they
 // are: so the chunk that a token came in does not show in its attention's bits.
 
 // WIDE: channels of a head, rounded up.
 template <int WIDE> struct FlashShape {
-    static const int QUERIES = 128, OF_WARP = 16;
+    static const int QUERIES = 128;  // 16 of each warp
     static const int KEYS = WIDE > 128 ? 32 : 64;
     static const int PIECES = WIDE / 8;  // of 16 bytes in a row
     static const int BYTES = 2 * WIDE * (QUERIES + 2 * KEYS);
@@ -30,6 +30,7 @@ template <int PIECES> FUNCTION char *flash_piece(char *at, int row, int pair, in
 struct Flash {
     Words a, of;  // of: the sequence
     int group, G, D, total;  // query heads of a key head; how many queries a key head has
+    int slot;  // behind the sinks, of the pass's first position
 
     MEMBER int64 q_stride() const { return a[2]; }
     MEMBER int64 window() const { return a[10]; }
@@ -37,8 +38,9 @@ struct Flash {
 };
 
 FUNCTION Flash flash_at(Words a, Words p) {
-    int group = a[7] / a[8];
-    return {a, sequence(p, 0), group, (int)a[8], (int)a[9], (int)p[ROWS] * group};
+    Words of = sequence(p, 0);
+    int group = a[7] / a[8], slot = a[10] ? (of[FIRST] - a[11]) % a[10] : 0;
+    return {a, of, group, (int)a[8], (int)a[9], (int)p[ROWS] * group, slot};
 }
 
 // The i-th query of key head g, token by token (beyond the last: the last): where its channels lie, in bytes.
@@ -64,15 +66,16 @@ struct Reach {
 };
 
 template <int KEYS> FUNCTION Reach reach_of(const Flash &f, bool far, int64 earliest, int64 latest) {
-    int64 low = far ? 0 : flash_low(f, earliest), stop = !far ? latest + 1 : f.window() ? min(f.sinks(), latest + 1) : 0;
+    int64 low = far ? 0 : flash_low(f, earliest);
+    int64 stop = !far ? latest + 1 : f.window() ? min(f.sinks(), latest + 1) : 0;
     Reach r = {far, low / KEYS * KEYS, 0, 0, 0, 0, 0, 0};
     r.low = r.count(low), r.stop = r.count(stop), r.fresh = r.count(f.of[FIRST]);
     if (far || !f.window()) {
         r.slot = (int)r.origin;
     } else {
         r.window = (int)f.window(), r.sinks = (int)f.sinks();
-        r.slot = (int)((r.origin - f.sinks()) % f.window());
-        if (r.slot < 0) r.slot += r.window;  // the tile begins among the sinks; window and ring do not
+        r.slot = (f.slot - r.fresh) % r.window;
+        if (r.slot < 0) r.slot += r.window;
     }
     return r;
 }
@@ -90,7 +93,7 @@ FUNCTION Sight sight_of(const Flash &f, const Reach &r, int i) {
 // Queries from `first` on as halves, in units in which a score is an exponent of 2.
 template <int WIDE> FUNCTION void put_queries(const Flash &f, int64 q, int g, int first, char *to) {
     typedef FlashShape<WIDE> Shape;
-    float scale = 1.44269504f / sqrtf((float)f.D);
+    float scale = 1.44269504f * rsqrtf((float)f.D);
     for (int i = thread(); i < Shape::QUERIES * Shape::PIECES; i += threads()) {
         int query = i / Shape::PIECES, piece = i % Shape::PIECES;
         const float *x = floats(q + flash_row(f, g, first + query));
@@ -100,7 +103,8 @@ template <int WIDE> FUNCTION void put_queries(const Flash &f, int64 q, int g, in
             int c = 8 * piece + 2 * k;
             pair[k] = c < f.D ? to_halves(scale * x[c], scale * x[c + 1]) : 0;
         }
-        *(uint4 *)flash_piece<Shape::PIECES>(to, query, piece / 2, piece % 2) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+        uint4 *own = (uint4 *)flash_piece<Shape::PIECES>(to, query, piece / 2, piece % 2);
+        *own = make_uint4(pair[0], pair[1], pair[2], pair[3]);
     }
 }
 
@@ -112,7 +116,8 @@ FUNCTION void fetch_keys(const Flash &f, const Reach &r, int64 ring, int64 fresh
     int key = thread() / SHARERS, at = begin + key;
     bool there = r.low <= at && at < r.stop;
     int64 slot = r.window ? (unsigned)(r.slot + at) % (unsigned)r.window + r.sinks : r.slot + at;
-    const char *from = (const char *)(at < r.fresh ? ring + 2 * f.G * f.D * slot : fresh + 2 * f.G * f.D * (int64)(at - r.fresh));
+    int64 row = at < r.fresh ? slot : at - r.fresh;
+    const char *from = (const char *)(at < r.fresh ? ring : fresh) + 2 * f.G * f.D * row;
     for (int piece = thread() % SHARERS; piece < Shape::PIECES; piece += SHARERS) {
         char *own = flash_piece<Shape::PIECES>(to, key, piece / 2, piece % 2);
         if (there && 8 * piece < f.D && f.D % 8 == 0) {
@@ -159,7 +164,6 @@ template <int WIDE> OPERATOR void flash(Words a, Words p, Work work) {
             Reach r = reach_of<KEYS>(f, far, flash_position(f, first), flash_position(f, first + Shape::QUERIES - 1));
             if (r.low >= r.stop) continue;
             Sight early = sight_of(f, r, first + of_warp), late = sight_of(f, r, first + of_warp + 15);
-            Sight mine[2] = {sight_of(f, r, own), sight_of(f, r, own + 8)};
             put_queries<WIDE>(f, far && a[1] ? a[1] : a[0], g, first, queries);
             fetch_keys<WIDE>(f, r, k_ring, k_new, 0, keys);
             for (int begin = 0; begin < r.stop; begin += KEYS) {
@@ -172,7 +176,7 @@ template <int WIDE> OPERATOR void flash(Words a, Words p, Work work) {
                 if (seen) {
 #pragma unroll
                     for (int i = 0; i < KEY_TILES * 4; i++) scores[i / 4][i % 4] = 0;
-#pragma unroll
+#pragma unroll(WIDE > 128 ? 1 : 4)
                     for (int c = 0; c < WIDE / 16; c++) {
                         unsigned A[4];
                         load_matrices(A, flash_piece<PIECES>(queries, of_warp + lane() % 16, c, lane() / 16));
@@ -185,17 +189,22 @@ template <int WIDE> OPERATOR void flash(Words a, Words p, Work work) {
                             multiply(scores[2 * j + 1], A, B + 2);
                         }
                     }
-                    bool whole = begin >= late.low && begin + KEYS - 1 <= early.high;
+                    if (begin < late.low || begin + KEYS - 1 > early.high) {
+#pragma unroll
+                        for (int h = 0; h < 2; h++) {
+                            Sight mine = sight_of(f, r, own + 8 * h);
+#pragma unroll
+                            for (int i = 0; i < KEY_TILES * 2; i++) {
+                                int key = begin + 8 * (i / 2) + 2 * (lane() % 4) + i % 2;
+                                if (key < mine.low || key > mine.high) scores[i / 2][2 * h + i % 2] = 2 * UNSEEN;
+                            }
+                        }
+                    }
 #pragma unroll
                     for (int h = 0; h < 2; h++) {
                         float most = top[h];
 #pragma unroll
-                        for (int i = 0; i < KEY_TILES * 2; i++) {
-                            float &s = scores[i / 2][2 * h + i % 2];
-                            int key = begin + 8 * (i / 2) + 2 * (lane() % 4) + i % 2;
-                            if (!whole && (key < mine[h].low || key > mine[h].high)) s = 2 * UNSEEN;
-                            most = fmaxf(most, s);
-                        }
+                        for (int i = 0; i < KEY_TILES * 2; i++) most = fmaxf(most, scores[i / 2][2 * h + i % 2]);
                         most = of_four_max(most);
                         float shrink = exp2f(top[h] - most);
                         top[h] = most;
@@ -235,7 +244,7 @@ template <int WIDE> OPERATOR void flash(Words a, Words p, Work work) {
         }
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            float part = 1.0f / of_four_sum(sum[h]);
+            float root = rsqrtf(of_four_sum(sum[h])), part = root * root;  // a division may call, with no register free
             if (own + 8 * h >= f.total) continue;
             float *y = floats(a[12] + flash_row(f, g, own + 8 * h));
 #pragma unroll

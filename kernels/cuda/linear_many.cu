@@ -38,9 +38,9 @@ FUNCTION void put_sum(const Many &m, int row, int output, float sum) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Few rows. A step of a warp is 4 runs of 16 rows of W: lane (g, t) has run t of rows g and g + 8. A product of matrices
-// does not ask in which order their columns come, as long as it is one order: so each of the 8 products of a run takes
-// 4 columns that a lane has anyway, and of x the same ones.
+// Few rows. A step of a warp is 4 runs of 16 rows of W: lane (g, t) has run t of rows g and g + 8. A product does not
+// ask in which order columns come, if it is the same in both: so each of the 8 products of a run takes 4 columns that a
+// lane has anyway, and of x the same ones.
 
 // TILES of 16 outputs and STEPS for each of them are in a lane's registers at once.
 template <class K, int TILES> struct FewShape {
@@ -50,14 +50,14 @@ template <class K, int TILES> struct FewShape {
 };
 
 template <class K, int TILES>
-FUNCTION void load_few(const Matrix &w, int outputs, int tile, int step, Run<K> to[FewShape<K, TILES>::STEPS][2 * TILES]) {
+FUNCTION void load_few(const Many &m, int tile, int step, Run<K> to[FewShape<K, TILES>::STEPS][2 * TILES]) {
     typedef FewShape<K, TILES> Shape;
 #pragma unroll
     for (int s = 0; s < Shape::STEPS; s++) {
-        int run = min(4 * (MANY_WARPS * (Shape::STEPS * step + s) + warp()) + lane() % 4, w.runs - 1);
+        int run = min(4 * (MANY_WARPS * (Shape::STEPS * step + s) + warp()) + lane() % 4, m.w.runs - 1);
 #pragma unroll
         for (int r = 0; r < 2 * TILES; r++)
-            to[s][r] = load_run<K>(w, min(Shape::OUTPUTS * tile + 8 * r + lane() / 4, outputs - 1), run);
+            to[s][r] = load_run<K>(m.w, min(Shape::OUTPUTS * tile + 8 * r + lane() / 4, m.outputs - 1), run);
     }
 }
 
@@ -75,7 +75,7 @@ template <class K, int EIGHTS, int TILES> OPERATOR void linear_few(Words a, Word
     for (int e = 0; e < EIGHTS; e++) x[e] = m.x + min(8 * e + g, m.rows - 1) * m.x_stride;
 
     Run<K> next[STEPS][2 * TILES];
-    if (work.block < tiles) load_few<K, TILES>(m.w, m.outputs, work.block, 0, next);
+    if (work.block < tiles) load_few<K, TILES>(m, work.block, 0, next);
     for (int tile = work.block; tile < tiles; tile += work.blocks) {
         float sums[TILES][EIGHTS][4];
 #pragma unroll
@@ -83,17 +83,22 @@ template <class K, int EIGHTS, int TILES> OPERATOR void linear_few(Words a, Word
         for (int step = 0; step < steps; step++) {
             Run<K> now[STEPS][2 * TILES];
 #pragma unroll
-            for (int i = 0; i < STEPS * 2 * TILES; i++) now[i / (2 * TILES)][i % (2 * TILES)] = next[i / (2 * TILES)][i % (2 * TILES)];
+            for (int i = 0; i < STEPS * 2 * TILES; i++) {
+                int of = i / (2 * TILES), r = i % (2 * TILES);
+                now[of][r] = next[of][r];
+            }
             bool last = step + 1 == steps;
             if (!last || tile + work.blocks < tiles)
-                load_few<K, TILES>(m.w, m.outputs, last ? tile + work.blocks : tile, last ? 0 : step + 1, next);
+                load_few<K, TILES>(m, last ? tile + work.blocks : tile, last ? 0 : step + 1, next);
 #pragma unroll
             for (int s = 0; s < STEPS; s++) {
                 int run = 4 * (MANY_WARPS * (STEPS * step + s) + warp()) + t;
                 uint4 v[EIGHTS][4];
 #pragma unroll
-                for (int i = 0; i < 4 * EIGHTS; i++)
-                    v[i / 4][i % 4] = run < m.w.runs ? ((const uint4 *)(x[i / 4] + 64 * run))[i % 4] : make_uint4(0, 0, 0, 0);
+                for (int i = 0; i < 4 * EIGHTS; i++) {
+                    const uint4 *of_run = (const uint4 *)(x[i / 4] + 64 * (int64)run);
+                    v[i / 4][i % 4] = run < m.w.runs ? of_run[i % 4] : make_uint4(0, 0, 0, 0);
+                }
 #pragma unroll
                 for (int i = 0; i < TILES; i++) {
                     float upper[32], lower[32];
@@ -159,13 +164,12 @@ template <int HIGH, int RUNS> FUNCTION void fetch_many(const Many &m, int first,
 }
 
 // 8 values of a thread's run, unpacked, to their place.
-template <int PIECES> FUNCTION void put_weights(const float v[32], bool there, int quarter, char *to, int row, int run) {
-    uint4 eight = make_uint4(0, 0, 0, 0);
-    if (there) {
-        const float *of = v + 8 * quarter;
-        eight = make_uint4(to_halves(of[0], of[1]), to_halves(of[2], of[3]), to_halves(of[4], of[5]), to_halves(of[6], of[7]));
-    }
-    *(uint4 *)many_piece<PIECES>(to, row, 4 * run + quarter) = eight;
+template <int PIECES>
+FUNCTION void put_weights(const float v[32], bool there, int quarter, char *to, int row, int run) {
+    unsigned pair[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) pair[i] = there ? to_halves(v[8 * quarter + 2 * i], v[8 * quarter + 2 * i + 1]) : 0;
+    *(uint4 *)many_piece<PIECES>(to, row, 4 * run + quarter) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
 }
 
 template <class K, int HIGH, int RUNS> OPERATOR void linear_tiles(Words a, Words p, Work work) {
@@ -269,9 +273,9 @@ OPERATOR void linear_exact(Words a, Words p, Work work) {
             int own = run + thread() % EXACT_RUNS, row = thread() / EXACT_RUNS;
             Run<F32> r = load_run<F32>(m.w, min(output + row, m.outputs - 1), min(own, m.w.runs - 1));
             __syncthreads();  // nobody reads the columns before any more
+            uint4 *to = (uint4 *)(w + row * EXACT_PITCH + 32 * (own - run));
 #pragma unroll
-            for (int i = 0; i < 8; i++)
-                *(uint4 *)(w + row * EXACT_PITCH + 32 * (own - run) + 4 * i) = own < m.w.runs ? r.low[i] : make_uint4(0, 0, 0, 0);
+            for (int i = 0; i < 8; i++) to[i] = own < m.w.runs ? r.low[i] : make_uint4(0, 0, 0, 0);
             for (int i = thread(); i < EXACT * EXACT_COLUMNS; i += MANY_THREADS) {
                 int of = i / EXACT_COLUMNS, c = i % EXACT_COLUMNS, from = 32 * run + c;
                 const float *at = (const float *)(m.x + min(first + of, m.rows - 1) * m.x_stride);
@@ -297,7 +301,8 @@ OPERATOR void linear_exact(Words a, Words p, Work work) {
             for (int i = 0; i < 16; i++) sums[i / 4][i % 4] += part[i / 4][i % 4];
         }
 #pragma unroll
-        for (int i = 0; i < 16; i++) put_sum(m, first + down + i / 4 * 16, output + across + i % 4 * 16, sums[i / 4][i % 4]);
+        for (int i = 0; i < 16; i++)
+            put_sum(m, first + down + i / 4 * 16, output + across + i % 4 * 16, sums[i / 4][i % 4]);
     }
 }
 
@@ -305,7 +310,8 @@ OPERATOR void linear_exact(Words a, Words p, Work work) {
 
 // Bytes of shared memory behind the desk: the most that any form needs.
 const int MANY_BYTES = ManyShape<128, 2>::BYTES;
-static_assert(MANY_BYTES >= 4 * MANY_WARPS * FEW_ROWS * FewShape<Q4_0, 2>::PITCH && MANY_BYTES >= 8 * EXACT * EXACT_PITCH);
+static_assert(MANY_BYTES >= 4 * MANY_WARPS * FEW_ROWS * FewShape<Q4_0, 2>::PITCH);
+static_assert(MANY_BYTES >= 4 * 2 * EXACT * EXACT_PITCH);
 
 // a: W, its outputs; x: rows of halves, zeros behind their end up to a whole run (of floats, without them, for weights
 // of 32 bits), their stride in bytes, and what each row is to be multiplied by (0: nothing); y (0: the pass's logits),

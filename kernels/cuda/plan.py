@@ -69,8 +69,8 @@ ROOM: dict[str, Room] = {
     "writes": lambda a, warps: 4 * a[7],
     "mix": lambda a, warps: 8 * a[5],
     "choose": lambda a, warps: 24720,
-    "linear_many": lambda a, warps: 98304,
-    "attend_many": lambda a, warps: 98304,
+    "linear_many": lambda a, warps: 81920,
+    "attend_many": lambda a, warps: 512 * max(32, 1 << (a[9] - 1).bit_length()) if a[9] <= 128 else 98304,
 }
 
 

@@ -1,4 +1,4 @@
-"""Products and attention of many rows on tensor cores, against float64: kernels/cuda/linear_many.cu, attention_many.cu."""
+"""Products and attention of many rows on tensor cores, against float64."""
 
 from __future__ import annotations
 
@@ -125,9 +125,11 @@ def error(got: NDArray, want: NDArray) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-@pytest.mark.parametrize(("rows", "outputs", "columns"), [(3, 41, 512), (13, 37, 768), (33, 70, 256)])
-def test_products_with_every_kind(kind: Kind, rows: int, outputs: int, columns: int) -> None:
-    assert error(*product(kind, rows, outputs, columns)) < (1e-6 if kind == Kind.F32 else 1e-3)
+@pytest.mark.parametrize(
+    ("rows", "outputs", "columns", "blocks"), [(3, 41, 512, 3), (13, 37, 768, 1), (33, 70, 256, 3), (65, 129, 512, 1)]
+)
+def test_products_with_every_kind(kind: Kind, rows: int, outputs: int, columns: int, blocks: int) -> None:
+    assert error(*product(kind, rows, outputs, columns, blocks=blocks)) < (1e-6 if kind == Kind.F32 else 1e-3)
 
 
 @pytest.mark.parametrize("kind", [Kind.F16, Kind.BF16, Kind.F32], ids=lambda kind: kind.name)
@@ -143,9 +145,9 @@ def test_products_of_any_number_of_rows(rows: int, outputs: int, columns: int) -
     assert error(*product(Kind.Q8_0, rows, outputs, columns, blocks=2)) < 1e-3
 
 
-@pytest.mark.parametrize("blocks", [1, 400])
-def test_products_in_every_size_of_tiles(blocks: int) -> None:
-    assert error(*product(Kind.Q5_1, 260, 300, 128, blocks=blocks)) < 1e-3
+@pytest.mark.parametrize(("rows", "blocks"), [(64, 1), (260, 1), (260, 100)])
+def test_products_in_every_size_of_tiles(rows: int, blocks: int) -> None:
+    assert error(*product(Kind.Q5_1, rows, 300, 128, blocks=blocks)) < 1e-3
 
 
 @pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.F32], ids=lambda kind: kind.name)
@@ -160,18 +162,14 @@ def test_what_is_done_with_products(kind: Kind, rows: int) -> None:
 @pytest.mark.parametrize("kind", [Kind.Q6_K, Kind.F16, Kind.F32], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("rows", [2, 12, 70])
 def test_products_are_the_same_in_any_order_and_number_of_blocks(kind: Kind, rows: int) -> None:
-    first, _ = product(kind, rows, 100, 512, blocks=1)
+    first, _ = product(kind, rows, 90, 512, blocks=1)
     for seed in SEEDS:
-        np.testing.assert_array_equal(product(kind, rows, 100, 512, blocks=1 + seed, seed=seed)[0], first)
+        np.testing.assert_array_equal(product(kind, rows, 90, 512, blocks=1 + seed, seed=seed)[0], first)
 
 
 def test_a_row_is_the_same_beside_any_others_in_the_same_form() -> None:
     for some, more in ((3, 15), (18, 150)):
         few, many = (product(Kind.Q4_K, rows, 140, 256)[0] for rows in (some, more))
-        factors = (np.abs(normal(2, n)) + F(0.5) for n in (some, more))
-        x = (normal(1, n, 256) for n in (some, more))
-        np.testing.assert_array_equal(*(v[:some] for v in x))
-        np.testing.assert_array_equal(*(v[:some] for v in factors))
         np.testing.assert_array_equal(few, many[:some])
 
 
@@ -210,8 +208,8 @@ def attended(
     m.run("attend_many", a, {words.ROWS: rows, words.TABLE: m.put(sequence)}, blocks)
 
     want = np.empty((rows, H, D))
-    t, s = np.arange(first, all_)[:, None], np.arange(all_)[None]
-    seen = (s <= t) & ((s < sinks) | (s > t - window)) if window else s <= t
+    at, s = np.arange(first, all_)[:, None], np.arange(all_)[None]
+    seen = (s <= at) & ((s < sinks) | (s > at - window)) if window else s <= at
     for h in range(H):
         keys, values = k[:, h * G // H].astype(float), v[:, h * G // H].astype(float)
         scores = q[first:, h].astype(float) @ keys.T

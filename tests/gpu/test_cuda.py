@@ -1,0 +1,234 @@
+"""The CUDA backend as a whole, on the stand-in: the same answers, and what is asked of a device for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import SHAKESPEARE, SMALL, build
+from host_device import HostDevice, backend, device  # noqa: F401
+from plans import normal, random_matrix
+from test_engine import at_many_positions, other_shape
+from test_memory import config_of, difference, feed, weights_of
+
+import tcinfer
+from tcinfer import device_engine, kernels
+from tcinfer.errors import TcinferError
+from tcinfer.kernels.cuda import Cuda, operators
+from tcinfer.kernels.cuda.plan import ONE, PROMPT, Plan, pass_of
+from tcinfer.kernels.reference import pointwise
+from tcinfer.kernels.reference.quants import KINDS, Kind
+from tcinfer.sampler import Draws
+from tcinfer.sampling import Sampling
+from tcinfer.session import Session
+
+IDS = np.random.default_rng(1).integers(0, SMALL.vocab_size, 60)
+EVERYTHING = "tensor-everything"
+GREEDY, WARM = Sampling(temperature=0), Sampling(temperature=0.9, top_k=12, top_p=0.9, min_p=0.02, seed=4)
+
+
+class Counted(HostDevice):
+    """Counts what is asked of the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allocated = self.launched = self.fetched = 0
+
+    def zeros(self, nbytes: int) -> Any:
+        self.allocated += 1
+        return super().zeros(nbytes)
+
+    def launch(self, *arguments: Any, **options: Any) -> None:
+        self.launched += 1
+        super().launch(*arguments, **options)
+
+    def get(self, address: int, array: np.ndarray) -> np.ndarray:
+        self.fetched += array.nbytes
+        return super().get(address, array)
+
+
+@pytest.fixture
+def counted(device: HostDevice, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:  # noqa: F811
+    """Backend "cuda" on a device that counts."""
+    made = Counted()
+    made.programs = device.programs
+    monkeypatch.setattr(kernels, "_cuda", lambda: Cuda(made))
+    yield made
+    made.check()
+
+
+def ids_of(session: Session, count: int, sampling: Sampling) -> list[int]:
+    return [piece.id for piece in session.generate(IDS[:20], count, sampling)]
+
+
+@pytest.mark.parametrize("how", [GREEDY, WARM], ids=["greedy", "warm"])
+@pytest.mark.parametrize("name", ["sinks-in-cache", "infini-delta", EVERYTHING])
+def test_a_token_is_one_launch_nothing_is_allocated_and_only_its_id_comes_back(
+    name: str, how: Sampling, counted: Counted
+) -> None:
+    config = config_of(name)
+    session = build(config, "cuda", weights_of(config)).session()
+    pieces = session.generate(IDS[:20], 20, how)
+    next(pieces)
+    before = counted.launched, counted.allocated, counted.fetched
+    got = [next(pieces).id for _ in range(10)]
+    assert (counted.launched - before[0], counted.allocated, counted.fetched - before[2]) == (10, before[1], 80)
+    assert got == ids_of(build(config, "numpy", weights_of(config)).session(), 11, how)[1:]
+
+
+SAMPLINGS = [
+    replace(GREEDY, seed=1),
+    WARM,
+    replace(WARM, top_k=0, samplers="top_p;temperature", min_p=0.0),
+    replace(WARM, repeat_penalty=1.3),  # not on the device: logits are fetched
+    replace(WARM, mirostat=2),
+    replace(GREEDY, presence_penalty=0.5, seed=1),
+]
+
+
+@pytest.mark.parametrize("how", SAMPLINGS, ids=range(len(SAMPLINGS)))
+def test_the_same_seed_gives_the_same_ids_and_leaves_the_same_draws(how: Sampling, backend: str) -> None:  # noqa: F811
+    config = config_of("tensor-delta")
+    sessions = [build(config, b, weights_of(config)).session() for b in ("numpy", backend)]
+    want, got = (ids_of(session, 30, how) for session in sessions)
+    assert got == want
+    a, b = (session.draws for session in sessions)
+    assert isinstance(a, Draws)
+    assert isinstance(b, Draws)
+    assert a.words()[:6] == b.words()[:6]
+    more = replace(how, seed=-1)
+    a, b = ([piece.id for piece in session.generate(None, 5, more)] for session in sessions)
+    assert a == b
+
+
+def test_a_banned_text_is_avoided_with_the_ids_of_the_device(backend: str) -> None:  # noqa: F811
+    texts = []
+    for b in ("numpy", backend):
+        pieces = tcinfer.load(SHAKESPEARE, backend=b).session().generate("ROMEO:", 40, seed=3, banned=["e"])
+        texts.append("".join(piece.text for piece in pieces))
+    want, got = texts
+    assert "e" not in got
+    assert got == want
+
+
+def test_logits_wait_on_the_device_and_are_rescued_before_they_are_overwritten(counted: Counted) -> None:
+    model = build(replace(SMALL, memory="window", window=7), "cuda")
+    one, other = model.session(), model.session()
+    ids_of(one, 3, GREEDY)
+    one._advance(5, GREEDY)
+    assert not isinstance(one._logits, np.ndarray)
+    fetched = counted.fetched
+    other.feed(IDS[:3])
+    assert counted.fetched - fetched == 2 * 4 * SMALL.vocab_size  # its own, and those of the first
+    reference = build(replace(SMALL, memory="window", window=7), "numpy").session()
+    ids = ids_of(reference, 3, GREEDY)
+    assert difference(np.asarray(one.logits), reference.feed(5)) < 1e-5
+    assert ids
+
+
+def test_fork_save_and_load(tmp_path: Any, backend: str) -> None:  # noqa: F811
+    """From a device to a file, to another backend, and back: a copy goes on to the bit on the device."""
+    config = config_of(EVERYTHING)
+    model, other = (build(config, b, weights_of(config)) for b in (backend, "numpy"))
+    session = model.session()
+    session.feed(IDS[:30])
+    fork = session.fork()
+    session.save(tmp_path / "s.tcs")
+    want = feed(session, IDS[30:50], [1, 1, 10])
+    for copy in (fork, model.load_session(tmp_path / "s.tcs")):
+        np.testing.assert_array_equal(feed(copy, IDS[30:50], [1, 1, 10]), want)
+    elsewhere = other.load_session(tmp_path / "s.tcs")
+    assert difference(feed(elsewhere, IDS[30:50], []), want) < 1e-4
+    elsewhere.save(tmp_path / "t.tcs")
+    back = model.load_session(tmp_path / "t.tcs")
+    assert difference(back.feed(IDS[50:52]), elsewhere.feed(IDS[50:52])) < 1e-4
+    assert back.nbytes == elsewhere.nbytes
+
+
+@pytest.mark.parametrize("name", ["full-llama-gqa", "sinks-in-cache", "infini-delta", EVERYTHING])
+def test_many_sessions_at_once(name: str, backend: str) -> None:  # noqa: F811
+    config = config_of(name)
+    reference, model = (build(config, b, weights_of(config)) for b in ("numpy", backend))
+    counts = [0, 1, 6, 7, 9, 30, 141, 3, 2, 11]
+    want, got = (at_many_positions(m, counts) for m in (reference, model))
+    for step in range(2):
+        tokens = IDS[10 * step : 10 * step + 10]
+        assert difference(model.step_many(got, tokens), reference.step_many(want, tokens)) < 1e-4
+    for how in (WARM, GREEDY):  # the first seeds the draws
+        ids = [m.step_many(s, tokens, sampling=how).tolist() for m, s in ((reference, want), (model, got))]
+        assert ids[0] == ids[1]
+    assert difference(np.stack([s.logits for s in got]), np.stack([s.logits for s in want])) < 1e-4
+
+
+def test_more_sessions_and_longer_prompts_than_a_pass_takes(
+    backend: str,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(device_engine, "CHUNK", 32)
+    config = config_of("tensor-delta")
+    reference, model = (build(config, b, weights_of(config)) for b in ("numpy", backend))
+    ids = np.resize(IDS, 75)
+    want, got = (m.session().feed(ids, all_logits=True) for m in (reference, model))
+    assert difference(got, want) < 1e-4
+    tokens = np.resize(IDS, 40)
+    want, got = (m.step_many([m.session() for _ in tokens], tokens) for m in (reference, model))
+    assert difference(got, want) < 1e-4
+
+
+def test_weights_that_overflow_are_told(backend: str) -> None:  # noqa: F811
+    config = config_of("window")
+    weights = {name: w * np.float32(1e30) if "ffn" in name else w for name, w in weights_of(config).items()}
+    model = build(config, backend, weights)
+    session = model.session()
+    with pytest.raises(TcinferError, match="not finite"):
+        ids_of(session, 5, GREEDY)
+    with pytest.raises(TcinferError, match="not finite"):
+        model.step_many([model.session()], [1], sampling=GREEDY)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("layer", [False, True], ids=["rms", "layer"])
+def test_weights_of_every_kind(kind: Kind, layer: bool, device: HostDevice) -> None:  # noqa: F811
+    """Embedding, norm and head: a token's product keeps float32, those of many rows round both sides to halves."""
+    columns, V, eps = (512, 70, 1e-5) if kind.name.endswith("_K") else (416, 70, 1e-5)
+    w, (weight, bias) = random_matrix(kind, V, columns), normal(3, 2, columns)
+    plan = Plan(8, device, 1)
+    there = operators.stored(plan, w)
+    x = operators.embed(plan, there, None)
+    operators.linear(plan, operators.norm(plan, x, weight, bias, eps, layer), there, head=True)
+    plan.finish()
+    room, ids = device.zeros(10_000), np.array([3, 69, 0, 3, 41])
+    rows = w.rows(ids)
+    normed = pointwise.layer_norm(rows, weight, bias, eps) if layer else pointwise.rms_norm(rows, weight, eps)
+    want = normed.astype(np.float64) @ w.values.T.astype(np.float64)
+    for count, pass_kind in ((1, ONE), (5, PROMPT)):
+        logits = device.zeros(4 * V * count)
+        words, at = pass_of({"out_rows": count, "logits": logits.address}, count, 1, 1, room.address)
+        at["ids"][:] = ids[:count]
+        device.put(room.address, words)
+        plan.run_pass(pass_kind, room.address)
+        got = device.get(logits.address, np.empty((count, V), np.float32))
+        exact = count == 1 or kind == Kind.F32
+        assert np.linalg.norm(got - want[:count]) < (2e-6 if exact else 1e-3) * np.linalg.norm(want[:count])
+
+
+@pytest.mark.parametrize("name", ["sinks-in-cache-qwen2-key-conv", "infini-delta-gqa-key-conv", EVERYTHING])
+def test_neither_order_nor_number_of_blocks_shows_in_the_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in runs threads in another order for each seed: a missing barrier would show."""
+    config = other_shape(name, cache_type="f16")
+    wanted: list[np.ndarray] = []
+    for seed, multiprocessors in ((0, 3), (1, 3), (2, 3), (3, 1), (4, 5)):
+        other = HostDevice(seed)
+        other.multiprocessors = multiprocessors
+        monkeypatch.setattr(kernels, "_cuda", lambda other=other: Cuda(other))
+        model = build(config, "cuda", weights_of(config))
+        session = model.session()
+        got = [feed(session, IDS, [1, 1, 30, 1, 9])]
+        together = at_many_positions(model, [3, 9, 30])
+        got += [model.step_many(together, IDS[:3]), session._state.buffer]
+        wanted = wanted or got
+        for a, b in zip(got, wanted, strict=True):
+            np.testing.assert_array_equal(a, b, f"seed {seed}, {multiprocessors} blocks")
