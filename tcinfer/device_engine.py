@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from threading import Lock
 from typing import Any
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from tcinfer.config import ModelConfig
 from tcinfer.engine import EMBEDDING, bytes_per_token, transformer
 from tcinfer.kernels.cuda import operators
-from tcinfer.kernels.cuda.plan import ONE, PROMPT, SESSIONS, Plan, pass_of
+from tcinfer.kernels.cuda.plan import ONE, PROMPT, SESSIONS, Pass, Plan
 from tcinfer.kernels.cuda.program import Named
 from tcinfer.kernels.reference.quants import Matrix
 from tcinfer.memory.state import DeviceState
@@ -58,7 +59,9 @@ class DeviceEngine:
         plan.step(Named("choose"), config.vocab_size)
         plan.finish()
         self._choices = plan.allocate(8 * chunk)
-        self._pass = device.zeros(pass_of({}, chunk, chunk, config.n_kv_heads)[0].nbytes)
+        self._pass = device.zeros(Pass(chunk, chunk, config.n_kv_heads).data.nbytes)
+        # of a shape, made once: most passes are of one or two shapes
+        self._passes = lru_cache(8)(lambda rows, n: Pass(rows, n, config.n_kv_heads, self._pass.address))
         self._logits, self._rows = device.zeros(4 * config.vocab_size), 1  # room for so many rows
         self._later: list[weakref.ref[Later]] = []
 
@@ -86,21 +89,22 @@ class DeviceEngine:
         with self._lock:
             self._rescue()
             self._make_room(out_rows)
-            firsts = np.cumsum(counts) - counts
-            table = [(s.fields, s.position, row, n) for s, row, n in zip(states, firsts, counts, strict=True)]
-            words, at = pass_of(
-                {"out_first": total - out_rows, "out_rows": out_rows, "logits": self._logits.address},
-                total,
-                len(states),
-                self.config.n_kv_heads,
-                self._pass.address,
+            one = self._passes(total, len(states))
+            one.tell(
+                choices=0 if how is None else self._choices,
+                out_first=total - out_rows,
+                out_rows=out_rows,
+                logits=self._logits.address,
             )
-            at["table"][:], at["ids"][:] = table, ids
-            at["sequence_of"][:] = np.repeat(np.arange(len(states)), counts)
+            row = 0
+            for i, (state, count) in enumerate(zip(states, counts, strict=True)):
+                one.table[i] = state.fields, state.position, row, count
+                one.sequence_of[row : row + count] = i
+                row += count
+            one.ids[:] = ids
             if how is not None:
-                at["choices"][0] = self._choices
-                at["how"][:out_rows] = how
-            self.device.put(self._pass.address, words)
+                one.how[:out_rows] = how
+            self.device.put(self._pass.address, one.data)
             kind = ONE if total == 1 else SESSIONS if len(states) > 1 else PROMPT
             self._plan.run_pass(kind, self._pass.address)
             chosen = None if how is None else self.device.get(self._choices, np.empty(out_rows, np.int64))

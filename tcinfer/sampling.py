@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -150,6 +151,7 @@ def bias(text: str) -> tuple[int, float]:
         raise TcinferError(f"logit_bias {text[:40]!r}: an id, a sign, a number, such as 42+1.5 or 42-inf") from None
 
 
+@lru_cache(64)
 def on_device(how: Sampling, vocab_size: int) -> bool:
     """Whether kernels/cuda/sampling.cu chooses as `sampler.sample` does, if that is given no `allowed` ids.
 

@@ -71,7 +71,7 @@ template <bool HALF> FUNCTION void attend(Words a, Words p, Work work) {
             for (int c0 = 0; c0 < D; c0 += CHANNELS) {
                 float sums[HEADS][4] = {}, total[HEADS] = {}, top[HEADS];
 #pragma unroll
-                for (int r = 0; r < HEADS; r++) top[r] = -INFINITY;
+                for (int r = 0; r < HEADS; r++) top[r] = lowest();
                 for (int64 tile = begin + 32 * warp(); tile < end; tile += 32 * warps()) {
                     int64 j = tile + lane();
                     float s[HEADS];
@@ -83,7 +83,7 @@ template <bool HALF> FUNCTION void attend(Words a, Words p, Work work) {
                     }
 #pragma unroll
                     for (int r = 0; r < HEADS; r++) {
-                        float score = j < end ? s[r] : -INFINITY, most = fmaxf(top[r], warp_max(score));
+                        float score = j < end ? s[r] : lowest(), most = fmaxf(top[r], warp_max(score));
                         float weight = expf(score - most), before = expf(top[r] - most);
                         weights[32 * r + lane()] = weight;
                         total[r] = total[r] * before + warp_sum(weight);
@@ -115,12 +115,12 @@ template <bool HALF> FUNCTION void attend(Words a, Words p, Work work) {
                 int channels = min(CHANNELS, D - c0);
                 for (int i = thread(); i < min(HEADS, R - first) * channels; i += threads()) {
                     int r = i / channels, c = i % channels;
-                    float most = -INFINITY, sum = 0, whole = 0;
+                    float most = lowest(), sum = 0, whole = 0;
                     for (int w = 0; w < warps(); w++)
                         most = fmaxf(most, found[(w * HEADS + r) * (CHANNELS + 2) + CHANNELS + 1]);
                     for (int w = 0; w < warps(); w++) {
                         const float *of = found + (w * HEADS + r) * (CHANNELS + 2);
-                        float by = of[CHANNELS + 1] == -INFINITY ? 0.0f : expf(of[CHANNELS + 1] - most);
+                        float by = of[CHANNELS + 1] == lowest() ? 0.0f : expf(of[CHANNELS + 1] - most);
                         sum += by * of[c], whole += by * of[CHANNELS];
                     }
                     int h = g * R + first + r;
@@ -155,11 +155,11 @@ OPERATOR void combine(Words a, Words p, Work work) {
     int H = a[3], D = a[4], splits = a[5];
     for (int64 i = work.block * threads() + thread(); i < p[ROWS] * H * D; i += work.blocks * threads()) {
         const float *part = floats(a[0]) + i / D * splits * (D + 2);
-        float most = -INFINITY, sum = 0, whole = 0;
+        float most = lowest(), sum = 0, whole = 0;
         for (int k = 0; k < splits; k++) most = fmaxf(most, part[k * (D + 2) + D + 1]);
         for (int k = 0; k < splits; k++) {
             const float *of = part + k * (D + 2);
-            float by = of[D + 1] == -INFINITY ? 0.0f : expf(of[D + 1] - most);
+            float by = of[D + 1] == lowest() ? 0.0f : expf(of[D + 1] - most);
             sum += by * of[i % D], whole += by * of[D];
         }
         floats(a[1] + i / (H * D) * a[2])[i % (H * D)] = sum / whole;

@@ -16,6 +16,8 @@ FUNCTION const unsigned short *shorts(int64 address) { return (const unsigned sh
 FUNCTION Words words(int64 address) { return (Words)address; }
 FUNCTION double number(int64 bits) { return __longlong_as_double(bits); }
 
+FUNCTION float lowest() { return __uint_as_float(0xff800000u); }  // -infinity, which NVRTC has no name for
+
 FUNCTION int threads() { return blockDim.x; }
 FUNCTION int thread() { return threadIdx.x; }
 FUNCTION int warps() { return blockDim.x / 32; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,7 @@ class Program:
     """Kernels compiled together."""
 
     def __init__(self, cupy: Any, text: str, together: bool) -> None:
-        options = ("-std=c++17", "--fmad=true")
-        self._module = cupy.RawModule(code=text, options=options, enable_cooperative_groups=together)
+        self._module = cupy.RawModule(code=text, options=("-std=c++17",), enable_cooperative_groups=together)
 
     def kernel(self, name: str) -> Any:
         return self._module.get_function(name)
@@ -67,8 +67,7 @@ class Device:
     @property
     def warm(self) -> bool:
         """Whether something was compiled before on this machine (CuPy keeps it)."""
-        folder = Path(self._cupy.cuda.compiler.get_cache_dir())
-        return folder.is_dir() and any(folder.iterdir())
+        return any(Path(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")).expanduser().glob("*"))
 
     @property
     def free_bytes(self) -> int:

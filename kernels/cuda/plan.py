@@ -177,23 +177,29 @@ def _waits(steps: Sequence[cpu.Step]) -> list[int]:
     return out
 
 
-def pass_of(
-    words: dict[str, int], rows: int, sequences: int, key_heads: int, address: int = 0
-) -> tuple[NDArray[np.int64], dict[str, NDArray]]:
-    """All that a pass is told, as one array int64 to be put at an address, and views of its parts to be filled.
+class Pass:
+    """All that a pass of so many rows and sequences is told: one array, to be put at an address as it is.
 
-    words: of the pass, by their names in small letters. Parts: how [rows, 5] (float64, see sampling.cu), choices [1] (0:
-    no id is chosen), table [sequences, SEQUENCE], ids [rows], sequence_of [rows].
+    Parts that are filled before that: how float64 [rows, 5] (sampling.cu), table int64 [sequences, SEQUENCE], ids and
+    sequence_of int64 [rows].
     """
-    shapes = {"how": (rows, 5), "table": (sequences, cpu.SEQUENCE), "ids": (rows,), "sequence_of": (rows,)}
-    ends = np.cumsum([PASS, *(math.prod(shape) for shape in shapes.values())])
-    data = np.zeros(int(ends[-1]), np.int64)
-    parts, numbers = {}, {"how": HOW, **{name: cpu.WORDS[name] for name in shapes if name != "how"}}
-    for (name, shape), start, end in zip(shapes.items(), ends[:-1], ends[1:], strict=True):
-        parts[name] = data[start:end].reshape(shape)
-        data[numbers[name]] = address + 8 * int(start)
-    for name, value in {"rows": rows, "sequences": sequences, **words}.items():
-        data[cpu.WORDS[name]] = value
-    data[KEY_HEADS] = key_heads
-    parts["how"] = parts["how"].view(np.float64)
-    return data, parts | {"choices": data[CHOICES : CHOICES + 1]}
+
+    def __init__(self, rows: int, sequences: int, key_heads: int, address: int = 0) -> None:
+        shapes = {"how": (rows, 5), "table": (sequences, cpu.SEQUENCE), "ids": (rows,), "sequence_of": (rows,)}
+        ends = np.cumsum([PASS, *(math.prod(shape) for shape in shapes.values())])
+        self.data: NDArray[np.int64] = np.zeros(int(ends[-1]), np.int64)
+        parts = [
+            self.data[start:end].reshape(shape)
+            for shape, start, end in zip(shapes.values(), ends[:-1], ends[1:], strict=True)
+        ]
+        self.how, self.table, self.ids, self.sequence_of = parts[0].view(np.float64), *parts[1:]
+        places = [HOW, *(cpu.WORDS[name] for name in shapes if name != "how")]
+        self.data[places] = address + 8 * ends[:-1]
+        self.data[KEY_HEADS] = key_heads
+        self.tell(rows=rows, sequences=sequences)
+
+    def tell(self, choices: int = 0, **words: int) -> None:
+        """choices: address for the ids chosen, int64 [out_rows]; 0: none is; other words by their names in small."""
+        self.data[CHOICES] = choices
+        for name, value in words.items():
+            self.data[cpu.WORDS[name]] = value

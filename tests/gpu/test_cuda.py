@@ -18,7 +18,7 @@ import tcinfer
 from tcinfer import device_engine, kernels
 from tcinfer.errors import TcinferError
 from tcinfer.kernels.cuda import Cuda, operators
-from tcinfer.kernels.cuda.plan import ONE, PROMPT, Plan, pass_of
+from tcinfer.kernels.cuda.plan import ONE, PROMPT, Pass, Plan
 from tcinfer.kernels.reference import pointwise
 from tcinfer.kernels.reference.quants import KINDS, Kind
 from tcinfer.sampler import Draws
@@ -206,9 +206,10 @@ def test_weights_of_every_kind(kind: Kind, layer: bool, device: HostDevice) -> N
     want = normed.astype(np.float64) @ w.values.T.astype(np.float64)
     for count, pass_kind in ((1, ONE), (5, PROMPT)):
         logits = device.zeros(4 * V * count)
-        words, at = pass_of({"out_rows": count, "logits": logits.address}, count, 1, 1, room.address)
-        at["ids"][:] = ids[:count]
-        device.put(room.address, words)
+        told = Pass(count, 1, 1, room.address)
+        told.tell(out_rows=count, logits=logits.address)
+        told.ids[:] = ids[:count]
+        device.put(room.address, told.data)
         plan.run_pass(pass_kind, room.address)
         got = device.get(logits.address, np.empty((count, V), np.float32))
         exact = count == 1 or kind == Kind.F32
