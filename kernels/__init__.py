@@ -1,4 +1,4 @@
-"""Operators: the equation in NumPy (`reference/`), and the same made fast, for CPUs (`cpu/`, Numba) and for NVIDIA's GPUs
+"""Operators: the equation in NumPy (`reference/`), and the same made fast, for CPUs (`cpu/`, Numba) and for NVIDIA GPUs
 (`cuda/`, CUDA C++ through CuPy).
 
 This package imports nothing of the rest of tcinfer.

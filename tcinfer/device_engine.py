@@ -87,8 +87,8 @@ class DeviceEngine:
         assert total == sum(counts) <= self.chunk
         assert len(states) == 1 or max(counts) == 1
         with self._lock:
+            assert out_rows <= self._rows
             self._rescue()
-            self._make_room(out_rows)
             one = self._passes(total, len(states))
             one.tell(
                 choices=0 if how is None else self._choices,
@@ -130,6 +130,9 @@ class DeviceEngine:
                 later.fetch()
         self._later.clear()
 
-    def _make_room(self, rows: int) -> None:
+    def make_room(self, rows: int) -> None:
+        """For the logits of so many rows. Raises UnavailableError where there is not so much memory."""
         if rows > self._rows:
-            self._logits, self._rows = self.device.zeros(4 * self.config.vocab_size * rows), rows
+            with self._lock:
+                self._rescue()
+                self._logits, self._rows = self.device.zeros(4 * self.config.vocab_size * rows), rows

@@ -45,7 +45,7 @@ class Engine:
         self._parts = np.empty(0, np.uint8)
         self._gathered = np.empty(0, np.uint8)
 
-    def run(self, states: Sequence[State], counts: Sequence[int], ids: NDArray[np.int64], out_rows: int) -> NDArray:
+    def run(self, states: Sequence[Any], counts: Sequence[int], ids: NDArray[np.int64], out_rows: int) -> NDArray:
         """Take ids [sum of counts] into states, each its part, at most CHUNK in all, and move them on.
 
         Several states: a token each. Returns the logits of the last `out_rows` rows, float32 [out_rows, V].

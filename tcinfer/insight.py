@@ -55,5 +55,5 @@ def shares(model: Model, before: Snapshot, ids: Sequence[int]) -> dict[int, floa
         session.feed(checked[:first])
     session._make_room(len(checked) - first)
     found: dict[int, NDArray[np.float32]] = {}
-    model.forward(session._state, checked[first:], "none", found)
+    model.forward(session._state.on_host(), checked[first:], "none", found)
     return {layer: float(share.mean()) for layer, share in found.items()}

@@ -105,7 +105,7 @@ class Model:
 
     @property
     def bytes_per_token(self) -> int | None:
-        """Bytes of the matrices that each token is multiplied with, as the file holds them (not of the numpy backend)."""
+        """Bytes of the matrices that each token is multiplied with, as the file holds them; None on numpy."""
         return self._engine.bytes_per_token if self._engine is not None else None
 
     @cached_property
@@ -166,30 +166,29 @@ class Model:
         """
         engine: Any = self._engine
         rows = np.array([(h.temperature, h.top_k or len(self._embedding.data), h.top_p, h.min_p, u) for h, u in hows])
-        with _enough():
-            chosen = engine.launch(states, [1] * len(states), ids, len(states), rows)
+        chosen = engine.launch(states, [1] * len(states), ids, len(states), rows)
         return [engine.later(row) for row in range(len(states))], chosen
 
     def new_state(self, layout: Layout) -> AnyState:
         """All zeros, where the model runs. Raises TcinferError where there is not so much memory."""
-        if self.ops.device is None:
-            return State(layout)
-        with _enough():
-            return DeviceState(layout, self.ops.device)
+        return State(layout) if self.ops.device is None else DeviceState(layout, self.ops.device)
 
     def adopted(self, state: AnyState) -> AnyState:
         """A copy of a state, where the model runs. Raises TcinferError as `new_state` does."""
         if self.ops.device is None or not isinstance(state, State):
+            return state.copy()
+        return DeviceState.placed(state, self.ops.device)
+
+    def make_room(self, rows: int) -> None:
+        """For the logits of so many rows of a pass. Raises TcinferError where a GPU has not so much memory."""
+        if self.ops.device is not None:
             with _enough():
-                return state.copy()
-        with _enough():
-            return DeviceState.placed(state, self.ops.device)
+                self._engine.make_room(rows)  # type: ignore[union-attr]
 
     def step(self, states: Sequence[AnyState], ids: NDArray[np.int64]) -> F32:
         """One token for each of at most `chunk` states; logits [len(states), V]."""
         if self._engine is not None:
-            with _enough():
-                return self._engine.run(states, [1] * len(states), ids, len(states))
+            return self._engine.run(states, [1] * len(states), ids, len(states))
         return np.concatenate([self.forward(state, ids[i : i + 1]) for i, state in enumerate(states)])
 
     def forward(
@@ -199,8 +198,7 @@ class Model:
         "none" [0, V].  shares: if given, is told for each layer with a memory its share [T] in what the layer adds;
         such a pass runs by the reference, whatever the backend."""
         if self._engine is not None and shares is None:
-            with _enough():
-                return self._engine.run([state], [len(ids)], ids, {"last": 1, "all": len(ids), "none": 0}[logits])
+            return self._engine.run([state], [len(ids)], ids, {"last": 1, "all": len(ids), "none": 0}[logits])
         config, ops = self.config, self.ops
         first, T = state.position, len(ids)
         chunk = Chunk(ops, config, self._freq, first, T)

@@ -99,6 +99,7 @@ class Session:
         """
         checked = self._check(ids)
         self._make_room(len(checked))
+        self.model.make_room(min(len(checked), self.model.chunk) if all_logits else 1)
         V = self.model.config.vocab_size
         out = _rows(len(checked), V) if all_logits else None
         for a in range(0, len(checked), self.model.chunk):
@@ -286,6 +287,7 @@ def step_many(model: Model, sessions: Sequence[Session], tokens: ArrayLike, samp
     ids = sessions[0]._check_ids(tokens)
     for session in sessions:
         session._check_fits(1)
+    model.make_room(min(len(sessions), model.chunk))
     for session in sessions:
         session._make_room(1)
         if sampling is not None and session.draws is None:

@@ -86,7 +86,7 @@ class SessionFile:
 
 def write(snapshot: Snapshot, path: str | os.PathLike[str], private: bool = False) -> int:
     """Write a session's snapshot; returns the file's bytes. private: for its owner's eyes alone."""
-    config, state = snapshot.model.config, snapshot.state
+    config, state = snapshot.model.config, snapshot.state.on_host()
     try:
         _check_finite(state, snapshot.logits)
     except TcinferError as e:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tcinfer.kernels.cpu.jit import Operator
 from tcinfer.kernels.cpu.packing import RUN
 from tcinfer.kernels.cpu.threads import ARGUMENTS, KIND_OF_PASS, OPERATOR, STEP, WAIT, WHEN
 from tcinfer.kernels.cpu.tiles import HEAD
@@ -121,8 +120,8 @@ class Plan:
         self.kept.append(array)
         return int(array.ctypes.data)
 
-    def step(self, operator: Operator, *arguments: int | float, wait: bool = True, when: int = ALWAYS) -> Step:
-        """Append a step. wait: the next one needs what this one does; when: in which kinds of pass it runs."""
+    def step(self, operator: Any, *arguments: int | float, wait: bool = True, when: int = ALWAYS) -> Step:
+        """Append a step of an Operator. wait: the next one needs what this one does; when: in which kinds of pass it runs."""
         self.steps.append(Step(operator, as_words(arguments), wait, when))
         return self.steps[-1]
 

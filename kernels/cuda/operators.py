@@ -1,8 +1,8 @@
 """The operators that a model's plan is made of, as steps for a GPU; the same names as in kernels/cpu/operators.py.
 
 What a norm or an activation makes of a row is not computed by itself: it is told to the products that read it, which
-compute it on the way in (staging.h). A token's products read float32 rows; those of many rows read halves that `prepare`
-has written, each row divided by a power of two that keeps it in their range.
+compute it on the way in (staging.h). A token's products read float32 rows; those of many rows read halves that
+`prepare` has written, each row divided by a power of two that keeps it in their range.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def small(plan: Plan, values: NDArray[np.float32]) -> Weights:
 
 
 class Made(cpu.Rows):
-    """Rows that products compute from other rows as they read them; written out only where something else reads them."""
+    """Rows that products compute from other rows as they read them; written out only if something else reads them."""
 
     def __init__(self, plan: Plan, columns: int, words: tuple[int | float, ...]) -> None:
         """words: what they are made of, as in staging.h up to FRESH."""

@@ -59,7 +59,7 @@ def _loads(runs: U8) -> U8:
     return out
 
 
-def _nibbles(q: U8) -> U8:
+def _nibbles(q: NDArray) -> NDArray:
     """Integers below 16 [.., 32] as 16 bytes: those of columns 0 to 15 low, of columns 16 to 31 high."""
     return q[..., :16] | (q[..., 16:] << 4)
 
@@ -70,12 +70,12 @@ def _bits(q: U8, width: int, kind: Any) -> NDArray:
     return np.bitwise_or.reduce(q.astype(kind) << shifts, axis=-1)
 
 
-def _pair(first: NDArray, second: NDArray) -> NDArray[np.uint32]:
+def _pair(first: NDArray, second: NDArray) -> NDArray:
     """Two floats of 16 bits (as uint16) in one word, the first low."""
     return first.astype(np.uint32) | (second.astype(np.uint32) << 16)
 
 
-Parts = tuple[U8, NDArray | None, NDArray | None, NDArray | None]
+Parts = tuple[NDArray, NDArray | None, NDArray | None, NDArray | None]
 
 
 def _simple(b: Any) -> Parts:

@@ -75,13 +75,13 @@ ROOM: dict[str, Room] = {
 
 
 class Plan(cpu.Plan):
-    """Steps in the making, and then in device memory. Emitted by operators.py here and by the modules of kernels.cpu."""
+    """Steps in the making, and then in device memory; made by operators.py here and by the modules of kernels.cpu."""
 
     def __init__(self, capacity: int, device: Any, key_heads: int) -> None:
         """capacity: rows of the longest pass; device: device.Device or what stands for it."""
         super().__init__(capacity, threads=None)
         self.device, self.key_heads = device, key_heads
-        self.prepared: dict[tuple[int, bool], tuple[Any, ...]] = {}  # rows as products of many take them (operators.py)
+        self.prepared: dict[tuple[int, bool, bool], tuple[Any, ...]] = {}  # rows as products of many take them (operators.py)
         self._uploads: dict[int, int] = {}
         self._buffers: list[Any] = []
         self.nbytes = 0  # of device memory

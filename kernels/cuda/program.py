@@ -42,7 +42,7 @@ SHARED_WORDS = [
 ]
 
 
-# The operators: of a token's one launch alone, of longer passes alone, of both. Those of weights are made for each kind.
+# The operators: of both kinds of program, of a token's one launch, of longer passes. Those of weights have a kind each.
 OF_BOTH = (
     *(
         "angles",

@@ -242,7 +242,7 @@ class Repl:
         session = conversation.session
         held = min(session.position, config.window + config.sinks) if config.window else session.position
         say(f"window: {held:,} tokens held exactly, {session.outside_window:,} outside; {size(session.nbytes)}")
-        layers = insight.layers(config, session._state)
+        layers = insight.layers(config, session._state.on_host())
         if not layers:
             say(f"{config.memory} memory has no second level: the window's share of every answer is 100%")
             return

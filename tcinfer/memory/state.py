@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tcinfer.errors import TcinferError
+from tcinfer.kernels.errors import UnavailableError
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 
@@ -119,10 +120,13 @@ class DeviceState:
     """The same in a GPU's memory: passes run on it there, and whoever wants to look at it gets a copy."""
 
     def __init__(self, layout: Layout, device: Any) -> None:
-        """All zeros, position 0. Raises the device's error where its memory does not suffice."""
+        """All zeros, position 0. Raises TcinferError if the device has not so much memory."""
         places = [at for _, _, at in layout.places()]
         self.layout, self.position, self._device = layout, 0, device
-        self._room = device.zeros(layout.nbytes + 8 * len(places))
+        try:
+            self._room = device.zeros(layout.nbytes + 8 * len(places))
+        except UnavailableError as e:
+            raise TcinferError(str(e)) from None
         self.fields = self._room.address + layout.nbytes  # address of the arrays' addresses, int64
         device.put(self.fields, np.array(places, np.int64) + self._room.address)
 

@@ -95,16 +95,18 @@ def config_of(shape: Shape, memory_kind: str, window: int) -> ModelConfig:
 def packed_once() -> None:
     """A matrix that many layers share is repacked once, sent once, and for the other layers copied on the device."""
     pack, upload = operators.packed, plans_of_gpu.Plan.upload
-    done: dict[int, tuple[Matrix, Any]] = {}
+    done: dict[int, tuple[Matrix, Any]] = {}  # kept, and so their ids are nobody else's
+    parts: set[int] = set()
 
     def packed(w: Matrix) -> Any:
         if id(w) not in done:
             done[id(w)] = w, pack(w)
+            parts.update(id(part) for part in done[id(w)][1] if part is not None)
         return done[id(w)][1]
 
     def sent(plan: Any, array: Any) -> int:
         there = plan.__dict__.setdefault("sent", {})
-        if array is None or not any(array is part for _, parts in done.values() for part in parts):
+        if id(array) not in parts:
             return upload(plan, array)
         if id(array) not in there:
             there[id(array)] = upload(plan, array)
@@ -121,7 +123,7 @@ def filled(model: Model, position: int = 5000) -> Session:
     state, some = State(memory.layout(model.config)), normal(3, 1 << 16)
     for layer in state.layers:
         for name, array in layer.items():
-            array[...] = np.resize(some if name in "kv" else some / 100, array.shape)
+            array[...] = np.resize(some if name in ("k", "v") else some / 100, array.shape)
     state.position = position
     session = model.session()
     session._state = model.adopted(state)
@@ -311,7 +313,7 @@ class TorchLlama:
         self.embedding = random(shape.vocab, C)
         self.head = self.embedding if shape.tied else random(shape.vocab, C)
         self.ones = torch.ones(C, device="cuda", dtype=torch.bfloat16)
-        angles = torch.arange(longest, device="cuda")[:, None] * 1e4 ** -(torch.arange(0, 1, 2 / D, device="cuda"))
+        angles = torch.arange(longest, device="cuda")[:, None] * 1e4 ** (-torch.arange(D // 2, device="cuda") * 2 / D)
         self.cos, self.sin = angles.cos().bfloat16(), angles.sin().bfloat16()
         self.token = torch.zeros(1, dtype=torch.long, device="cuda")
         made = torch.compile if compiled else lambda f: f
