@@ -225,8 +225,8 @@ def run(
     progress: Callable[[int], None] = lambda n: None,
 ) -> Report:
     """Measure reading a prompt and decoding at each depth, `rounds` times; progress is told of each figure."""
-    if model.bytes_per_token is None:
-        raise TcinferError("bench measures the numba backend")
+    if model.bytes_per_token is None or model.ops.threads is None:
+        raise TcinferError("bench measures CPUs: use --backend numba (tests/gpu/measure_gpu.py measures a GPU)")
     from tcinfer.kernels.cpu.bandwidth import Bandwidth
     from tcinfer.kernels.cpu.simd import TIER
 

@@ -60,8 +60,9 @@ class DeviceEngine:
         plan.finish()
         self._choices = plan.allocate(8 * chunk)
         self._pass = device.zeros(Pass(chunk, chunk, config.n_kv_heads).data.nbytes)
+        address, heads = self._pass.address, config.n_kv_heads
         # of a shape, made once: most passes are of one or two shapes
-        self._passes = lru_cache(8)(lambda rows, n: Pass(rows, n, config.n_kv_heads, self._pass.address))
+        self._passes = lru_cache(8)(lambda rows, sequences: Pass(rows, sequences, heads, address))
         self._logits, self._rows = device.zeros(4 * config.vocab_size), 1  # room for so many rows
         self._later: list[weakref.ref[Later]] = []
 

@@ -125,7 +125,7 @@ class Device:
                 )
             kernel.max_dynamic_shared_size_bytes = shared
             self._allowed[id(kernel)] = shared
-        kernel((blocks,), (threads,), (a, p), shared_mem=shared)
+        kernel((blocks,), (threads,), (np.int64(a), np.int64(p)), shared_mem=shared)
 
 
 def _why_none(cupy: Any, error: Exception) -> str:

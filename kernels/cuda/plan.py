@@ -120,6 +120,7 @@ class Plan(cpu.Plan):
 
     def finish(self) -> None:
         """Compile the operators that the steps use, and put the steps on the device."""
+        self.prepared.clear()
         arguments = [np.array(step.arguments or [0], np.int64) for step in self.steps]
         starts = np.cumsum([0, *map(len, arguments)])
         base = self.allocate(8 * int(starts[-1]))

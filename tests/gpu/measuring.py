@@ -1,4 +1,4 @@
-"""What measure_gpu.py measures with: models of real shapes and random weights, clocks, the table, a Llama in PyTorch."""
+"""What measure_gpu.py measures with: models of real shapes and random weights, clocks, rows of the table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from plans import SCALES, normal, random_matrix, scales
 from tcinfer import kernels, memory
 from tcinfer.config import ModelConfig
 from tcinfer.kernels.cuda import Cuda, operators
-from tcinfer.kernels.cuda import plan as plans_of_gpu
+from tcinfer.kernels.cuda.plan import Plan
 from tcinfer.kernels.reference.quants import Kind, Matrix
 from tcinfer.memory import tensor
 from tcinfer.memory.state import State
@@ -31,6 +31,7 @@ from tcinfer.tokenizer import from_metadata
 
 GREEDY = Sampling(temperature=0)
 SINKS = 4
+BLOCK = 256  # rows of a random matrix that are random; then they come again
 SPIN = 200_000  # cycles that the device is kept busy with while work for it is prepared: about a tenth of a millisecond
 WAITS = 'extern "C" __global__ void spin(long long n) { long long t = clock64(); while (clock64() - t < n); }'
 Run = Callable[[], Any]
@@ -60,8 +61,8 @@ TINY = Shape(2, 64, 2, 1, 32, 96, 96, True)  # in place of all of them on the st
 
 @cache
 def matrix(kind: Kind, rows: int, columns: int) -> Matrix:
-    """Random weights of a trained model's size, the first 256 rows again and again; one matrix for whoever asks."""
-    some = min(rows, 256)
+    """Random weights of a trained model's size; one matrix for whoever asks."""
+    some = min(rows, BLOCK)
     if kind in FLOATS:
         data = quantize(normal(7, some, columns) / np.float32(math.sqrt(columns)), kind).view(np.uint8)
     else:
@@ -69,7 +70,8 @@ def matrix(kind: Kind, rows: int, columns: int) -> Matrix:
         for i in range(len(SCALES[kind])):
             scales(w, i)[:] *= 1 / (math.sqrt(columns) * w.values.std())
         data = w.data
-    return Matrix(np.tile(data.reshape(some, -1), (-(-rows // some), 1))[:rows], kind, (rows, columns))
+    data = data.reshape(some, -1)
+    return Matrix(np.resize(data, (rows, data.shape[1])), kind, (rows, columns))
 
 
 def weights(config: ModelConfig, tied: bool, kinds: Sequence[Kind]) -> dict[str, Any]:
@@ -93,14 +95,18 @@ def config_of(shape: Shape, memory_kind: str, window: int) -> ModelConfig:
 
 
 def packed_once() -> None:
-    """A matrix that many layers share is repacked once, sent once, and for the other layers copied on the device."""
-    pack, upload = operators.packed, plans_of_gpu.Plan.upload
+    """A random matrix is repacked once, as fast as it was made, and sent once: for other layers it is copied there."""
+    pack, upload = operators.packed, Plan.upload
     done: dict[int, tuple[Matrix, Any]] = {}  # kept, and so their ids are nobody else's
     parts: set[int] = set()
 
     def packed(w: Matrix) -> Any:
+        if w is not matrix(w.kind, *w.shape):
+            return pack(w)
         if id(w) not in done:
-            done[id(w)] = w, pack(w)
+            some = pack(Matrix(w.data[:BLOCK], w.kind, (len(w.data[:BLOCK]), w.shape[1])))
+            whole = (None if p is None else np.resize(p, (len(w.data), *p.shape[1:])) for p in some)
+            done[id(w)] = w, type(some)(*whole)
             parts.update(id(part) for part in done[id(w)][1] if part is not None)
         return done[id(w)][1]
 
@@ -115,7 +121,7 @@ def packed_once() -> None:
         plan.device.copy(address, there[id(array)], array.nbytes)
         return address
 
-    operators.packed, plans_of_gpu.Plan.upload = packed, sent  # type: ignore[method-assign, assignment]
+    operators.packed, Plan.upload = packed, sent  # type: ignore[method-assign, assignment]
 
 
 def filled(model: Model, position: int = 5000) -> Session:
@@ -287,82 +293,3 @@ class Bench:
             times.append(first.elapsed_time(last) / 1e3)
         return 2 * n**3 / float(np.median(times[3:]))
 
-
-# PyTorch
-
-
-class TorchLlama:
-    """The same shape in PyTorch, bf16: fused projections, sdpa over a static cache, a CUDA graph a token."""
-
-    def __init__(self, shape: Shape, longest: int, compiled: bool) -> None:
-        """longest: tokens that the caches hold; compiled: what stands around attention goes through torch.compile."""
-        import torch
-
-        self.torch, self.shape = torch, shape
-        C, D, F, G = shape.width, shape.head_dim, shape.ffn, shape.kv_heads
-
-        def random(*size: int) -> Any:
-            return torch.randn(size, device="cuda", dtype=torch.bfloat16) * size[-1] ** -0.5
-
-        def layer() -> tuple[Any, ...]:
-            wide = (shape.heads + 2 * G) * D
-            caches = [random(G, longest, D) for _ in range(2)]
-            return random(wide, C), random(C, shape.heads * D), random(2 * F, C), random(C, F), *caches
-
-        self.layers = [layer() for _ in range(shape.layers)]
-        self.embedding = random(shape.vocab, C)
-        self.head = self.embedding if shape.tied else random(shape.vocab, C)
-        self.ones = torch.ones(C, device="cuda", dtype=torch.bfloat16)
-        angles = torch.arange(longest, device="cuda")[:, None] * 1e4 ** (-torch.arange(D // 2, device="cuda") * 2 / D)
-        self.cos, self.sin = angles.cos().bfloat16(), angles.sin().bfloat16()
-        self.token = torch.zeros(1, dtype=torch.long, device="cuda")
-        made = torch.compile if compiled else lambda f: f
-        self.before, self.after = made(self._before), made(self._after)
-
-    def _before(self, x: Any, qkv: Any, cos: Any, sin: Any) -> tuple[Any, ...]:
-        f, s = self.torch.nn.functional, self.shape
-        h = f.linear(f.rms_norm(x, (s.width,), self.ones, 1e-5), qkv).view(-1, s.head_dim)
-        turning, v = h.split([s.heads + s.kv_heads, s.kv_heads])
-        a, b = turning.chunk(2, -1)
-        q, k = self.torch.cat([a * cos - b * sin, a * sin + b * cos], -1).split([s.heads, s.kv_heads])
-        return q, k, v
-
-    def _after(self, x: Any, y: Any, out: Any, up: Any, down: Any) -> Any:
-        f = self.torch.nn.functional
-        x = x + f.linear(y, out)
-        gate, value = f.linear(f.rms_norm(x, (self.shape.width,), self.ones, 1e-5), up).chunk(2, -1)
-        return x + f.linear(f.silu(gate) * value, down)
-
-    def _token(self, at: Any, context: int, grouped: bool) -> None:
-        """at: where in the stream it stands, the last of `context`; grouped: the heads of a key head as its queries."""
-        f, s = self.torch.nn.functional, self.shape
-        x, cos, sin = self.embedding[self.token], self.cos[at], self.sin[at]
-        for qkv, out, up, down, keys, values in self.layers:
-            q, k, v = self.before(x, qkv, cos, sin)
-            keys.index_copy_(1, at, k[:, None])
-            values.index_copy_(1, at, v[:, None])
-            q = q.view(1, s.kv_heads, -1, s.head_dim) if grouped else q.view(1, s.heads, 1, s.head_dim)
-            seen = keys[None, :, :context], values[None, :, :context]
-            y = f.scaled_dot_product_attention(q, *seen, enable_gqa=not grouped)
-            x = self.after(x, y.reshape(1, -1), out, up, down)
-        logits = f.linear(f.rms_norm(x, (s.width,), self.ones, 1e-5), self.head)
-        self.token.copy_(logits.argmax(-1))
-
-    def stepping(self, context: int, grouped: bool) -> Callable[[], int]:
-        """A token at the end of such a context, by one graph, and the id it gives."""
-        torch = self.torch
-        with torch.no_grad():
-            at, aside, graph = torch.tensor([context - 1], device="cuda"), torch.cuda.Stream(), torch.cuda.CUDAGraph()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                for _ in range(3):
-                    self._token(at, context, grouped)
-            torch.cuda.current_stream().wait_stream(aside)
-            with torch.cuda.graph(graph):
-                self._token(at, context, grouped)
-
-        def run(at: Any = at) -> int:  # the graph reads `at` wherever it lies: it must live as long
-            graph.replay()
-            return int(self.token.item())
-
-        return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -216,6 +217,14 @@ def test_weights_of_every_kind(kind: Kind, layer: bool, device: HostDevice) -> N
         assert np.linalg.norm(got - want[:count]) < (2e-6 if exact else 1e-3) * np.linalg.norm(want[:count])
 
 
+@pytest.mark.parametrize("name", ["full-llama-gqa", "sinks-in-cache-llama-gqa-linear", "infini-delta", EVERYTHING])
+def test_a_ring_of_16_bits_is_the_references(name: str, backend: str) -> None:  # noqa: F811
+    """Prompts then go through tensor cores, which round queries and weights of keys to halves."""
+    config = other_shape(name, cache_type="f16")
+    want, got = (build(config, b, weights_of(config)).session() for b in ("numpy", backend))
+    assert difference(feed(got, IDS, [1, 2, 20]), feed(want, IDS, [1, 2, 20])) < 5e-3
+
+
 @pytest.mark.parametrize("name", ["sinks-in-cache-qwen2-key-conv", "infini-delta-gqa-key-conv", EVERYTHING])
 def test_neither_order_nor_number_of_blocks_shows_in_the_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-in runs threads in another order for each seed: a missing barrier would show."""
@@ -233,3 +242,19 @@ def test_neither_order_nor_number_of_blocks_shows_in_the_bits(name: str, monkeyp
         wanted = wanted or got
         for a, b in zip(got, wanted, strict=True):
             np.testing.assert_array_equal(a, b, f"seed {seed}, {multiprocessors} blocks")
+
+
+def test_a_model_that_is_dropped_gives_its_memory_back_at_once(device: HostDevice, backend: str) -> None:  # noqa: F811
+    """Not when Python next looks for cycles: it does not know how much of a GPU hangs on one."""
+    gc.collect()
+    before = len(device.buffers)
+    gc.disable()
+    try:
+        model = build(SMALL, backend)
+        session = model.session()
+        ids_of(session, 5, GREEDY)
+        assert len(device.buffers) > before
+        del model, session
+        assert len(device.buffers) == before
+    finally:
+        gc.enable()
