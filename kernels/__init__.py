@@ -27,8 +27,8 @@ def backend(name: str = "auto", threads: int | None = None) -> Reference:
         try:
             return _cuda()
         except UnavailableError as e:
-            other = backend("numba", threads)
-            other.remark = f"the GPU is not used, but the CPU (numba): {e}"
+            other = backend("numba" if importlib.util.find_spec("numba") else "numpy", threads)
+            other.remark = f"the GPU is not used, but the CPU ({other.name}): {e}"
             return other
     if name == "numpy" or (name == "auto" and importlib.util.find_spec("numba") is None):
         return Reference(threads)
@@ -41,7 +41,7 @@ def backend(name: str = "auto", threads: int | None = None) -> Reference:
 
 def _cuda() -> Reference:
     try:
-        from tcinfer.kernels.cuda import Cuda
+        from tcinfer.kernels.cuda import Cuda, operators  # noqa: F401
     except ImportError as e:  # numba, whose plans it shares
         raise UnavailableError(f"backend 'cuda' cannot be loaded ({e}); use 'numpy', or install numba") from e
     return Cuda()

@@ -158,16 +158,16 @@ class Model:
         return self.ops.device is not None and on_device(how, self.config.vocab_size)
 
     def choose(
-        self, states: Sequence[AnyState], ids: NDArray[np.int64], hows: Sequence[tuple[Sampling, float]]
+        self, states: Sequence[AnyState], ids: NDArray[np.int64], hows: Sequence[tuple[Sampling, float]], first: int = 0
     ) -> tuple[list[Later], NDArray[np.int64]]:
         """As `step`, and choose what comes next on the GPU; hows: for each state how, and a draw from [0, 1).
 
-        Returns the logits, still there, and the ids, int64 [len(states)]; -1 where the logits are not finite.
+        Returns the logits, still there (as rows `first` and following: there must be room), and the ids, int64
+        [len(states)]; -1 where the logits are not finite.
         """
         engine: Any = self._engine
         rows = np.array([(h.temperature, h.top_k or len(self._embedding.data), h.top_p, h.min_p, u) for h, u in hows])
-        chosen = engine.launch(states, [1] * len(states), ids, len(states), rows)
-        return [engine.later(row) for row in range(len(states))], chosen
+        return engine.choose(states, ids, rows, first)
 
     def new_state(self, layout: Layout) -> AnyState:
         """All zeros, where the model runs. Raises TcinferError where there is not so much memory."""

@@ -287,7 +287,8 @@ def step_many(model: Model, sessions: Sequence[Session], tokens: ArrayLike, samp
     ids = sessions[0]._check_ids(tokens)
     for session in sessions:
         session._check_fits(1)
-    model.make_room(min(len(sessions), model.chunk))
+    on_device = sampling is not None and model.chooses(sampling)
+    model.make_room(len(sessions) if on_device else min(len(sessions), model.chunk))
     for session in sessions:
         session._make_room(1)
         if sampling is not None and session.draws is None:
@@ -298,9 +299,9 @@ def step_many(model: Model, sessions: Sequence[Session], tokens: ArrayLike, samp
         states, some = [s._state for s in part], out[a : a + model.chunk]
         for session in part:
             session._begin()
-        if sampling is not None and model.chooses(sampling):
+        if sampling is not None and on_device:
             hows = [(sampling, s.draws.rng.random() if sampling.temperature else 0.0) for s in part if s.draws]
-            laters, some[:] = model.choose(states, theirs, hows)
+            laters, some[:] = model.choose(states, theirs, hows, a)
             for i, (session, later) in enumerate(zip(part, laters, strict=True)):
                 session._taken(theirs[i : i + 1], later)
             if some.min() < 0:

@@ -121,7 +121,10 @@ class Plan:
         return int(array.ctypes.data)
 
     def step(self, operator: Any, *arguments: int | float, wait: bool = True, when: int = ALWAYS) -> Step:
-        """Append a step of an Operator. wait: the next one needs what this one does; when: in which kinds of pass it runs."""
+        """Append a step of an Operator.
+
+        wait: the next one needs what this one does; when: in which kinds of pass it runs.
+        """
         self.steps.append(Step(operator, as_words(arguments), wait, when))
         return self.steps[-1]
 

@@ -24,8 +24,7 @@ FUNCTION int warps() { return blockDim.x / 32; }
 FUNCTION int warp() { return threadIdx.x / 32; }
 FUNCTION int lane() { return threadIdx.x % 32; }
 
-// The first kilobyte of shared memory is the desk of block-wide sums; an operator's own room begins behind it.
-const int DESK = 1024;
+// The first DESK bytes of shared memory are for block-wide sums; an operator's own room begins behind them.
 FUNCTION char *room() { return shared_memory() + DESK; }
 
 // The sum over all threads of the block, in all of them; in an order that depends on the block's size alone.

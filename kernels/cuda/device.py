@@ -26,11 +26,21 @@ class Buffer:
 class Program:
     """Kernels compiled together."""
 
-    def __init__(self, cupy: Any, text: str, together: bool) -> None:
-        self._module = cupy.RawModule(code=text, options=("-std=c++17",), enable_cooperative_groups=together)
+    def __init__(self, device: Device, module: Any) -> None:
+        self._device, self._module = device, module
 
     def kernel(self, name: str) -> Any:
-        return self._module.get_function(name)
+        """A kernel that may have all the shared memory there is: models with the same text share it, large and small.
+
+        Raises UnavailableError where the text cannot be compiled.
+        """
+        with self._device.current:
+            try:
+                found = self._module.get_function(name)
+            except Exception as e:
+                raise UnavailableError(f"CuPy cannot compile for {self._device.name} ({_line(e)})") from e
+            found.max_dynamic_shared_size_bytes = self._device.shared_bytes
+            return found
 
 
 class Device:
@@ -52,7 +62,8 @@ class Device:
             raise UnavailableError(_why_none(cupy, e)) from e
         if not count:
             raise UnavailableError("there is no NVIDIA GPU on this machine: use --backend numba")
-        properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
+        self.current = cupy.cuda.Device()  # every call enters it: a thread may have another one
+        properties = cupy.cuda.runtime.getDeviceProperties(self.current.id)
         self.name = properties["name"].decode(errors="replace")
         self.capability = properties["major"], properties["minor"]
         if self.capability < OLDEST:
@@ -62,7 +73,11 @@ class Device:
             )
         self.multiprocessors: int = properties["multiProcessorCount"]
         self.shared_bytes: int = properties["sharedMemPerBlockOptin"]  # that a block can have
-        self._allowed: dict[int, int] = {}  # by kernel: dynamic shared memory that it was given leave for
+        try:
+            cupy.cuda.runtime.memGetInfo()
+            cupy.cuda.nvrtc.getVersion()
+        except Exception as e:  # a full GPU, or CuPy without the compiler that its extra [ctk] brings
+            raise UnavailableError(f"{self.name} cannot be used ({_line(e)}): use --backend numba") from e
 
     @property
     def warm(self) -> bool:
@@ -72,19 +87,22 @@ class Device:
     @property
     def free_bytes(self) -> int:
         """Of the device's memory, what CuPy's pool holds back included."""
-        return int(self._cupy.cuda.runtime.memGetInfo()[0]) + int(self._cupy.get_default_memory_pool().free_bytes())
+        with self.current:
+            left = self._cupy.cuda.runtime.memGetInfo()[0]
+            return int(left) + int(self._cupy.get_default_memory_pool().free_bytes())
 
     def zeros(self, nbytes: int) -> Buffer:
         """Device memory, all zero. Raises UnavailableError where there is not so much."""
-        try:
-            memory = self._cupy.cuda.alloc(max(nbytes, 1))
-        except self._cupy.cuda.memory.OutOfMemoryError as e:
-            raise UnavailableError(
-                f"{self.name} has {self.free_bytes:,} bytes of memory left, and {nbytes:,} more are needed: close "
-                "sessions or other programs, choose a smaller window, or --backend numba"
-            ) from e
-        memory.memset_async(0, nbytes)
-        return Buffer(memory, nbytes)
+        with self.current:
+            try:
+                memory = self._cupy.cuda.alloc(max(nbytes, 1))
+            except self._cupy.cuda.memory.OutOfMemoryError as e:
+                raise UnavailableError(
+                    f"{self.name} has {self.free_bytes:,} bytes of memory left, and {nbytes:,} more are needed: close "
+                    "sessions or other programs, choose a smaller window, or --backend numba"
+                ) from e
+            memory.memset_async(0, nbytes)
+            return Buffer(memory, nbytes)
 
     def put(self, address: int, array: NDArray) -> None:
         """Copy an array to the device."""
@@ -103,29 +121,25 @@ class Device:
         self._memcpy(to, from_, nbytes, WITHIN)
 
     def _memcpy(self, to: int, from_: int, nbytes: int, kind: int) -> None:
-        self._cupy.cuda.runtime.memcpyAsync(to, from_, nbytes, kind, self._cupy.cuda.get_current_stream().ptr)
+        with self.current:
+            self._cupy.cuda.runtime.memcpyAsync(to, from_, nbytes, kind, self._cupy.cuda.get_current_stream().ptr)
 
     def wait(self) -> None:
         """Until all that was launched is done."""
-        self._cupy.cuda.get_current_stream().synchronize()
+        with self.current:
+            self._cupy.cuda.get_current_stream().synchronize()
 
     def program(self, text: str, together: bool = False) -> Program:
         """Compile CUDA C++, or find it in CuPy's cache. together: its kernels' blocks meet while they run."""
-        return Program(self._cupy, text, together)
+        options = ("-std=c++17",)
+        return Program(self, self._cupy.RawModule(code=text, options=options, enable_cooperative_groups=together))
 
     def launch(
         self, kernel: Any, a: int, p: int, blocks: int, threads: int, shared: int = 0, together: bool = False
     ) -> None:
         """Run a kernel of two addresses. together: every block at once (as its program was compiled)."""
-        if shared > self._allowed.get(id(kernel), 48 * 1024):
-            if shared > self.shared_bytes:
-                raise UnavailableError(
-                    f"{self.name} has {self.shared_bytes:,} bytes of shared memory for a block, and this model needs "
-                    f"{shared:,}: use --backend numba"
-                )
-            kernel.max_dynamic_shared_size_bytes = shared
-            self._allowed[id(kernel)] = shared
-        kernel((blocks,), (threads,), (np.int64(a), np.int64(p)), shared_mem=shared)
+        with self.current:
+            kernel((blocks,), (threads,), (np.int64(a), np.int64(p)), shared_mem=shared)
 
 
 def _why_none(cupy: Any, error: Exception) -> str:

@@ -15,7 +15,7 @@ template <class K, int ROWS> FUNCTION void rows_times_x(const Matrix &w, int64 r
             float v[32], total[2] = {0, 0};
 #pragma unroll
             for (int i = 0; i < 8; i++) {
-                float4 four = x[32 * (8 * (first / 32) + i) + lane()];
+                float4 four = x[place_of(run, i)];
                 v[4 * i] = four.x, v[4 * i + 1] = four.y, v[4 * i + 2] = four.z, v[4 * i + 3] = four.w;
             }
             if (K::SCALED) {
@@ -73,8 +73,9 @@ template <class K> FUNCTION void linear_one(Words a, Words p, Work work) {
     if (!to[1] && !p[OUT_ROWS]) return;
     stage(to + 6, p, 0);
     Matrix w = matrix_at(a);
-    if (to[0] < 2 * work.blocks * warps())
-        each_row<K, 1>(w, to[0], to[5], into, work);
+    // Four rows a warp read x once for all of them; two, where four would leave warps without any.
+    if (to[0] < 4 * work.blocks * warps())
+        each_row<K, 2>(w, to[0], to[5], into, work);
     else
         each_row<K, 4>(w, to[0], to[5], into, work);
 }

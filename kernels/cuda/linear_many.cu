@@ -6,7 +6,7 @@
 // the same order in all tiles of one form, so neither its neighbours nor the number of blocks show in its bits; the two
 // forms differ in it. Weights of 32 bits are multiplied in float32.
 
-const int MANY_THREADS = 256, MANY_WARPS = MANY_THREADS / 32;
+const int MANY_THREADS = ALONE_THREADS, MANY_WARPS = MANY_THREADS / 32;
 const int FEW_ROWS = 16;
 
 struct Many {
@@ -319,6 +319,7 @@ static_assert(MANY_BYTES >= 4 * 2 * EXACT * EXACT_PITCH);
 // logits are wanted (x, factors and y begin with the first of them); columns.
 template <class K> FUNCTION void linear_many(Words a, Words p, Work work) {
     Many m = many_at(a, p);
+    if (!m.rows) return;
     if constexpr (K::LOADS == 8) {
         linear_exact(a, p, work);
     } else if (m.rows <= FEW_ROWS) {

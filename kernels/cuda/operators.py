@@ -18,15 +18,15 @@ from tcinfer.kernels.cpu.ring import Entering, Geometry
 from tcinfer.kernels.cpu.rows import angles
 from tcinfer.kernels.cuda.packing import RUN, packed
 from tcinfer.kernels.cuda.plan import ONE, PROMPT, SESSIONS, Plan
-from tcinfer.kernels.cuda.program import Named
+from tcinfer.kernels.cuda.program import GELU, LAYER_NORM, PLAIN, RMS_NORM, SWIGLU, Named
 from tcinfer.kernels.reference.quants import Matrix
 
 __all__ = ["angles", "attention", "embed", "gelu", "linear", "norm", "small", "stored", "swiglu"]
 
-PLAIN, RMS_NORM, LAYER_NORM, SWIGLU, GELU = range(5)  # staging.h
 ALONE = 1024  # keys up to which one block takes all of a token's keys of a head
 SPLIT = 256  # keys of a part, where they are divided
 MOST_SPLITS = 64
+LARGEST_HEAD = 256  # that attend_many has room for
 
 
 class Weights(NamedTuple):
@@ -69,8 +69,7 @@ class Made(cpu.Rows):
 def embed(plan: Plan, w: Weights, positions: NDArray | None) -> cpu.Rows:
     """The rows of the embedding that the pass's ids name, plus those of learned positions, if there are any."""
     x = cpu.Rows(plan, w.shape[1])
-    plan.step(Named("embed", w.kind.name), *w.words, x.columns, x.address, x.stride, plan.keep(positions), wait=False)
-    plan.wait()
+    plan.step(Named("embed", w.kind.name), *w.words, x.columns, x.address, x.stride, plan.keep(positions))
     return x
 
 
@@ -161,7 +160,8 @@ def attention(plan: Plan, geometry: Geometry, new: Entering, k_field: int, v_fie
     query = (new.q.address, new.q_far.address if new.q_far else 0, new.q.stride)
     common = (*query, k_field, v_field, new.k_new, new.v_new, H, G, D, window, sinks, out.address)
     keys = window + sinks if window else SPLIT * MOST_SPLITS
-    by_itself = SESSIONS if half else SESSIONS | PROMPT
+    tensor_cores = half and D % 2 == 0 and D <= LARGEST_HEAD
+    by_itself = SESSIONS if tensor_cores else SESSIONS | PROMPT
     if keys <= ALONE:
         plan.step(Named("attend_rows"), *common, half, 1, 0, when=ONE | by_itself)
     else:
@@ -170,6 +170,6 @@ def attention(plan: Plan, geometry: Geometry, new: Entering, k_field: int, v_fie
         plan.step(Named("attend_splits"), *common, half, splits, parts, when=ONE)
         plan.step(Named("combine"), parts, out.address, out.stride, H, D, splits, when=ONE)
         plan.step(Named("attend_rows"), *common, half, 1, 0, when=by_itself)
-    if half:
+    if tensor_cores:
         plan.step(Named("attend_many"), *common, when=PROMPT)
     return out

@@ -19,40 +19,31 @@ from tcinfer.kernels.cpu import plan as cpu
 from tcinfer.kernels.cuda.program import (
     ALONE_THREADS,
     CHOICES,
+    DESK,
     HOW,
+    HOW_MANY,
     KEY_HEADS,
+    NO_WAIT,
     PASS,
     TOGETHER_THREADS,
+    WAIT_FOR_BLOCK,
+    WAIT_FOR_GRID,
     Named,
     operators,
     source,
 )
+from tcinfer.kernels.errors import UnavailableError
 
 ONE, PROMPT, SESSIONS = 1, 2, 4  # kinds of pass: a token, many rows of a sequence, a row each of many
 ALWAYS = ONE | PROMPT | SESSIONS
-NO_WAIT, WAIT_FOR_BLOCK, WAIT_FOR_GRID = range(3)  # as in passes.cu
-DESK = 1024  # bytes of shared memory in front of an operator's own (common.h)
-BLOCKS = 4  # of a launch of one step, for each multiprocessor
+BLOCKS, LARGE = 4, ("linear_many", "attend_many")  # of a launch, for each multiprocessor: those that fill it alone: 1
 
 # Operators that do in one block what belongs to a row and a key head.
-BY_HEAD = frozenset(
-    [
-        "push",
-        "take",
-        "insert",
-        "keep_last",
-        "writes",
-        "ones",
-        "unit",
-        "mix",
-        "divide",
-        "gate",
-        "scan",
-        "features",
-        "blend",
-        "attend_rows",
-    ]
-)
+BY_HEAD = {
+    *("push", "take", "insert", "keep_last", "writes", "ones", "unit", "mix", "divide", "gate", "scan", "features"),
+    *("blend", "attend_rows"),
+}
+MANY = {"scan": "scan_many"}  # operators that have another form, with the same arguments, for many rows of a sequence
 Room = Callable[[Sequence[int], int], int]
 
 
@@ -60,12 +51,19 @@ def _attention_room(a: Sequence[int], warps: int) -> int:
     return 4 * (8 * a[9] + warps * (4 * (128 + 2 + 32) + 64))
 
 
+def _scan_many_room(a: Sequence[int], warps: int) -> int:
+    D = a[4]
+    columns, stages, pitch = 32 if D <= 64 else 16, 2 if D <= 128 else 1, -(-D // 4) * 4 | 4
+    return 4 * (columns * pitch + stages * (32 * (pitch + max(pitch, 36)) + 36 * columns) + 36 * columns + 2568)
+
+
 # Bytes of shared memory beside the desk, by a step's arguments and the warps of a block.
 ROOM: dict[str, Room] = {
-    "linear_one": lambda a, warps: 4096 * -(-a[4] // 32),
+    "linear_one": lambda a, warps: 16 * 8 * 33 * -(-a[4] // 32),
     "attend_rows": _attention_room,
     "attend_splits": _attention_room,
     "scan": lambda a, warps: 4 * 32 * (a[4] + 1 + 8 * warps),
+    "scan_many": _scan_many_room,
     "writes": lambda a, warps: 4 * a[7],
     "mix": lambda a, warps: 8 * a[5],
     "choose": lambda a, warps: 24720,
@@ -81,7 +79,9 @@ class Plan(cpu.Plan):
         """capacity: rows of the longest pass; device: device.Device or what stands for it."""
         super().__init__(capacity, threads=None)
         self.device, self.key_heads = device, key_heads
-        self.prepared: dict[tuple[int, bool, bool], tuple[Any, ...]] = {}  # rows as products of many take them (operators.py)
+        self.prepared: dict[
+            tuple[int, bool, bool], tuple[Any, ...]
+        ] = {}  # rows as products of many take them (operators.py)
         self._uploads: dict[int, int] = {}
         self._buffers: list[Any] = []
         self.nbytes = 0  # of device memory
@@ -112,7 +112,11 @@ class Plan(cpu.Plan):
     def step(self, operator: Any, *arguments: int | float, wait: bool = True, when: int = ALWAYS) -> cpu.Step:
         """Append a step of an Operator of kernels.cpu, whose name the CUDA form has too, or of a Named one."""
         named = operator if isinstance(operator, Named) else Named(operator.name.removeprefix("_"))
-        return super().step(named, *arguments, wait=wait, when=ALWAYS if when == cpu.ALWAYS else when)
+        when = ALWAYS if when == cpu.ALWAYS else when
+        if named.name in MANY:  # first: what is changed of the last step afterwards concerns a token's launch
+            super().step(Named(MANY[named.name]), *arguments, when=when & PROMPT)
+            when &= ~PROMPT
+        return super().step(named, *arguments, wait=wait, when=when)
 
     def reuse(self) -> None:
         super().reuse()
@@ -133,10 +137,25 @@ class Plan(cpu.Plan):
         rows = [[numbers[s.operator], at[id(s)], wait] for s, wait in zip(one, _waits(one), strict=True)]
         self._steps = self.keep(np.array([len(one), *np.ravel(rows)], np.int64))
         self._together = self.device.program(source(True, kinds), together=True).kernel("together")
-        self._shared_together = _shared(one, TOGETHER_THREADS)
+        self._shared_together = self._shared(one, TOGETHER_THREADS)
         alone = self.device.program(source(False, kinds))
         kernels = {s.operator: alone.kernel(f"step_{s.operator.full}") for s in others}
-        self._launches = [(kernels[s.operator], at[id(s)], _shared([s], ALONE_THREADS), s.when) for s in others]
+        self._launches = []
+        for step in others:
+            blocks = self.device.multiprocessors * (1 if step.operator.name in LARGE else BLOCKS)
+            shared = self._shared([step], ALONE_THREADS)
+            self._launches.append((kernels[step.operator], at[id(step)], shared, blocks, step.when))
+
+    def _shared(self, steps: Sequence[cpu.Step], threads: int) -> int:
+        """Bytes of shared memory that any of some steps needs. Raises UnavailableError where a block has less."""
+        needs = [ROOM[s.operator.name](s.arguments, threads // 32) for s in steps if s.operator.name in ROOM]
+        need = DESK + max(needs, default=0)
+        if need > self.device.shared_bytes:
+            raise UnavailableError(
+                f"{self.device.name} has {self.device.shared_bytes:,} bytes of shared memory for a block, and this "
+                f"model needs {need:,}: use --backend numba"
+            )
+        return need
 
     def run_pass(self, kind: int, address: int) -> None:
         """Launch the steps of a kind of pass, whose words are at an address on the device."""
@@ -146,16 +165,9 @@ class Plan(cpu.Plan):
                 self._together, self._steps, address, blocks, TOGETHER_THREADS, self._shared_together, together=True
             )
             return
-        for kernel, arguments, shared, when in self._launches:
+        for kernel, arguments, shared, blocks, when in self._launches:
             if when & kind:
-                blocks = BLOCKS * self.device.multiprocessors
                 self.device.launch(kernel, arguments, address, blocks, ALONE_THREADS, shared)
-
-
-def _shared(steps: Sequence[cpu.Step], threads: int) -> int:
-    """Bytes of shared memory that any of some steps needs."""
-    needs = [ROOM[s.operator.name](s.arguments, threads // 32) for s in steps if s.operator.name in ROOM]
-    return DESK + max(needs, default=0)
 
 
 def _waits(steps: Sequence[cpu.Step]) -> list[int]:
@@ -181,12 +193,12 @@ def _waits(steps: Sequence[cpu.Step]) -> list[int]:
 class Pass:
     """All that a pass of so many rows and sequences is told: one array, to be put at an address as it is.
 
-    Parts that are filled before that: how float64 [rows, 5] (sampling.cu), table int64 [sequences, SEQUENCE], ids and
-    sequence_of int64 [rows].
+    Parts that are filled before that: how float64 [rows, HOW_MANY] (sampling.cu), table int64 [sequences, SEQUENCE],
+    ids and sequence_of int64 [rows].
     """
 
     def __init__(self, rows: int, sequences: int, key_heads: int, address: int = 0) -> None:
-        shapes = {"how": (rows, 5), "table": (sequences, cpu.SEQUENCE), "ids": (rows,), "sequence_of": (rows,)}
+        shapes = {"how": (rows, HOW_MANY), "table": (sequences, cpu.SEQUENCE), "ids": (rows,), "sequence_of": (rows,)}
         ends = np.cumsum([PASS, *(math.prod(shape) for shape in shapes.values())])
         self.data: NDArray[np.int64] = np.zeros(int(ends[-1]), np.int64)
         parts = [

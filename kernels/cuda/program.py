@@ -17,51 +17,31 @@ SOURCES = (
     "attention.cu",
     "attention_many.cu",
     "matrix_memory.cu",
+    "matrix_memory_many.cu",
     "tensor_cache.cu",
     "infini.cu",
     "sampling.cu",
 )
 TOGETHER_THREADS, ALONE_THREADS = 384, 256  # of a block
+DESK = 1024  # bytes of a block's shared memory in front of an operator's own
+HOW_MANY = 5  # numbers that say how a row's next id is chosen: temperature, top_k, top_p, min_p, a draw from [0, 1)
+PLAIN, RMS_NORM, LAYER_NORM, SWIGLU, GELU = range(5)  # what a row is made into on its way into a product (staging.h)
+NO_WAIT, WAIT_FOR_BLOCK, WAIT_FOR_GRID = range(3)  # what a step ends with (passes.cu)
 
 # Words of a pass beyond those of kernels.cpu.plan. The last one is no argument: blocks count there how many have come.
 KEY_HEADS, CHOICES, HOW, ARRIVALS, PASS = range(words.PASS, words.PASS + 5)
-SHARED_WORDS = [
-    "ROWS",
-    "IDS",
-    "SEQUENCE_OF",
-    "SEQUENCES",
-    "TABLE",
-    "OUT_FIRST",
-    "OUT_ROWS",
-    "LOGITS",
-    "SEQUENCE",
-    "FIELDS",
-    "FIRST",
-    "ROW",
-    "COUNT",
-]
-
+SHARED = (
+    *("KEY_HEADS", "CHOICES", "HOW", "ARRIVALS", "TOGETHER_THREADS", "ALONE_THREADS", "DESK", "HOW_MANY"),
+    *("PLAIN", "RMS_NORM", "LAYER_NORM", "SWIGLU", "GELU", "NO_WAIT", "WAIT_FOR_BLOCK", "WAIT_FOR_GRID"),
+)
 
 # The operators: of both kinds of program, of a token's one launch, of longer passes. Those of weights have a kind each.
 OF_BOTH = (
-    *(
-        "angles",
-        "push",
-        "take",
-        "insert",
-        "keep_last",
-        "attend_rows",
-        "scan",
-        "writes",
-        "ones",
-        "unit",
-        "mix",
-        "divide",
-    ),
-    *("gate", "features", "blend", "choose"),
+    *("angles", "push", "take", "insert", "keep_last", "attend_rows", "scan", "writes", "ones", "unit", "mix"),
+    *("divide", "gate", "features", "blend", "choose"),
 )
 OF_ONE, WEIGHTS_OF_ONE = ("attend_splits", "combine"), ("embed", "linear_one")
-OF_MANY, WEIGHTS_OF_MANY = ("prepare", "attend_many"), ("embed", "linear_many")
+OF_MANY, WEIGHTS_OF_MANY = ("prepare", "attend_many", "scan_many"), ("embed", "linear_many")
 
 
 class Named(NamedTuple):
@@ -82,18 +62,22 @@ def operators(together: bool, kinds: Iterable[str]) -> list[Named]:
     return [Named(name) for name in (*OF_BOTH, *plain)] + made
 
 
+def constants() -> str:
+    """What Python and CUDA must agree on, as an enum."""
+    numbers = {name.upper(): number for name, number in words.WORDS.items()}
+    numbers |= {name: getattr(words, name) for name in ("SEQUENCE", "FIELDS", "FIRST", "ROW", "COUNT")}
+    numbers |= {name: globals()[name] for name in SHARED}
+    return f"enum {{ {', '.join(f'{name} = {value}' for name, value in numbers.items())} }};"
+
+
 def source(together: bool, kinds: Iterable[str]) -> str:
     """CUDA C++ for models of these kinds of weights: the kernel `together`, or a kernel `step_NAME` for each operator.
 
     In one piece: a compiler's cache that looks at the text alone then notices every change.
     """
     here, made = Path(__file__).parent, operators(together, kinds)
-    numbers = {name: getattr(words, name) for name in SHARED_WORDS}
-    numbers |= {"KEY_HEADS": KEY_HEADS, "CHOICES": CHOICES, "HOW": HOW, "ARRIVALS": ARRIVALS}
-    lines = [f"enum {{ {', '.join(f'{name} = {value}' for name, value in numbers.items())} }};"]
-    lines += [f"#define {name}_THREADS {n}" for name, n in (("TOGETHER", TOGETHER_THREADS), ("ALONE", ALONE_THREADS))]
-    lines.append(f"#define EACH_{'TOGETHER' if together else 'ALONE'}(X) {' '.join(f'X({o.full})' for o in made)}")
-    parts = [(here / "machine.h").read_text(), "\n".join(lines)]
+    each = f"#define EACH_{'TOGETHER' if together else 'ALONE'}(X) {' '.join(f'X({o.full})' for o in made)}"
+    parts = [(here / "machine.h").read_text(), constants(), each]
     parts += [(here / name).read_text() for name in (*HEADERS, *SOURCES)]
     parts += [
         f"OPERATOR void {o.full}(Words a, Words p, Work work) {{ {o.name}<{o.kind}>(a, p, work); }}"

@@ -158,7 +158,7 @@ FUNCTION int draw(Choosing &on, int n, double t, double at) {
 }
 
 // The next id of each row of logits, -1 where one is not finite; each block some of the rows.
-// a: the vocabulary, at most 2^24. At p[HOW] float64 [OUT_ROWS, 5]: temperature, top_k (up to MOST_CHOICES; 0 is off,
+// a: the vocabulary, at most 2^24. At p[HOW] float64 [OUT_ROWS, HOW_MANY]: temperature, top_k (up to MOST_CHOICES; 0 is off,
 // for vocabularies no larger), top_p, min_p, and a draw from [0, 1).
 OPERATOR void choose(Words a, Words p, Work work) {
     if (!p[CHOICES]) return;
@@ -166,7 +166,7 @@ OPERATOR void choose(Words a, Words p, Work work) {
     int size = a[0];
     for (int64 item = work.block; item < p[OUT_ROWS]; item += work.blocks) {
         const float *row = floats(p[LOGITS]) + size * item;
-        const double *how = (const double *)p[HOW] + 5 * item;
+        const double *how = (const double *)p[HOW] + HOW_MANY * item;
         uint64 own = 0, floor = 0;
         each_key(row, size, [&](uint64 key) { own = max(own, key); });
         uint64 most = largest(own);

@@ -1,27 +1,40 @@
 // A row of activations on its way into a product: as it is, or what a norm or an activation makes of it. Computed by
 // every block that needs it, which takes less time than to meet once more. Equations: kernels/reference/pointwise.py.
 
-enum { PLAIN, RMS_NORM, LAYER_NORM, SWIGLU, GELU };
-
-// Words of a staged row: what is made of it (one of the above), float32 rows x, their stride in bytes, their columns,
+// Words of a staged row: what is made of it (PLAIN, RMS_NORM, LAYER_NORM, SWIGLU or GELU), float32 rows x, their stride in bytes, their columns,
 // then weight, bias and epsilon of a norm, or the rows that gate x. FRESH: 0 where the step before has staged the same.
 enum { MAKE, X, X_STRIDE, COLUMNS, WEIGHT, BIAS, EPSILON, FRESH, STAGED };
 
-// Where four columns lie, 4 (8 run + quarter) on: a lane reads a run of 32 columns, and no two lanes the same bank.
-FUNCTION int place_of(int run, int quarter) { return 32 * (8 * (run / 32) + quarter) + run % 32; }
+// Where four columns lie in shared memory: a lane reads a run of 32 columns, and no two lanes the same bank; the 33 keeps
+// them apart while they are written, too.
+FUNCTION int place_of(int run, int quarter) { return 33 * (8 * (run / 32) + quarter) + run % 32; }
 
 struct Row {
     int make, columns;
     const float *x, *weight, *bias;
     float mean, scale;
 
-    MEMBER float at(int c) const {
-        float v = x[c];
-        if (make == RMS_NORM) return v * scale * weight[c];
-        if (make == LAYER_NORM) return (v - mean) * scale * weight[c] + (bias ? bias[c] : 0.0f);
-        if (make == SWIGLU) return weight[c] * sigmoid(weight[c]) * v;
+    MEMBER float made(float v, float w, float b) const {
+        if (make == RMS_NORM) return v * scale * w;
+        if (make == LAYER_NORM) return (v - mean) * scale * w + b;
+        if (make == SWIGLU) return w * sigmoid(w) * v;
         if (make == GELU) return 0.5f * v * (1.0f + erff(v * 0.70710678118654752f));
         return v;
+    }
+    MEMBER float at(int c) const { return made(x[c], weight ? weight[c] : 0.0f, bias ? bias[c] : 0.0f); }
+
+    // The four columns from c on, c a multiple of 4; zeros behind the end.
+    MEMBER float4 four(int c) const {
+        if (columns % 4) {
+            float v[4];
+            for (int k = 0; k < 4; k++) v[k] = c + k < columns ? at(c + k) : 0.0f;
+            return make_float4(v[0], v[1], v[2], v[3]);
+        }
+        float4 none = make_float4(0, 0, 0, 0);
+        if (c >= columns) return none;
+        float4 v = *(const float4 *)(x + c), w = weight ? *(const float4 *)(weight + c) : none;
+        float4 b = bias ? *(const float4 *)(bias + c) : none;
+        return make_float4(made(v.x, w.x, b.x), made(v.y, w.y, b.y), made(v.z, w.z, b.z), made(v.w, w.w, b.w));
     }
 };
 
@@ -49,12 +62,6 @@ FUNCTION void stage(Words a, Words, int64 row) {
     Row r = row_at(a, row);
     int runs = (r.columns + 31) / 32;
     float4 *out = (float4 *)room();
-    for (int i = thread(); i < 256 * ((runs + 31) / 32); i += threads()) {
-        int run = i / 256 * 32 + i % 32, quarter = i / 32 % 8, c = 32 * run + 4 * quarter;
-        if (run >= runs) continue;
-        float v[4];
-        for (int k = 0; k < 4; k++) v[k] = c + k < r.columns ? r.at(c + k) : 0.0f;
-        out[place_of(run, quarter)] = make_float4(v[0], v[1], v[2], v[3]);
-    }
+    for (int i = thread(); i < 8 * runs; i += threads()) out[place_of(i / 8, i % 8)] = r.four(4 * i);
     __syncthreads();
 }

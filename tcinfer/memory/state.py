@@ -161,7 +161,10 @@ class DeviceState:
 
     def copy(self) -> DeviceState:
         """Another state with the same contents and nothing shared."""
-        return self.resized(self.layout)
+        other = DeviceState(self.layout, self._device)
+        other.position = self.position
+        self._device.copy(other._room.address, self._room.address, self.nbytes)
+        return other
 
     def resized(self, layout: Layout) -> DeviceState:
         """The same contents in a layout with room for another number of tokens."""

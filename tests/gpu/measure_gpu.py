@@ -2,14 +2,14 @@
 
     python tests/gpu/measure_gpu.py [--quick] [--golden FOLDER] [--json FILE] [--compiled] [SECTION ...]
 
-Sections, in this order: golden (answers against the published checkpoints and the reference), decode, graph (a token as
-one launch a step, for comparison), sessions, prompt, torch (PyTorch beside it), long (a million tokens), sanitize. Each
-is a process of its own with its share of the time (--seconds), so that one that fails or hangs takes no other with it;
-the exit status is 1 if any did. --compiled: PyTorch's side through torch.compile. --stand-in: everything tiny on CPU
-threads in place of a GPU, to test this script.
+Sections, in this order: golden (answers, against the published checkpoints and the reference), decode, graph (a token
+as one launch a step, for comparison), sessions, prompt, torch (PyTorch beside it), long (a million tokens), sanitize.
+Each is a process of its own with its share of the time (--seconds), so that one that fails or hangs takes no other with
+it; the exit status is 1 if any did. --compiled: PyTorch's side through torch.compile. --stand-in: everything tiny, on
+CPU threads in place of a GPU, to test this script.
 
-Needs CuPy, Numba and pytest, for some sections PyTorch and compute-sanitizer; tcinfer need not be installed. Where there
-is no network, bring wheels of gguf and platformdirs.
+Needs CuPy, Numba and pytest, some sections PyTorch and compute-sanitizer; tcinfer need not be installed. Where there is
+no network, bring wheels of gguf and platformdirs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,312 +26,156 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from measuring import Bench
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS, QUICK = 510, 165  # of all sections together
+SECONDS, QUICK = 510, 165  # for all sections together
 GRACE = 12  # seconds after which a section that should have ended is ended
-BUNDLED = "Q8_0,F32"  # kinds of the bundled model's matrices
-EVERY = "F32,F16,BF16,Q8_0,Q4_0,Q4_1,Q5_0,Q5_1,Q4_K,Q5_K,Q6_K"
-MUST = {"135M": "1,500 tok/s", "1B": "0.50 of the copy", "8B": "0.65 of the copy"}  # Q8_0, window 512
-LIMIT = 1e-4  # of the largest logit
-HALVES = 5e-3  # the same where activations are halves, or a cache is: products of many rows
-GIGA = 1e9
-
-
-def close(b: Bench, what: str, errors: dict[str, float], limit: float) -> None:
-    """A row of the worst of some errors. Raises where it is beyond the limit, or there is none."""
-    name, worst = max(errors.items(), key=lambda item: item[1] if item[1] == item[1] else float("inf"))
-    good = worst <= limit
-    b.row(f"{what} ({len(errors)})", f"worst {worst:.1e}, {name}", f"{limit:.0e}", good)
-    if not good:
-        raise AssertionError(f"{what}: " + ", ".join(f"{k} {v:.1e}" for k, v in errors.items() if not v <= limit))
+BUNDLED, EVERY = "Q8_0,F32", "F32,F16,BF16,Q8_0,Q4_0,Q4_1,Q5_0,Q5_1,Q4_K,Q5_K,Q6_K"  # kinds of a model's matrices
+Case = tuple[str, str, str, int]  # shape, kind, memory, window
 
 
 def golden(b: Bench) -> None:
-    """Answers: the published checkpoints, every mechanism, every kind of weights, sessions together."""
-    import test_memory
+    """The answers are right."""
+    from answers import golden
 
-    names = list(test_memory.CASES)
-    names = names[::23] if b.cupy is None else names[::4] if b.quick else names
-    checks: list[Callable[[], None]] = [
-        lambda: close(b, "mechanisms against the reference", {name: contract(name) for name in names}, LIMIT),
-        lambda: every_kind(b),
-        lambda: checkpoints(b),
-    ]
-    failed = []
-    for check in checks:
-        try:
-            check()
-        except Exception as e:
-            failed.append(brief(e))
-    if failed:
-        raise AssertionError("; ".join(failed))
+    golden(b, (BUNDLED if b.cupy is None else EVERY).split(","))
 
 
-def contract(name: str, count: int = 48) -> float:
-    """The worst error of a case of tests/test_memory.py, fed in chunks of several sizes; going on from a copy."""
-    import numpy as np
-    from test_memory import IDS, W, arrays, difference, feed, model_of
+def small(b: Bench) -> None:
+    """What `sanitize` runs."""
+    from answers import small
 
-    ids, model, reference = IDS[:count], model_of(name, "cuda"), model_of(name, "numpy").session()
-    want, errors = reference.feed(ids, all_logits=True), []
-    for lengths in ([], [1] * count, [W, 1, W + 1]):
-        session = model.session()
-        errors.append(difference(feed(session, ids, lengths), want))
-        errors += [difference(array, arrays(reference)[key]) for key, array in arrays(session).items()]
-    session = model.session()
-    session.feed(ids[: count // 2])
-    snapshot, fork = session.snapshot(), session.fork()
-    on, beside = (feed(s, ids[count // 2 :], [1] * 5) for s in (session, fork))
-    fork.restore(snapshot)
-    same = np.array_equal(on, beside) and np.array_equal(on, feed(fork, ids[count // 2 :], [1] * 5))
-    return max(errors) if same and np.isfinite(errors).all() else float("inf")
-
-
-def every_kind(b: Bench, count: int = 300) -> None:
-    """A model in which every matrix is of another kind, against the reference; many sessions against one at a time."""
-    import numpy as np
-    from measuring import GREEDY, Shape, config_of, stepping, weights
-    from test_memory import difference, feed
-
-    from tcinfer.kernels.reference import Reference
-    from tcinfer.kernels.reference.quants import Kind
-    from tcinfer.model import Model
-    from tcinfer.tokenizer import from_metadata
-
-    count, kinds = (40, BUNDLED) if b.cupy is None else (count, EVERY)
-    shape = Shape(3, 256, 4, 2, 64, 512, 320, False)
-    config = config_of(shape, "sinks", count // 4)
-    bound = weights(config, shape.tied, [Kind[kind] for kind in kinds.split(",")])
-    tokenizer, ids = from_metadata({}, shape.vocab), np.random.default_rng(5).integers(0, shape.vocab, count)
-    reference, model = (Model(config, bound, tokenizer, ops) for ops in (Reference(), b.ops))
-    want = reference.session().feed(ids, all_logits=True)
-    single, at_once = (difference(feed(model.session(), ids, n), want) for n in ([1] * (count - 1), []))
-    close(b, "kinds of weights, one by one", {kinds: single}, 1e-3)
-    close(b, "kinds of weights, at once", {kinds: at_once}, HALVES)
-
-    sessions = [model.session() for _ in range(3 if b.cupy is None else 70)]
-    tokens, errors = ids[: len(sessions)], {}
-    for i, session in enumerate(sessions):
-        session.feed(ids[: 1 + i])
-    forks = [session.fork() for session in sessions]
-    together = model.step_many(sessions, tokens)
-    alone = np.stack([fork.feed(token) for fork, token in zip(forks, tokens, strict=True)])
-    errors["logits"] = difference(together, alone)
-    chosen = model.step_many(sessions, tokens, GREEDY)
-    errors["ids"] = float(sum(c != s.logits.argmax() for c, s in zip(chosen, sessions, strict=True)))
-    run, fork = stepping(forks[0]), forks[0].fork()
-    first = int(fork.feed(1).argmax())
-    errors["an id of one"] = float(run() != first)
-    close(b, "sessions together against one by one", errors, HALVES)
-
-
-def checkpoints(b: Bench) -> None:
-    """The golden checkpoints, with the thresholds of tests/test_golden.py."""
-    import numpy as np
-    from test_golden import FEEDS, memory_of, relative
-
-    from tcinfer import converters
-    from tcinfer.loader import load
-
-    found = sorted(b.options.golden.glob("*/golden.npz"))
-    if not found:
-        b.row("golden checkpoints", f"skipped: none in {b.options.golden}")
-        return
-    errors = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for path in found[:2] if b.cupy is None else found:
-            name, made = path.parent.name, Path(folder, "model.gguf")
-            made.unlink(missing_ok=True)
-            converters.convert(path.parent / "ckpt.pt", made, "f32", verify=False)
-            model, want = load(made, backend="cuda", cache_type="f32"), np.load(path)
-            for way, lengths in FEEDS.items():
-                session = model.session()
-                parts = np.split(want["tokens"], np.cumsum(lengths)[:-1])
-                got = np.concatenate([session.feed(part, all_logits=True) for part in parts])
-                states, worst = session._state.layers, relative(got, want["logits"])
-                for key in (key for key in want.files if "." in key):
-                    memory, layer = key.split(".")
-                    kept = memory_of(states[int(layer)], memory, want[key].shape)
-                    worst = max(worst, relative(kept, want[key]))
-                errors[f"{name} {way}"] = worst
-            del model, session
-    close(b, "golden checkpoints", errors, LIMIT)
+    small(b, (BUNDLED if b.cupy is None else EVERY).split(","))
 
 
 def decode(b: Bench) -> None:
     """A token at a time: bytes that must move over time, beside the bandwidth of a copy."""
     from measuring import Kind, filled, moved, stepping
 
-    rate = b.copy_rate()
-    b.row("copy within the device, read and written", f"{rate / GIGA:,.0f} GB/s")
-    shown = set()
-    for shape, kind, memory, window in cases(b):
-        if b.left() < (12 if shape == "8B" else 6):
-            b.row(f"{shape} {kind} {memory} {window}", "not reached")
+    rate, shown = b.copy_rate(), set()
+    b.row("copy within the device, read and written", f"{rate / 1e9:,.0f} GB/s")
+    for case in decode_cases(b):
+        shape, kind, memory, window = case
+        what = f"{shape} {kind} {memory} {window}"
+        if not b.reached(what, 12 if shape == "8B" else 6):
             continue
-        model = b.random(shape, Kind[kind], memory, window)
-        if kind not in shown:
+        with b.attempt(what):
+            model = b.random(shape, Kind[kind], memory, window)
+            kernel = getattr(model._engine._plan, "_together", None)
+            if kind not in shown and hasattr(kernel, "num_regs"):
+                b.row(
+                    f"{kind}: a token's launch",
+                    f"{kernel.num_regs} registers, {kernel.local_size_bytes} bytes of local memory",
+                )
             shown.add(kind)
-            resources(b, kind, model)
-        run = stepping(filled(model))
-        (seconds,) = b.medians([run], 0.8)
-        device = b.device_time(model, run)
-        part = moved(model) / seconds / rate
-        wanted = MUST[shape] if (kind, memory, window) == ("Q8_0", "sinks", 512) else ""
-        good = {"": None, MUST["135M"]: seconds <= 1 / 1500, MUST["1B"]: part >= 0.5, MUST["8B"]: part >= 0.65}[wanted]
-        speed = f"{1 / seconds:,.0f} tok/s, {1e3 * seconds:.3f} ms (device {1e3 * device:.3f})"
-        b.row(f"{shape} {kind} {memory} {window}", f"{part:.2f} of the copy, {speed}", wanted, good)
-        del model, run
+            run = stepping(filled(model))
+            (seconds,) = b.medians([run], 0.8)
+            device, part = b.device_time(model, run), moved(model) / seconds / rate
+            speed = f"{1 / seconds:,.0f} tok/s, {1e3 * seconds:.3f} ms (device {1e3 * device:.3f})"
+            wanted, good = decode_wanted(case, part, 1 / seconds)
+            b.row(what, f"{part:.2f} of the copy, {speed}", wanted, good)
+        model = run = kernel = None
 
 
-def cases(b: Bench) -> Iterable[tuple[str, str, str, int]]:
-    """What must be reached first; then the rest, least first."""
+def decode_cases(b: Bench) -> list[Case]:
+    """What must be reached first; then the rest."""
     if b.cupy is None:
         return [("1B", "Q8_0", "sinks", 512), ("1B", "Q8_0", "tensor", 512)]
-    first = [(shape, "Q8_0", "sinks", 512) for shape in ("1B", "8B", "135M")]
-    more = [(shape, kind, "sinks", 512) for shape in ("135M", "1B", "8B") for kind in ("Q4_0", "F16")]
-    wide = [("135M", "Q8_0", "sinks", 4096), ("1B", "Q8_0", "tensor", 512), ("1B", "Q8_0", "sinks", 4096)]
-    wide += [("8B", "Q8_0", "sinks", 1024), ("8B", "Q8_0", "sinks", 4096)]
-    rest = [(shape, kind, "sinks", 4096) for shape in ("135M", "1B", "8B") for kind in ("Q4_0", "F16")]
-    return first + wide if b.quick else first + more + wide + rest
+    sinks = [(shape, kind, "sinks", w) for w in (512, 4096) for kind in ("Q8_0", "Q4_0", "F16") for shape in SHAPES]
+    sinks[3:3] = [("1B", "Q8_0", "tensor", 512), ("8B", "Q8_0", "sinks", 1024)]
+    return sinks[:5] if b.quick else sinks
 
 
-def resources(b: Bench, kind: str, model: Any) -> None:
-    """What the compiler made of the single launch."""
-    kernel = getattr(model._engine._plan, "_together", None)
-    with contextlib.suppress(AttributeError):
-        b.row(f"{kind}: the launch of a token", f"{kernel.num_regs} registers, {kernel.local_size_bytes} bytes spilled")
+SHAPES = ("1B", "8B", "135M")
+
+
+def decode_wanted(case: Case, part: float, speed: float) -> tuple[str, bool | None]:
+    """What is wanted of a case, and whether it is so."""
+    if case == ("135M", "Q8_0", "sinks", 512):
+        return "1,500 tok/s", speed >= 1500
+    least = {"1B": 0.5, "8B": 0.65}.get(case[0])
+    return (f"{least} of the copy", part >= least) if least and case[1:3] == ("Q8_0", "sinks") else ("", None)
 
 
 def graph(b: Bench) -> None:
     """The token's steps as launches in a CUDA graph, beside the one launch: the slower way can go."""
     import numpy as np
-    from measuring import Kind, filled, same_again, stepping
+    from measuring import Kind, captured, filled, same_again, stepping, steps_alone
 
     for shape in ("1B",) if b.cupy is None else ("135M", "1B", "8B"):
-        if b.left() < 12:
-            b.row(shape, "not reached")
+        if not b.reached(shape, 10):
             continue
-        model = b.random(shape, Kind.Q8_0)
-        plan: Any = model._engine._plan
-        start = filled(model)
-        mine, other = same_again(start), same_again(start)
-        run, again = stepping(mine), stepping(other)
-        ids = [run() for _ in range(4)]
-        (seconds,) = b.medians([run], 0.5)
-        device = b.device_time(model, run)
-        b.row(f"{shape} Q8_0: one launch a token", f"{1e3 * seconds:.3f} ms (device {1e3 * device:.3f})")
-        whole, launch, found = plan.run_pass, steps_alone(b, model), {}
-        for blocks in (1,) if b.cupy is None else (1, 2, 4):
-            plan.run_pass = captured(b, lambda blocks=blocks: launch(blocks))
-            if not found:
-                same = [again() for _ in range(4)] == ids
-                near = np.abs(other.logits - logits_after(model, start, ids, whole)).max() / np.abs(other.logits).max()
-                plan.run_pass = captured(b, lambda blocks=blocks: launch(blocks))
-                b.row(
-                    f"{shape} Q8_0: graph against launch",
-                    f"{near:.1e}, ids {'the same' if same else 'differ'}",
-                    "1e-04",
-                )
-            (seconds,) = b.medians([again], 0.5)
-            found[seconds] = f"{1e3 * seconds:.3f} ms (device {1e3 * b.device_time(model, again):.3f}), {blocks} blocks"
-        plan.run_pass = whole
-        b.row(f"{shape} Q8_0: a graph of launches", found[min(found)])
-        del model, plan, start, mine, other, run, again, whole, launch
-
-
-def logits_after(model: Any, start: Any, ids: list[int], run_pass: Callable) -> Any:
-    """What the one launch gives where `stepping` from `start` has given `ids`."""
-    from measuring import same_again
-
-    session, model._engine._plan.run_pass = same_again(start), run_pass
-    for token in [1, *ids[:-1]]:
-        logits = session.feed(token)
-    return logits
-
-
-def steps_alone(b: Bench, model: Any) -> Callable[[int], None]:
-    """Launches every step of a single token by itself, with so many blocks for each multiprocessor."""
-    import numpy as np
-
-    from tcinfer.kernels.cuda import plan as plans
-    from tcinfer.kernels.cuda.program import ALONE_THREADS, source
-
-    plan, address = model._engine._plan, model._engine._pass.address
-    kinds = {step.operator.kind for step in plan.steps if step.operator.kind}
-    program = b.device.program(source(True, kinds).replace("EACH_TOGETHER(X)", "EACH_ALONE(X)", 1))
-    launches = []
-    for step in (step for step in plan.steps if step.when & plans.ONE):
-        arguments = list(step.arguments or [0])
-        if step.operator.name == "linear_one":
-            arguments[-1] = 1  # FRESH: shared memory holds nothing of the launch before
-        kernel, shared = program.kernel(f"step_{step.operator.full}"), plans._shared([step], ALONE_THREADS)
-        launches.append((kernel, plan.upload(np.array(arguments, np.int64)), shared))
-
-    def launch(blocks: int) -> None:
-        for kernel, arguments, shared in launches:
-            b.device.launch(kernel, arguments, address, blocks * b.device.multiprocessors, ALONE_THREADS, shared)
-
-    return launch
-
-
-def captured(b: Bench, launch: Callable[[], None]) -> Callable[[int, int], None]:
-    """In place of Plan.run_pass: the same launches as a CUDA graph."""
-    if b.cupy is None:
-        return lambda kind, address: launch()
-    launch()  # modules are loaded, and leave for shared memory is given
-    b.device.wait()
-    stream = b.cupy.cuda.Stream(non_blocking=True)
-    with stream:
-        stream.begin_capture()
-        launch()
-        made = stream.end_capture()
-    return lambda kind, address: made.launch()
+        with b.attempt(shape):
+            model = b.random(shape, Kind.Q8_0)
+            plan: Any = model._engine._plan
+            own = filled(model)
+            other = same_again(own)
+            run, again = stepping(own), stepping(other)
+            ids, logits = [run() for _ in range(4)], own.logits
+            (seconds,), device = b.medians([run], 0.5), b.device_time(model, run)
+            b.row(f"{shape} Q8_0: one launch a token", f"{1e3 * seconds:.3f} ms (device {1e3 * device:.3f})")
+            launch, found = steps_alone(b, model), {}
+            for blocks in (1,) if b.cupy is None else (1, 2, 4):
+                plan.run_pass = captured(b, partial(launch, blocks))
+                if not found:
+                    same = "the same" if [again() for _ in range(4)] == ids else "other"
+                    error = np.abs(other.logits - logits).max() / np.abs(logits).max()
+                    b.row(f"{shape} Q8_0: its logits by a graph", f"{error:.1e} off, {same} ids", "1e-04", error < 1e-4)
+                (seconds,), device = b.medians([again], 0.5), b.device_time(model, again)
+                found[seconds] = f"{1e3 * seconds:.3f} ms (device {1e3 * device:.3f}), {blocks} blocks"
+            b.row(f"{shape} Q8_0: a graph of launches", found[min(found)])
+        model = plan = own = other = run = again = launch = None
 
 
 def sessions(b: Bench) -> None:
     """Tokens a second of many sessions stepped together, and how many there is room for."""
-    import numpy as np
-    from measuring import GREEDY, Kind, filled, same_again
+    from measuring import Kind, filled, same_again
 
+    makers = {"135M Q8_0, window 512": lambda: b.random("135M", Kind.Q8_0), "bundled model": lambda: bundled(b)}
+    for name, make in makers.items():
+        with b.attempt(name):
+            b.tidy()
+            model = make()
+            c, free, some = model.config, b.device.free_bytes, [filled(model, 700)]
+            size, cache = some[0].nbytes, 4 * c.n_layers * 32768 * c.n_kv_heads * c.head_dim
+            full = f"full caches at 32k ({cache / 1e6:,.0f} MB): {free // cache:,}"
+            b.row(f"{name}: sessions beside the weights", f"{free // size:,} of {size / 1e6:.1f} MB; {full}")
+            for count in (1, 3) if b.cupy is None else (1, 64, 1024, 4096):
+                what = f"{name}: {count:,} sessions"
+                if count * size > 0.9 * free:
+                    b.row(what, "no room")
+                elif b.reached(what, 5):
+                    some += [same_again(some[0]) for _ in range(count - len(some))]
+                    seconds = together(b, model, some)
+                    b.row(what, f"{count / seconds:,.0f} tok/s, {1e3 * seconds:.2f} ms a step")
+        model = some = None
+
+
+def together(b: Bench, model: Any, some: list[Any]) -> float:
+    """Seconds of a step of all these sessions, greedy, median."""
+    import numpy as np
+    from measuring import GREEDY
+
+    ids, taken, until = np.arange(len(some)) % model.config.vocab_size, [], time.monotonic() + 1.5
+    while len(taken) < 3 or (time.monotonic() < until and b.cupy is not None):
+        started = time.perf_counter()
+        ids = model.step_many(some, ids, GREEDY)
+        taken.append(time.perf_counter() - started)
+    return float(np.median(taken[1:]))
+
+
+def bundled(b: Bench) -> Any:
+    """The model that comes with tcinfer; on the stand-in the smaller one."""
     from tcinfer.loader import load
 
-    shakespeare = ROOT / "models" / "shakespeare.gguf"  # on the stand-in: smaller
-    makers = {
-        "135M Q8_0 window 512": lambda: b.random("135M", Kind.Q8_0),
-        "bundled model": lambda: load(shakespeare if b.cupy is None else None, backend="cuda"),
-    }
-    for name, make in makers.items():
-        b.tidy()
-        model = make()
-        c, free, some = model.config, b.device.free_bytes, [filled(model, 700)]
-        size, cache = some[0].nbytes, 4 * c.n_layers * 32768 * c.n_kv_heads * c.head_dim
-        room = (
-            f"{free // size:,} of {size / 1e6:.1f} MB; of full caches at 32k ({cache / 1e6:,.0f} MB) {free // cache:,}"
-        )
-        b.row(f"{name}: sessions beside the weights", room)
-        for count in (1, 3) if b.cupy is None else (1, 64, 1024, 4096):
-            what = f"{name}: {count:,} sessions"
-            if count * size > 0.9 * free or b.left() < 4:
-                b.row(what, "no room" if b.left() >= 4 else "not reached")
-                continue
-            some += [same_again(some[0]) for _ in range(count - len(some))]
-            ids, taken = np.arange(count) % c.vocab_size, []
-            started = time.perf_counter()
-            while len(taken) < 3 or (time.perf_counter() - started < 1.5 and b.cupy is not None):
-                begun = time.perf_counter()
-                ids = model.step_many(some, ids, GREEDY)
-                taken.append(time.perf_counter() - begun)
-            seconds = float(np.median(taken))
-            b.row(what, f"{count / seconds:,.0f} tok/s, {1e3 * seconds:.2f} ms a step")
-        del model, some
+    return load(ROOT / "models" / "shakespeare.gguf" if b.cupy is None else None, backend="cuda")
 
 
 def prompt(b: Bench) -> None:
@@ -338,59 +183,59 @@ def prompt(b: Bench) -> None:
     import numpy as np
     from measuring import SINKS, Kind, Matrix
 
-    rate, tokens, window = b.matrix_rate(), 300 if b.cupy is None else 4096 if b.quick else 16384, 512
-    b.row("bf16 product of 8192 x 8192", "none: needs PyTorch" if rate is None else f"{rate / 1e12:,.0f} TFLOP/s")
+    rate, tokens = b.matrix_rate(), 300 if b.cupy is None else 4096 if b.quick else 16384
+    b.row("bf16 product of 8192 x 8192", f"{rate / 1e12:,.0f} TFLOP/s" if rate else "none: needs PyTorch")
     for kind in (Kind.Q8_0,) if b.cupy is None else (Kind.Q8_0, Kind.BF16):
-        model = b.random("1B", kind, window=window)
-        c, session = model.config, model.session()
-        ids = np.random.default_rng(0).integers(0, c.vocab_size, tokens)
-        held = sum(
-            w.shape[0] * w.shape[1] for n, w in model.weights.items() if n.startswith("blk.") and isinstance(w, Matrix)
-        )
-        taken = []
-        for _ in range(2 if b.cupy is None else 5):  # the first warms up
-            session.reset()
-            started = time.perf_counter()
-            session.feed(ids)
-            taken.append(time.perf_counter() - started)
-        seconds = float(np.median(taken[1:]))
-        work = tokens * (2 * held + 4 * c.n_layers * c.n_heads * c.head_dim * (window + SINKS))
-        part = None if rate is None else work / seconds / rate
-        figure = f"{work / seconds / 1e12:,.0f} TFLOP/s, {tokens / seconds:,.0f} tok/s"
-        share = "" if part is None else f"{part:.2f} of the product, "
-        b.row(f"1B {kind.name}: {tokens:,} tokens", share + figure, "0.35", None if part is None else part >= 0.35)
-        del model, session
+        what = f"1B {kind.name}, window 512: {tokens:,} tokens"
+        if not b.reached(what, 6):
+            continue
+        with b.attempt(what):
+            model = b.random("1B", kind)
+            c, session, taken = model.config, model.session(), []
+            layers = [w for name, w in model.weights.items() if name.startswith("blk.") and isinstance(w, Matrix)]
+            ids = np.random.default_rng(0).integers(0, c.vocab_size, tokens)
+            for _ in range(2 if b.cupy is None else 5):  # the first warms up
+                session.reset()
+                started = time.perf_counter()
+                session.feed(ids)
+                taken.append(time.perf_counter() - started)
+            seconds = float(np.median(taken[1:]))
+            attention = 4 * c.n_layers * c.n_heads * c.head_dim * (c.window + SINKS)
+            speed = tokens * (2 * sum(w.shape[0] * w.shape[1] for w in layers) + attention) / seconds
+            share = f"{speed / rate:.2f} of the product, " if rate else ""
+            figure = f"{share}{speed / 1e12:,.0f} TFLOP/s, {tokens / seconds:,.0f} tok/s"
+            b.row(what, figure, "0.35 of the product", speed / rate >= 0.35 if rate else None)
+        model = session = layers = None
 
 
 def torch(b: Bench) -> None:
     """The same shapes in PyTorch, contexts from 1k on, beside a constant memory."""
-    from measuring import SHAPES, Kind, TorchLlama, filled, stepping
+    from measuring import Kind, filled, stepping
 
-    if b.cupy is None:
-        b.row("PyTorch", "none: needs a GPU")
+    try:
+        from torch_llama import TorchLlama
+    except ImportError as e:
+        b.row("PyTorch", f"none: {e}")
         return
-    contexts = (1024, 32768, 131072)
-    for shape in ("1B", "135M"):
-        model, theirs = b.random(shape, Kind.BF16), TorchLlama(SHAPES[shape], contexts[-1], b.options.compiled)
-        run = stepping(filled(model))
-        for context in contexts:
-            what = f"{shape} BF16: window 512 against PyTorch at {context:,}"
-            if b.left() < 5:
-                b.row(what, "not reached")
-                continue
-            runs = []
-            for grouped in (True, False):
-                try:
-                    runs.append(theirs.stepping(context, grouped))
-                except Exception as e:
-                    b.row(what, f"PyTorch, {'grouped' if grouped else 'enable_gqa'}: {brief(e)}")
-            own, *others = b.medians([run, *runs], 0.8 * (1 + len(runs)))
-            speeds = f"{1e3 * own:.3f} ms against {1e3 * min(others):.3f}"
-            wanted = "1.2" if context == 1024 else "ahead"
-            ratio = min(others) / own
-            b.row(what, f"{ratio:.2f}x, {speeds}", wanted, ratio >= (1.2 if context == 1024 else 1))
-            del runs
-        del model, theirs, run
+    contexts, where = ((16, 32), "cpu") if b.cupy is None else ((1024, 32768, 131072), "cuda")
+    for shape in ("1B",) if b.cupy is None else ("1B", "135M"):
+        with b.attempt(shape):
+            kind = Kind.Q8_0 if b.cupy is None else Kind.BF16
+            model = b.random(shape, kind)
+            run, theirs = stepping(filled(model)), TorchLlama(b.shape(shape), contexts[-1], b.options.compiled, where)
+            for i, context in enumerate(contexts):
+                what = f"{shape} {kind.name}, window 512, against PyTorch's BF16 at {context:,}"
+                if not b.reached(what, 5):
+                    continue
+                others = []
+                for grouped in (True, False):
+                    with b.attempt(f"{what}, {'heads grouped' if grouped else 'enable_gqa'}"):
+                        others.append(theirs.stepping(context, grouped))
+                own, *found = b.medians([run, *others], 0.8 * (1 + len(others)))
+                ratio, wanted = min(found) / own, 1.0 if i else 1.2
+                speeds = f"{1e3 * own:.3f} ms against {1e3 * min(found):.3f}"
+                b.row(what, f"{ratio:.2f}x, {speeds}", f"{wanted:g}x", ratio >= wanted)
+        model = run = theirs = others = None
 
 
 def long(b: Bench) -> None:
@@ -398,10 +243,8 @@ def long(b: Bench) -> None:
     import numpy as np
     from measuring import stepping
 
-    from tcinfer.loader import load
-
-    total, timed = (300, 20) if b.cupy is None else (20_000 if b.quick else 1_000_000, 1000)
-    model = load(ROOT / "models" / "shakespeare.gguf" if b.cupy is None else None, backend="cuda")
+    total, timed = (200, 20) if b.cupy is None else (20_000 if b.quick else 1_000_000, 1000)
+    model = bundled(b)
     session = model.session()
     ids, run = np.random.default_rng(0).integers(0, model.config.vocab_size, 1 << 15), stepping(session)
 
@@ -415,27 +258,22 @@ def long(b: Bench) -> None:
 
     session.feed(ids[: 4 * timed])
     first = latency()
-    used, start = {b.used()}, time.perf_counter()  # at 5,000 tokens
-    while session.position < total - timed and time.perf_counter() - start < min(120, b.left() / 2):
+    used, until = {b.used()}, time.monotonic() + min(120, 0.6 * b.left())  # at 5,000 tokens
+    while session.position < total - timed and time.monotonic() < until:
         run()
         if session.position % 1000 == 0:
             used.add(b.used())
     stepped = session.position
-    while (rest := total - timed - session.position) > 0:
-        if b.left() < 8:
-            b.row("tokens", f"stopped at {session.position:,}", f"{total:,}", False)
-            break
-        session.feed(ids[: min(rest, len(ids))])
+    while (rest := total - timed - session.position) > 0 and b.reached(f"all of {total:,} tokens", 5):
+        session.feed(ids[:rest])
         used.add(b.used())
     last = latency()
     used.add(b.used())
-    b.row("tokens of the bundled model", f"{session.position:,}, up to {stepped:,} one by one", f"{total:,}")
-    held = f"{min(used)[0]:,} bytes, {'constant' if len(used) == 1 else f'{len(used)} different readings: {used}'}"
-    b.row("device memory from 5,000 tokens on", held[:160], "constant", len(used) == 1)
-    both = f"{1e3 * last:.3f} ms at the end, {1e3 * first:.3f} at the start"
-    b.row("latency", f"{last / first:.2f}x: {both}", "1.00x", last / first < 1.05)
-    if len(used) > 1:
-        raise AssertionError("device memory changed")
+    b.row("tokens of the bundled model", f"{session.position:,}, one by one up to {stepped:,}", f"{total:,}", rest <= 0)
+    b.row("latency", f"{last / first:.2f}x: {1e6 * first:.0f} µs, then {1e6 * last:.0f}", "1.00x", last < 1.05 * first)
+    held = f"{max(used)[0]:,} bytes" + (f", but {len(used)} readings: {used}"[:120] if len(used) > 1 else "")
+    b.row("device memory from 5,000 tokens on", held, "constant", len(used) == 1)
+    b.failed |= rest > 0 or len(used) > 1
 
 
 def sanitize(b: Bench) -> None:
@@ -444,69 +282,55 @@ def sanitize(b: Bench) -> None:
     if b.cupy is None or not Path(command).exists():
         b.row("compute-sanitizer", "none: needs a GPU" if b.cupy is None else "not found")
         return
-    bad = []
-    for i, tool in enumerate(("memcheck", "racecheck")):
-        limit = max(5, min(150, b.left() / (2 - i) - 2))
-        small = [sys.executable, __file__, "--alone", "small", "--seconds", str(limit), "--rows", os.devnull]
-        out, _ = ended([command, "--tool", tool, "--print-limit", "10", *small], limit, keep=True)
-        lines = [line for line in out.splitlines() if line.strip()]
-        summary = [line.strip("= ") for line in lines if "SUMMARY" in line]
-        clean = bool(summary) and "0 errors" in summary[-1] and "small cases: all right" in out
+    for last, tool in enumerate(("memcheck", "racecheck")):
+        limit = max(5.0, min(150.0, b.left() if last else b.left() / 2))
+        small = [*ME, "--alone", "small", "--seconds", str(limit), "--rows", os.devnull]
+        text, error = ended([command, "--tool", tool, "--print-limit", "10", *small], limit, keep=True)
+        lines = [line.strip("= ") for line in text.splitlines() if line.strip("= ")]
+        summary = [line for line in lines if "SUMMARY" in line]
+        clean = not error and bool(summary) and re.search(r"\b0 errors", summary[-1]) is not None
         b.row(
-            tool,
-            summary[-1] if summary else f"no summary after {limit:.0f} s: {' '.join(lines[-1:])[:150]}",
-            "0",
-            clean,
+            tool, "; ".join([*(summary[-1:] or [" ".join(lines[-1:])[:150]]), *([error] if error else [])]), "0", clean
         )
         if not clean:
-            bad.append(tool)
+            b.failed = True
             print("\n".join(lines[-12:]), flush=True)
-    if bad:
-        raise AssertionError(f"not clean: {', '.join(bad)}")
 
 
-def small(b: Bench) -> None:
-    """What the sanitizer looks at: a few short cases, every allocation the driver's own."""
-    if b.cupy is not None:
-        b.cupy.cuda.set_allocator(None)
-    for name in ("sinks-in-cache", "infini-delta-gqa-key-conv", "tensor-everything"):
-        b.row(name, f"{contract(name, 20):.1e}")
-    every_kind(b, 40)
-    print("small cases: all right", flush=True)
+class Section(NamedTuple):
+    run: Callable[[Bench], None]
+    share: float = 0  # of the time
+    kinds: tuple[str, ...] = ()  # what is compiled for it
 
 
-SECTIONS: dict[str, tuple[Callable[[Bench], None], float, tuple[str, ...]]] = {  # its share of time; kinds compiled
-    "golden": (golden, 60, ("F32", EVERY)),
-    "decode": (decode, 115, ("Q8_0", "Q4_0", "F16")),
-    "graph": (graph, 30, ("Q8_0",)),
-    "sessions": (sessions, 50, ("Q8_0", BUNDLED)),
-    "prompt": (prompt, 35, ("Q8_0", "BF16")),
-    "torch": (torch, 45, ("BF16",)),
-    "long": (long, 100, (BUNDLED,)),
-    "sanitize": (sanitize, 75, ("F32", EVERY)),
+SECTIONS = {
+    "golden": Section(golden, 60, ("F32", EVERY)),
+    "decode": Section(decode, 115, ("Q8_0", "Q4_0", "F16")),
+    "graph": Section(graph, 30, ("Q8_0",)),
+    "sessions": Section(sessions, 50, ("Q8_0", BUNDLED)),
+    "prompt": Section(prompt, 35, ("Q8_0", "BF16")),
+    "torch": Section(torch, 45, ("BF16",)),
+    "long": Section(long, 100, (BUNDLED,)),
+    "sanitize": Section(sanitize, 75, ("F32", EVERY)),
 }
-
-
-def brief(e: BaseException) -> str:
-    """An error in one line, and where it arose."""
-    at = traceback.extract_tb(e.__traceback__)[-1:]
-    where = "".join(f" ({Path(frame.filename).name}:{frame.lineno})" for frame in at)
-    return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}{where}"
+HIDDEN = {"small": Section(small)}
+ME = [sys.executable, __file__]
 
 
 def ended(command: list[str], limit: float, keep: bool = False) -> tuple[str, str]:
-    """Run a command and what it starts for at most so many seconds: its output, if kept, and how it failed, if it did."""
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"} if keep else {}
+    """Run a command, and what it starts, for at most so many seconds: what it said, if kept, and how it failed."""
+    output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if keep else {}
     env = os.environ | {"PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    process = subprocess.Popen(command, env=env, process_group=0, **output)
+    process, error = subprocess.Popen(command, env=env, process_group=0, **output), ""
     try:
-        text, _ = process.communicate(timeout=limit)
-        return text or "", f"exit status {process.returncode}" if process.returncode else ""
+        said, _ = process.communicate(timeout=limit)
+        error = f"exit status {process.returncode}" if process.returncode else ""
     except subprocess.TimeoutExpired:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        text, _ = process.communicate()
-        return text or "", f"ended after {limit:.0f} s"
+        said, _ = process.communicate()
+        error = f"ended after {limit:.0f} s"
+    return (said or b"").decode(errors="replace"), error
 
 
 def device_of(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -526,74 +350,73 @@ def device_of(options: argparse.Namespace) -> tuple[Any, Any]:
 
 def alone(options: argparse.Namespace) -> int:
     """One section, in this process."""
-    try:
-        device, cupy = device_of(options)
-        from measuring import Bench
+    device, cupy = device_of(options)
+    from measuring import Bench
 
-        b = Bench(options, device, cupy)
-        name = device.name
-        if cupy is not None:
-            name += f", CUDA {cupy.cuda.runtime.driverGetVersion()}, CuPy {cupy.__version__}"
-        b.tell(device=name)
-        (small if options.alone == "small" else SECTIONS[options.alone][0])(b)
-    except Exception as e:
-        with open(options.rows, "a") as file:
-            fact = {"section": options.alone, "what": "FAILED", "figure": brief(e), "wanted": ""}
-            file.write(json.dumps(fact | {"traceback": traceback.format_exc()}) + "\n")
-        print(f"{options.alone}: FAILED: {brief(e)}", flush=True)
-        return 1
-    return 0
+    b, name = Bench(options, device, cupy), device.name
+    if cupy is not None:
+        name += f", driver for CUDA {cupy.cuda.runtime.driverGetVersion()}, CuPy {cupy.__version__}"
+    b.tell(device=name)
+    with b.attempt("section"):
+        (SECTIONS | HIDDEN)[options.alone].run(b)
+    return int(b.failed)
 
 
-def compile_(options: argparse.Namespace) -> None:
+def compiled(options: argparse.Namespace) -> int:
     """Put the programs of some kinds of weights into the compiler's cache."""
     device, _ = device_of(options)
     from tcinfer.kernels.cuda.program import operators, source
 
     kinds = set(options.compile.split(","))
     for together in (True, False):
-        program = device.program(source(together, kinds), together=together)
         name = "together" if together else f"step_{operators(False, kinds)[0].full}"
-        print(options.compile, name, program.kernel(name).num_regs, "registers", flush=True)
+        kernel = device.program(source(together, kinds), together=together).kernel(name)
+        print(f"compiled {name} for {options.compile}: {kernel.num_regs} registers", flush=True)
+    return 0
 
 
-def everything(options: argparse.Namespace, argv: list[str]) -> int:
+def everything(options: argparse.Namespace) -> int:
     """Every section that was asked for, each in a process of its own, and the table."""
-    started, me, failed = time.monotonic(), [sys.executable, __file__], False
-    kinds = sorted({kind for name in options.sections for kind in SECTIONS[name][2]}, key=len, reverse=True)
-    warming = [] if options.stand_in else [subprocess.Popen([*me, "--compile", kind]) for kind in kinds]
+    started, failed = time.monotonic(), False
+    kinds = sorted({kind for name in options.sections for kind in SECTIONS[name].kinds}, key=len, reverse=True)
+    compiling = [] if options.stand_in else [subprocess.Popen([*ME, "--compile", kind]) for kind in kinds]
+    flags = [f"--{name}" for name in ("quick", "stand-in", "compiled") if getattr(options, name.replace("-", "_"))]
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder, "rows")
         rows.touch()
         for i, name in enumerate(options.sections):
-            if i or name != "golden":
-                waited(warming, 60)  # they would disturb what is measured
+            if name != "golden":
+                awaited(compiling, 60)  # they would disturb what is measured
             begun = time.monotonic()
-            share = SECTIONS[name][1] / sum(SECTIONS[other][1] for other in options.sections[i:])
-            seconds = max(5.0, (options.seconds - (begun - started)) * share)
-            print(f"--- {name}: {seconds:.0f} s at most", flush=True)
-            said = rows.read_text()
-            how = [*me, *argv, "--alone", name, "--seconds", str(seconds), "--rows", str(rows)]
-            _, error = ended(how, seconds + GRACE)
-            if error and "FAILED" not in rows.read_text()[len(said) :]:
-                with rows.open("a") as file:
-                    fact = {"section": name, "what": "FAILED", "figure": error, "wanted": ""}
-                    file.write(json.dumps(fact) + "\n")
+            share = SECTIONS[name].share / sum(SECTIONS[other].share for other in options.sections[i:])
+            limit = max(5.0, (options.seconds - (begun - started)) * share)
+            told = len(rows.read_text())
+            print(f"--- {name}: {limit:.0f} s at most", flush=True)
+            own = ["--alone", name, "--seconds", str(limit), "--rows", str(rows), "--golden", str(options.golden)]
+            _, error = ended([*ME, *flags, *own], limit + GRACE)
             failed |= bool(error)
+            if error and "FAILED" not in rows.read_text()[told:]:
+                failure(rows, name, error)
             print(f"--- {name}: {time.monotonic() - begun:.0f} s", flush=True)
         facts = [json.loads(line) for line in rows.read_text().splitlines()]
-    waited(warming, 0)
-    device = next((fact["device"] for fact in facts if "device" in fact), "no device")
-    table, date = [fact for fact in facts if "section" in fact], time.strftime("%Y-%m-%d")
+    awaited(compiling, 0)
+    device, date = next((fact["device"] for fact in facts if "device" in fact), "no device"), time.strftime("%Y-%m-%d")
     if options.json:
-        options.json.write_text(json.dumps({"device": device, "date": date, "rows": table}, indent=1))
+        options.json.write_text(json.dumps({"device": device, "date": date, "facts": facts}, indent=1))
     print(f"\n{device}; {date}; {time.monotonic() - started:.0f} s\n\n| | what | figure | wanted |\n|---|---|---|---|")
-    for row in table:
+    for row in (fact for fact in facts if "section" in fact):
         print(f"| {row['section']} | {row['what']} | {row['figure']} | {row['wanted']} |")
     return int(failed)
 
 
-def waited(processes: list[subprocess.Popen], seconds: float) -> None:
+def failure(rows: Path, section: str, error: str, where: str = "") -> None:
+    """A row of a section that could not write it itself."""
+    with rows.open("a") as file:
+        row = {"section": section, "what": "section", "figure": f"FAILED: {error}", "wanted": "", "traceback": where}
+        file.write(json.dumps(row) + "\n")
+
+
+def awaited(processes: list[subprocess.Popen], seconds: float) -> None:
     """Until all have ended, or were ended."""
     until = time.monotonic() + seconds
     for process in processes:
@@ -605,25 +428,32 @@ def waited(processes: list[subprocess.Popen], seconds: float) -> None:
     processes.clear()
 
 
-def main(argv: list[str]) -> int:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", metavar="SECTION", choices=[*SECTIONS, []])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--stand-in", action="store_true")
-    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("sections", nargs="*", metavar="SECTION")
+    for flag in ("--quick", "--stand-in", "--compiled"):
+        parser.add_argument(flag, action="store_true")
     parser.add_argument("--golden", type=Path, default=ROOT.parent / "shared" / "golden", metavar="FOLDER")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--seconds", type=float, help="for all sections together")
-    for hidden in ("--alone", "--rows", "--compile"):
-        parser.add_argument(hidden, help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
+    parser.add_argument("--seconds", type=float)
+    for inner in ("--alone", "--rows", "--compile"):  # of the processes that this one starts
+        parser.add_argument(inner, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if unknown := set(options.sections) - set(SECTIONS):
+        parser.error(f"no section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
     options.sections = [name for name in SECTIONS if not options.sections or name in options.sections]
     options.seconds = options.seconds or (QUICK if options.quick else SECONDS)
-    if options.compile:
-        compile_(options)
-        return 0
-    return alone(options) if options.alone else everything(options, [a for a in argv if a not in SECTIONS])
+    if not options.compile and not options.alone:
+        return everything(options)
+    try:
+        return compiled(options) if options.compile else alone(options)
+    except Exception as e:  # before a section has begun
+        error = f"{type(e).__name__}: {' '.join(str(e).split())}"
+        print(f"{options.compile or options.alone}: {error}", flush=True)
+        if options.rows:
+            failure(Path(options.rows), options.alone, error, traceback.format_exc())
+        return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -6,9 +6,12 @@ import gc
 import json
 import math
 import time
+import traceback
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import importable  # noqa: F401
@@ -20,7 +23,8 @@ from plans import SCALES, normal, random_matrix, scales
 from tcinfer import kernels, memory
 from tcinfer.config import ModelConfig
 from tcinfer.kernels.cuda import Cuda, operators
-from tcinfer.kernels.cuda.plan import Plan
+from tcinfer.kernels.cuda.plan import DESK, ONE, ROOM, Plan
+from tcinfer.kernels.cuda.program import ALONE_THREADS, source
 from tcinfer.kernels.reference.quants import Kind, Matrix
 from tcinfer.memory import tensor
 from tcinfer.memory.state import State
@@ -31,6 +35,7 @@ from tcinfer.tokenizer import from_metadata
 
 GREEDY = Sampling(temperature=0)
 SINKS = 4
+RANDOM: set[int] = set()  # ids of the matrices that `matrix` has made and keeps
 BLOCK = 256  # rows of a random matrix that are random; then they come again
 SPIN = 200_000  # cycles that the device is kept busy with while work for it is prepared: about a tenth of a millisecond
 WAITS = 'extern "C" __global__ void spin(long long n) { long long t = clock64(); while (clock64() - t < n); }'
@@ -71,7 +76,9 @@ def matrix(kind: Kind, rows: int, columns: int) -> Matrix:
             scales(w, i)[:] *= 1 / (math.sqrt(columns) * w.values.std())
         data = w.data
     data = data.reshape(some, -1)
-    return Matrix(np.resize(data, (rows, data.shape[1])), kind, (rows, columns))
+    made = Matrix(np.resize(data, (rows, data.shape[1])), kind, (rows, columns))
+    RANDOM.add(id(made))
+    return made
 
 
 def weights(config: ModelConfig, tied: bool, kinds: Sequence[Kind]) -> dict[str, Any]:
@@ -97,18 +104,18 @@ def config_of(shape: Shape, memory_kind: str, window: int) -> ModelConfig:
 def packed_once() -> None:
     """A random matrix is repacked once, as fast as it was made, and sent once: for other layers it is copied there."""
     pack, upload = operators.packed, Plan.upload
-    done: dict[int, tuple[Matrix, Any]] = {}  # kept, and so their ids are nobody else's
-    parts: set[int] = set()
+    done: dict[int, Any] = {}
+    parts: set[int] = set()  # ids of arrays in `done`
 
     def packed(w: Matrix) -> Any:
-        if w is not matrix(w.kind, *w.shape):
+        if id(w) not in RANDOM:
             return pack(w)
         if id(w) not in done:
             some = pack(Matrix(w.data[:BLOCK], w.kind, (len(w.data[:BLOCK]), w.shape[1])))
             whole = (None if p is None else np.resize(p, (len(w.data), *p.shape[1:])) for p in some)
-            done[id(w)] = w, type(some)(*whole)
-            parts.update(id(part) for part in done[id(w)][1] if part is not None)
-        return done[id(w)][1]
+            done[id(w)] = type(some)(*whole)
+            parts.update(id(part) for part in done[id(w)] if part is not None)
+        return done[id(w)]
 
     def sent(plan: Any, array: Any) -> int:
         there = plan.__dict__.setdefault("sent", {})
@@ -170,13 +177,20 @@ def stepping(session: Session) -> Callable[[], int]:
 # Measuring
 
 
+def brief(e: BaseException) -> str:
+    """An error in one line, and where it arose."""
+    at = traceback.extract_tb(e.__traceback__)[-1:]
+    where = "".join(f" ({Path(frame.filename).name}:{frame.lineno})" for frame in at)
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}{where}"
+
+
 class Bench:
     """A device, what is measured on it, and how long that may take."""
 
     def __init__(self, options: Namespace, device: Any, cupy: Any = None) -> None:
         """cupy: None on the stand-in."""
         self.device, self.cupy, self.options = device, cupy, options
-        self.ops, self.until = Cuda(device), time.monotonic() + options.seconds
+        self.ops, self.until, self.failed = Cuda(device), time.monotonic() + options.seconds, False
         kernels._cuda = lambda: self.ops  # every model here is of this device
         packed_once()
         if cupy is not None:
@@ -193,22 +207,42 @@ class Bench:
 
     def row(self, what: str, figure: str, wanted: str = "", good: bool | None = None) -> None:
         """A row of the table, printed and kept at once: what comes later may end this process."""
-        missed = " (missed)" if good is False else ""
-        print(f"{self.options.alone}: {what}: {figure}{missed}", flush=True)
-        self.tell(section=self.options.alone, what=what, figure=figure + missed, wanted=wanted)
+        figure += " (missed)" if good is False else ""
+        print(f"{self.options.alone}: {what}: {figure}", flush=True)
+        self.tell(section=self.options.alone, what=what, figure=figure, wanted=wanted)
 
     def tell(self, **fact: Any) -> None:
         with open(self.options.rows, "a") as file:
             file.write(json.dumps(fact) + "\n")
 
+    def reached(self, what: str, seconds: float) -> bool:
+        """Whether so much time is left; a row says so if not."""
+        if self.left() < seconds:
+            self.row(what, "not reached")
+        return self.left() >= seconds
+
+    @contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """An error within is a row, and the section's failure in the end."""
+        try:
+            yield
+        except Exception as e:
+            self.row(what, f"FAILED: {brief(e)}")
+            self.tell(traceback=traceback.format_exc())
+            self.failed = True
+
     def random(self, shape: str, kind: Kind, memory_kind: str = "sinks", window: int = 512) -> Model:
-        """A model of one of SHAPES, in device memory that the one before has left."""
+        """A model of a shape, in device memory that the one before has left."""
         self.tidy()
-        of = SHAPES[shape] if self.cupy is not None else TINY
+        of = self.shape(shape)
         config = config_of(of, memory_kind, window)
         return Model(config, weights(config, of.tied, [kind]), from_metadata({}, of.vocab), self.ops)
 
+    def shape(self, name: str) -> Shape:
+        return SHAPES[name] if self.cupy is not None else TINY
+
     def tidy(self) -> None:
+        """Free what nothing refers to any more."""
         gc.collect()
         if self.cupy is not None:
             self.cupy.get_default_memory_pool().free_all_blocks()
@@ -293,3 +327,41 @@ class Bench:
             times.append(first.elapsed_time(last) / 1e3)
         return 2 * n**3 / float(np.median(times[3:]))
 
+
+# A token as a graph
+
+
+def steps_alone(b: Bench, model: Any) -> Callable[[int], None]:
+    """Launches every step of a single token by itself, with so many blocks for each multiprocessor."""
+    plan, address = model._engine._plan, model._engine._pass.address
+    kinds = {step.operator.kind for step in plan.steps if step.operator.kind}
+    program = b.device.program(source(True, kinds).replace("EACH_TOGETHER(X)", "EACH_ALONE(X)", 1))
+    steps = [step for step in plan.steps if step.when & ONE]
+    kernels = {name: program.kernel(f"step_{name}") for name in {step.operator.full for step in steps}}
+    launches = []
+    for step in steps:
+        arguments = list(step.arguments or [0])
+        if step.operator.name == "linear_one":
+            arguments[-1] = 1  # FRESH: shared memory holds nothing of the launch before
+        room = ROOM[step.operator.name](arguments, ALONE_THREADS // 32) if step.operator.name in ROOM else 0
+        launches.append((kernels[step.operator.full], plan.upload(np.array(arguments, np.int64)), DESK + room))
+
+    def launch(blocks: int) -> None:
+        for kernel, arguments, shared in launches:
+            b.device.launch(kernel, arguments, address, blocks * b.device.multiprocessors, ALONE_THREADS, shared)
+
+    return launch
+
+
+def captured(b: Bench, launch: Callable[[], None]) -> Callable[[int, int], None]:
+    """In place of Plan.run_pass: the same launches as a CUDA graph."""
+    if b.cupy is None:
+        return lambda kind, address: launch()
+    launch()  # modules are loaded, and leave for shared memory is given
+    b.device.wait()
+    stream = b.cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        launch()
+        made = stream.end_capture()
+    return lambda kind, address: made.launch()

@@ -190,7 +190,14 @@ def test_weights_that_overflow_are_told(backend: str) -> None:  # noqa: F811
         model.step_many([model.session()], [1], sampling=GREEDY)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+QUICK = (Kind.F32, Kind.Q8_0, Kind.Q4_K)  # of the others each has its own program to compile
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS],
+    ids=[kind.name for kind in KINDS],
+)
 @pytest.mark.parametrize("layer", [False, True], ids=["rms", "layer"])
 def test_weights_of_every_kind(kind: Kind, layer: bool, device: HostDevice) -> None:  # noqa: F811
     """Embedding, norm and head: a token's product keeps float32, those of many rows round both sides to halves."""
@@ -223,6 +230,29 @@ def test_a_ring_of_16_bits_is_the_references(name: str, backend: str) -> None:  
     config = other_shape(name, cache_type="f16")
     want, got = (build(config, b, weights_of(config)).session() for b in ("numpy", backend))
     assert difference(feed(got, IDS, [1, 2, 20]), feed(want, IDS, [1, 2, 20])) < 5e-3
+
+
+@pytest.mark.parametrize("head_dim", [5, 320])
+def test_heads_that_tensor_cores_do_not_take(head_dim: int, backend: str) -> None:  # noqa: F811
+    """An odd number of channels, or more than there is room for, goes through float32."""
+    config = other_shape("full-learned", head_dim=head_dim, cache_type="f16")
+    want, got = (build(config, b, weights_of(config)).session() for b in ("numpy", backend))
+    assert difference(feed(got, IDS[:40], [9, 1, 1]), feed(want, IDS[:40], [9, 1, 1])) < 5e-3
+
+
+def test_sessions_of_several_passes_leave_their_logits_on_the_device(
+    counted: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_engine, "CHUNK", 8)
+    model = build(SMALL, "cuda")
+    sessions, tokens = [model.session() for _ in range(20)], IDS[:20]
+    for _ in range(2):
+        fetched = counted.fetched
+        tokens = model.step_many(sessions, tokens, sampling=GREEDY)
+        assert counted.fetched - fetched == 8 * 20  # the ids
+    reference = build(SMALL, "numpy").session()
+    reference.feed(IDS[17])
+    assert difference(sessions[17].logits, reference.feed(int(np.argmax(reference.logits)))) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["sinks-in-cache-qwen2-key-conv", "infini-delta-gqa-key-conv", EVERYTHING])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -25,13 +28,24 @@ class OutOfMemoryError(Exception):
     pass
 
 
-def cupy(driver: int = 13000, count: int = 1, capability: tuple[int, int] = (9, 0), error: str = "") -> ModuleType:
+class Current(nullcontext):
+    id = 0
+
+
+def cupy(
+    driver: int = 13000, count: int = 1, capability: tuple[int, int] = (9, 0), error: str = "", nvrtc: str = ""
+) -> ModuleType:
     """As much of CuPy as a Device asks before its first launch; no memory is left."""
 
     def counted() -> int:
         if error:
             raise RuntimeError(error)
         return count
+
+    def compiler() -> tuple[int, int]:
+        if nvrtc:
+            raise RuntimeError(nvrtc)
+        return 13, 0
 
     def alloc(nbytes: int) -> Any:
         raise OutOfMemoryError
@@ -52,7 +66,9 @@ def cupy(driver: int = 13000, count: int = 1, capability: tuple[int, int] = (9, 
         memGetInfo=lambda: (1_000, 2_000),
     )
     memory = SimpleNamespace(OutOfMemoryError=OutOfMemoryError)
-    made.cuda = SimpleNamespace(runtime=runtime, Device=lambda: SimpleNamespace(id=0), alloc=alloc, memory=memory)
+    made.cuda = SimpleNamespace(
+        runtime=runtime, nvrtc=SimpleNamespace(getVersion=compiler), Device=Current, alloc=alloc, memory=memory
+    )
     made.get_default_memory_pool = lambda: SimpleNamespace(free_bytes=lambda: 24)
     return made
 
@@ -68,6 +84,7 @@ WITHOUT = {
         {"error": "cudaErrorNoDevice:\n no device"},
         r"can be used \(cudaErrorNoDevice: no device\)",
     ),
+    "no compiler": ({"nvrtc": "libnvrtc is not there"}, r"Imaginary cannot be used \(libnvrtc is not there\)"),
     "an old GPU": ({"capability": (7, 5)}, "NVIDIA Imaginary has compute capability 7.5; tcinfer needs 8.0"),
 }
 
@@ -123,6 +140,27 @@ def test_a_model_and_a_session_that_do_not_fit_are_told(device: HostDevice, monk
         build(SMALL, "cuda")
 
 
+def test_a_model_whose_rows_do_not_fit_a_block_is_refused_before_its_first_token(
+    device: HostDevice,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small = HostDevice()
+    small.programs, small.shared_bytes = device.programs, 120_000
+    monkeypatch.setattr(kernels, "_cuda", lambda: Cuda(small))
+    with pytest.raises(
+        TcinferError, match=r"has 120,000 bytes of shared memory .* needs 1\d\d,"
+    ):
+        build(replace(SMALL, d_ff=32768), "cuda")
+
+
+def test_a_fork_is_refused(backend: str) -> None:  # noqa: F811
+    model = build(SMALL, backend)
+    session = model.session()
+    model._engine._owner += 1  # type: ignore[union-attr]
+    with pytest.raises(TcinferError, match="does not outlive a fork"):
+        session.feed(1)
+
+
 @pytest.mark.skipif(HAS_CUPY, reason="CuPy is installed")
 def test_without_cupy_the_extras_are_named() -> None:
     done = tcinfer("generate", "--backend", "cuda", "-p", "x")
@@ -141,8 +179,6 @@ class cuda:
 @pytest.mark.skipif(HAS_CUPY, reason="CuPy is installed")
 def test_auto_falls_back_to_the_cpu_and_says_so(tmp_path: Path) -> None:
     """With a CuPy that finds no GPU; without any CuPy there is nothing to say."""
-    import os
-
     (tmp_path / "cupy.py").write_text(FAKE)
     arguments = ("generate", "-p", "Once", "-n", "5", "--temp", "0", "--quiet")
     plain = tcinfer(*arguments)

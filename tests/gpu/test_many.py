@@ -17,41 +17,26 @@ from plans import random_matrix
 from tcinfer.kernels.cpu import plan as words
 from tcinfer.kernels.cuda import packing
 from tcinfer.kernels.cuda.packing import packed
+from tcinfer.kernels.cuda.program import ALONE_THREADS as THREADS
+from tcinfer.kernels.cuda.program import constants
 from tcinfer.kernels.reference.quants import KINDS
 
 F = np.float32
-THREADS = 256
 SHARED = 1024 + 98304
 SEEDS = (0, 1, 2)
 
 
 CUDA = Path(packing.__file__).parent
 TEXTS = ("machine.h", "common.h", "kinds.h", "staging.h", "linear_many.cu", "attention_many.cu")
-WORDS = [
-    "ROWS",
-    "IDS",
-    "SEQUENCE_OF",
-    "SEQUENCES",
-    "TABLE",
-    "OUT_FIRST",
-    "OUT_ROWS",
-    "LOGITS",
-    "SEQUENCE",
-    "FIELDS",
-    "FIRST",
-    "ROW",
-    "COUNT",
-]
 
 
 @cache
 def source(operator: str) -> str:
     """The two files, and a kernel `test` that runs one operator."""
     machine, *texts = ((CUDA / name).read_text() for name in TEXTS)
-    enum = f"enum {{ {', '.join(f'{name} = {getattr(words, name)}' for name in WORDS)} }};"
     work = "Work{(int)blockIdx.x, (int)gridDim.x, false}"
     kernel = f"KERNEL({THREADS}, 1) test(const int64 *a, const int64 *p) {{ {operator}(a, p, {work}); }}"
-    return "\n".join([machine, enum, *texts, kernel])
+    return "\n".join([machine, constants(), *texts, kernel])
 
 
 class Memory:

@@ -12,11 +12,12 @@ from host_device import HEADER, HostDevice, host_device
 from numpy.typing import NDArray
 
 from tcinfer.errors import TcinferError
+from tcinfer.kernels.cpu.plan import LOGITS, OUT_ROWS
+from tcinfer.kernels.cuda.program import CHOICES, HOW, PASS, constants
 from tcinfer.sampler import Draws, sample
 from tcinfer.sampling import SAMPLERS, Sampling, on_device
 
 SHARED = 1024 + 24720  # the desk, and what lies behind it
-WORDS = "SEQUENCE_OF, TABLE, OUT_ROWS, LOGITS, CHOICES, HOW"
 MAIN = "KERNEL(1024, 1) choose_all(Words a, Words p) { choose(a, p, {(int)blockIdx.x, (int)gridDim.x, false}); }\n"
 FULL = np.finfo(np.float32).max
 
@@ -35,7 +36,7 @@ class Given:
 @cache
 def source() -> str:
     texts = [(HEADER.parent / name).read_text() for name in ("machine.h", "common.h", "sampling.cu")]
-    return "\n".join([f"enum {{ {WORDS} }};\nenum {{ FIELDS, FIRST, ROW, COUNT, SEQUENCE }};", *texts, MAIN])
+    return "\n".join([constants(), *texts, MAIN])
 
 
 def chosen(
@@ -51,12 +52,14 @@ def chosen(
     rows, V = logits.shape
     settings = np.array([[h.temperature, h.top_k, h.top_p, h.min_p, d] for h, d in zip(hows, draws, strict=True)])
     at = device.zeros(logits.nbytes + 4 * skew)
-    how, out, a, p = (device.zeros(n) for n in (settings.nbytes, 8 * rows, 8, 8 * 6))
+    how, out, a, p = (device.zeros(n) for n in (settings.nbytes, 8 * rows, 8, 8 * PASS))
     device.put(at.address + 4 * skew, logits)
     device.put(how.address, settings)
     device.put(out.address, np.full(rows, -2, np.int64))
     device.put(a.address, np.array([V]))
-    device.put(p.address, np.array([0, 0, rows, at.address + 4 * skew, out.address, how.address]))
+    words = np.zeros(PASS, np.int64)
+    words[[OUT_ROWS, LOGITS, CHOICES, HOW]] = rows, at.address + 4 * skew, out.address, how.address
+    device.put(p.address, words)
     device.launch(device.program(source()).kernel("choose_all"), a.address, p.address, blocks, threads, SHARED)
     device.check()
     return device.get(out.address, np.zeros(rows, np.int64))
@@ -153,8 +156,9 @@ def test_what_holds_exactly_the_mass_suffices_and_what_the_draw_reaches_exactly_
 
 def test_without_a_place_for_choices_nothing_happens() -> None:
     device = host_device()
-    words = device.zeros(64)
-    device.put(words.address, np.array([0, 0, 3, 0, 0, 0]))
+    words, told = device.zeros(8 * PASS), np.zeros(PASS, np.int64)
+    told[OUT_ROWS] = 3
+    device.put(words.address, told)
     device.launch(device.program(source()).kernel("choose_all"), words.address, words.address, 1, 128, SHARED)
 
 

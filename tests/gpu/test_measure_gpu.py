@@ -1,0 +1,59 @@
+"""The script that checks and measures a GPU, run once with the stand-in in its place: each section does its work."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from host_device import host_device
+from measure_gpu import ended
+
+SCRIPT = Path(__file__).with_name("measure_gpu.py")
+SECTIONS = ("golden", "decode", "graph", "sessions", "prompt", "torch", "long", "sanitize")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=240)
+
+
+def test_every_section_on_the_stand_in(tmp_path: Path) -> None:
+    host_device()  # or skip
+    done = run("--stand-in", "--json", str(tmp_path / "out.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FAILED" not in done.stdout
+    _, table = done.stdout.split("| | what | figure | wanted |")
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert all(len(row) == 4 and row[2] for row in cells)
+    assert list(dict.fromkeys(row[0] for row in cells)) == list(SECTIONS)
+    facts = json.loads((tmp_path / "out.json").read_text())["facts"]
+    rows = [[fact[name] for name in ("section", "what", "figure", "wanted")] for fact in facts if "section" in fact]
+    assert rows == cells
+
+
+def test_where_there_is_no_gpu_every_section_says_so() -> None:
+    done = run("decode", "long")
+    if "ModuleNotFoundError: No module named 'cupy'" not in done.stdout and "Unavailable" not in done.stdout:
+        pytest.skip("there is a GPU")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    rows = done.stdout.splitlines()[-2:]
+    assert [row.split("|")[1].strip() for row in rows] == ["decode", "long"]
+    assert all("FAILED: " in row for row in rows)
+
+
+def test_what_hangs_is_ended_with_all_that_it_started() -> None:
+    inner = "import time; print(1, flush=True); time.sleep(60)"
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
+    started = time.monotonic()
+    assert ended([sys.executable, "-c", outer], 2, keep=True) == ("1\n", "ended after 2 s")
+    assert time.monotonic() - started < 20
+
+
+def test_a_section_that_is_not_there() -> None:
+    done = run("nothing")
+    assert done.returncode == 2
+    assert "no section nothing" in done.stderr
