@@ -260,10 +260,10 @@ template <int COLUMNS> OPERATOR void scan_strips(Words a, Words p, Work work, in
         }
 }
 
-// a: as of `scan`. A multiprocessor holds one block at a time, a quarter of those launched (plan.py): while there is no
-// more than a strip for each, narrow ones are done soonest; wide ones are less work in all.
+// a: as of `scan`. While no block has more than one of them, narrow strips are done soonest; wide ones are less work in
+// all. A block has a multiprocessor for itself.
 OPERATOR void scan_many(Words a, Words p, Work work) {
     int64 D = a[4], E = a[5], narrow = p[SEQUENCES] * a[2] * ((E + NARROW - 1) / NARROW);
-    if (D <= NARROW_AHEAD && E > NARROW && 4 * narrow > work.blocks) scan_strips<WIDE>(a, p, work, D <= WIDE_AHEAD);
+    if (D <= NARROW_AHEAD && E > NARROW && narrow > work.blocks) scan_strips<WIDE>(a, p, work, D <= WIDE_AHEAD);
     else scan_strips<NARROW>(a, p, work, D <= NARROW_AHEAD);
 }

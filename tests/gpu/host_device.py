@@ -211,8 +211,10 @@ def device() -> HostDevice:
 
 @pytest.fixture
 def backend(device: HostDevice, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """In place of the fixture of tests/conftest.py: contracts of all backends run on "cuda", which is the stand-in here;
-    afterwards nothing has been written beside what was allocated."""
+    """In place of the fixture of tests/conftest.py: contracts of all backends run on "cuda", the stand-in here.
+
+    Afterwards nothing has been written beside what was allocated.
+    """
     monkeypatch.setattr(kernels, "_cuda", lambda: Cuda(device))
     yield "cuda"
     device.check()

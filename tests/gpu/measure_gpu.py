@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SECONDS, QUICK = 510, 165  # for all sections together
 GRACE = 12  # seconds after which a section that should have ended is ended
 BUNDLED, EVERY = "Q8_0,F32", "F32,F16,BF16,Q8_0,Q4_0,Q4_1,Q5_0,Q5_1,Q4_K,Q5_K,Q6_K"  # kinds of a model's matrices
+SHAPES = ("1B", "8B", "135M")  # of measuring.py, what matters most first
 Case = tuple[str, str, str, int]  # shape, kind, memory, window
 
 
@@ -64,16 +65,14 @@ def decode(b: Bench) -> None:
     for case in decode_cases(b):
         shape, kind, memory, window = case
         what = f"{shape} {kind} {memory} {window}"
-        if not b.reached(what, 12 if shape == "8B" else 6):
+        if not b.reached(what, 8 if shape == "8B" else 4):
             continue
         with b.attempt(what):
             model = b.random(shape, Kind[kind], memory, window)
             kernel = getattr(model._engine._plan, "_together", None)
             if kind not in shown and hasattr(kernel, "num_regs"):
-                b.row(
-                    f"{kind}: a token's launch",
-                    f"{kernel.num_regs} registers, {kernel.local_size_bytes} bytes of local memory",
-                )
+                size = f"{kernel.num_regs} registers, {kernel.local_size_bytes} bytes of local memory"
+                b.row(f"{kind}: a token's launch", size)
             shown.add(kind)
             run = stepping(filled(model))
             (seconds,) = b.medians([run], 0.8)
@@ -91,9 +90,6 @@ def decode_cases(b: Bench) -> list[Case]:
     sinks = [(shape, kind, "sinks", w) for w in (512, 4096) for kind in ("Q8_0", "Q4_0", "F16") for shape in SHAPES]
     sinks[3:3] = [("1B", "Q8_0", "tensor", 512), ("8B", "Q8_0", "sinks", 1024)]
     return sinks[:5] if b.quick else sinks
-
-
-SHAPES = ("1B", "8B", "135M")
 
 
 def decode_wanted(case: Case, part: float, speed: float) -> tuple[str, bool | None]:

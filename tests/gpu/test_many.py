@@ -21,6 +21,7 @@ from tcinfer.kernels.cuda.program import ALONE_THREADS as THREADS
 from tcinfer.kernels.cuda.program import constants
 from tcinfer.kernels.reference.quants import KINDS
 
+pytestmark = pytest.mark.slow
 F = np.float32
 SHARED = 1024 + 98304
 SEEDS = (0, 1, 2)

@@ -20,6 +20,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.slow
 def test_every_section_on_the_stand_in(tmp_path: Path) -> None:
     host_device()  # or skip
     done = run("--stand-in", "--json", str(tmp_path / "out.json"))

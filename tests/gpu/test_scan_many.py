@@ -16,6 +16,8 @@ from tcinfer.kernels.cpu import plan as words
 from tcinfer.kernels.cuda import plan
 from tcinfer.kernels.cuda.program import ALONE_THREADS, constants
 
+pytestmark = pytest.mark.slow
+
 F = np.float32
 FIELD = 1
 NOTHING = F(7)  # in what nobody may write
