@@ -1,167 +1,303 @@
-// Softmax attention of rows by themselves, over ring and chunk, in float32: a block takes a row's query heads of one key
-// head, each warp 32 keys at a time. Equation: kernels/reference/attention.py. Prompts: attention_many.cu.
+// Softmax attention of rows by themselves, over ring and chunk, in float32: a block takes up to four of a row's query
+// heads that share a key head, its warps the keys in tiles. Equation: kernels/reference/attention.py. Prompts:
+// attention_many.cu.
+//
+// Lanes share a key: each has 16 bytes of it, and of its value, so that a warp reads whole rows. A lane asks for its
+// parts of all keys and values of a tile before it uses any.
 
-const int HEADS = 4, CHANNELS = 128;  // that a warp has in its registers, a lane four channels
+const float SLACK = 8;  // a score may be above what its weight is relative to by so much
 
-struct Keys {
-    Words of;
-    int64 k_field, v_field, k_new, v_new, window, sinks, stride, sinks_seen, low;
+// What a query sees, counted from the oldest, sinks first: where the j-th key lies, as a row of ring or pass. In shared
+// memory, a copy for each warp, as registers are for keys.
+struct Seen {
+    const char *q[2], *k_ring, *k_new, *v_ring, *v_new;  // of the key head
+    int sinks, old;  // how many of the keys are sinks, how many are in the ring
+    int slot, stop, window;  // added to j behind the sinks; where the ring ends, how far it then goes back
+    int sink_row, row;  // added to j for the pass's own rows: of sinks, of others
+    int begin, seam, end;  // of the block's keys: the first, the first that q[0] is for, the end
+    int far_tiles, tiles;  // how many tiles are for q[1], and all
+    int stride;  // bytes of a row
+    float scale;  // of scores
 
-    // Address of the j-th of the keys (or values) that the query sees, sinks first.
-    MEMBER const char *at(int64 j, int64 field, int64 fresh) const {
-        int64 where = j < sinks_seen ? j : low + j - sinks_seen;
-        if (where >= of[FIRST]) return (const char *)(fresh + (of[ROW] + where - of[FIRST]) * stride);
-        return (const char *)(words(of[FIELDS])[field] + slot_of(where, window, sinks) * stride);
+    MEMBER int at(int j) const {
+        if (j >= old) return j + (j < sinks ? sink_row : row);
+        int s = j < sinks ? j : j + slot;
+        return s < stop ? s : s - window;
     }
 };
 
-template <bool HALF> FUNCTION float element(const char *at, int i) {
-    return HALF ? from_half(((const unsigned short *)at)[i]) : ((const float *)at)[i];
+const int SEEN_ROOM = 128;  // bytes
+static_assert(sizeof(Seen) <= SEEN_ROOM);
+
+FUNCTION Seen seen_by(Words a, Words p, int item, int first, int size, int tile) {
+    int G = a[8], D = a[9], R = (int)a[7] / G, splits = a[13], row = item / (G * splits), g = item / splits % G;
+    Words of = sequence_of(p, row);
+    int64 t = of[FIRST] + row - of[ROW], window = a[10], sinks = a[11], low = 0;
+    Seen s = {};
+    s.stop = 0x7fffffff;
+    if (window) {
+        s.sinks = (int)min(sinks, t + 1), low = max(sinks, t - window + 1);
+        s.slot = (int)(slot_of(low, window, sinks) - s.sinks), s.stop = (int)(sinks + window), s.window = (int)window;
+    }
+    int64 count = s.sinks + max((int64)0, t - low + 1);
+    s.sink_row = (int)(of[ROW] - of[FIRST]), s.row = (int)(of[ROW] - of[FIRST] + low - s.sinks);
+    s.old = (int)min(count, of[FIRST] < s.sinks ? of[FIRST] : max((int64)s.sinks, of[FIRST] - low + s.sinks));
+    int split = item % splits, beside = size * D * g;
+    s.begin = (int)(count * split / splits), s.end = (int)(count * (split + 1) / splits);
+    s.seam = a[1] ? max(s.begin, min(s.end, s.sinks)) : s.begin;
+    s.far_tiles = (s.seam - s.begin + tile - 1) / tile, s.tiles = s.far_tiles + (s.end - s.seam + tile - 1) / tile;
+    s.stride = size * G * D, s.scale = 1.0f / sqrtf((float)D);
+    for (int far = 0; far < 2; far++) s.q[far] = (const char *)(a[far] + row * a[2] + 4 * D * (g * R + first));
+    s.k_ring = (const char *)words(of[FIELDS])[a[3]] + beside, s.k_new = (const char *)a[5] + beside;
+    s.v_ring = (const char *)words(of[FIELDS])[a[4]] + beside, s.v_new = (const char *)a[6] + beside;
+    return s;
 }
 
-// scores[r] = q[r] . key, q [HEADS, D] in shared memory.
-template <bool HALF> FUNCTION void scores_of(const char *key, const float *q, int D, float scores[HEADS]) {
+// 16 bytes of a row from its channel c on. PLAIN: rows consist of such pieces; else they may end within one.
+template <bool HALF, bool PLAIN> FUNCTION uint4 piece_at(const char *row, int c, int D) {
+    const int WIDE = HALF ? 8 : 4;
+    if (PLAIN || D % WIDE == 0) return *(const uint4 *)(row + 16 / WIDE * min(c, D - WIDE));
+    unsigned words[4] = {};
 #pragma unroll
-    for (int r = 0; r < HEADS; r++) scores[r] = 0;
-    if (HALF && D % 8 == 0) {
-        for (int c = 0; c < D; c += 8) {
-            uint4 eight = *(const uint4 *)(key + 2 * c);
-            float k[8] = {low_half(eight.x), high_half(eight.x), low_half(eight.y), high_half(eight.y),
-                          low_half(eight.z), high_half(eight.z), low_half(eight.w), high_half(eight.w)};
+    for (int i = 0; i < WIDE; i++) {
+        if (c + i >= D) continue;
+        if (HALF)
+            words[i / 2] |= (unsigned)((const unsigned short *)row)[c + i] << 16 * (i % 2);
+        else
+            words[i % 4] = ((const unsigned *)row)[c + i];
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+template <bool HALF> FUNCTION void channels_of(const uint4 &piece, float *x) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        unsigned word = word_of(&piece, i);
+        if (HALF)
+            x[2 * i] = low_half(word), x[2 * i + 1] = high_half(word);
+        else
+            x[i] = __uint_as_float(word);
+    }
+}
+
+// Two lanes, `apart` from each other, add up N numbers of each head: one gets the first half of them, the other the
+// second half; a single number they both get.
+template <int N, int HEADS, int ROOM> FUNCTION void fold(float (&x)[HEADS][ROOM], int apart) {
+    bool upper = lane() & apart;
+#pragma unroll
+    for (int r = 0; r < HEADS; r++) {
+        if (N == 1) x[r][0] += shuffle(x[r][0], lane() ^ apart);
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) {
+            float mine = upper ? x[r][N / 2 + i] : x[r][i], other = upper ? x[r][i] : x[r][N / 2 + i];
+            x[r][i] = mine + shuffle(other, lane() ^ apart);
+        }
+    }
+}
+
+// How a warp's lanes share rows of D channels, each lane WIDE of them.
+template <int WIDE> FUNCTION int sharers_of(int D) {
+    int sharers = 4;
+    while (sharers < 32 && sharers * WIDE < D) sharers *= 2;
+    return sharers;
+}
+
+// What a warp finds of an item, for each head: `width` sums of weighted values, the sum of weights, and what their
+// scores are relative to.
+FUNCTION float *found_by(int warp, int head, int heads, int width) {
+    return (float *)(room() + SEEN_ROOM * warps()) + (warp * heads + head) * (width + 2);
+}
+
+// A warp's part of the item, channels from c0 on.
+template <bool HALF, int HEADS, bool PLAIN>
+FUNCTION void attend_keys(Words a, Words p, int item, int first, int c0) {
+    const int WIDE = HALF ? 8 : 4;  // channels of a lane
+    const int AT_ONCE = HEADS * WIDE <= 16 ? 4 : 2;  // keys of a tile, for each group of lanes that share a key
+    int D = a[9], heads = min((int)(a[7] / a[8]) - first, HEADS), sharers = sharers_of<WIDE>(D), groups = 32 / sharers;
+    int alike = sharers / AT_ONCE, width = sharers * WIDE, own = lane() % sharers * WIDE;
+    Seen &seen = *(Seen *)(room() + SEEN_ROOM * warp());
+    if (lane() == 0) seen = seen_by(a, p, item, first, 16 / WIDE, AT_ONCE * groups);
+    warp_barrier();
+
+    float q[HEADS][WIDE], sums[HEADS][WIDE] = {}, total[HEADS] = {}, top[HEADS];
+#pragma unroll
+    for (int r = 0; r < HEADS; r++) top[r] = lowest();
+    auto ask = [&](bool far, int c) {
+#pragma unroll
+        for (int r = 0; r < HEADS; r++) {
+            const char *x = seen.q[far] + 4 * D * min(r, heads - 1);
+#pragma unroll
+            for (int i = 0; i < WIDE; i += 4) {
+                channels_of<false>(piece_at<false, PLAIN>(x, c + i, D), q[r] + i);
+#pragma unroll
+                for (int l = i; l < i + 4; l++) q[r][l] *= c + i < D ? seen.scale : 0.0f;
+            }
+        }
+    };
+
+    for (int n = warp(); n < seen.tiles; n += warps()) {
+        bool far = n < seen.far_tiles;
+        int from = AT_ONCE * groups * (far ? n : n - seen.far_tiles) + lane() / sharers;
+        from += far ? seen.begin : seen.seam;
+        int stop = far ? seen.seam : seen.end, at[AT_ONCE];
+        bool old[AT_ONCE];
+        uint4 k[AT_ONCE], v[AT_ONCE];
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; u++) {
+            int j = min(from + u * groups, stop - 1);
+            old[u] = j < seen.old, at[u] = seen.at(j);
+        }
+        float scores[HEADS][AT_ONCE] = {};
+        for (int c = own; c < (PLAIN ? own + 1 : D + own); c += width) {
+#pragma unroll
+            for (int u = 0; u < AT_ONCE; u++) {
+                const char *of = old[u] ? seen.k_ring : seen.k_new;
+                k[u] = piece_at<HALF, PLAIN>(of + (int64)at[u] * seen.stride, c, D);
+            }
+            if (!PLAIN || n < warps() || (!far && n - warps() < seen.far_tiles)) ask(far, c);
+#pragma unroll
+            for (int u = 0; u < AT_ONCE; u++) {
+                const char *of = old[u] ? seen.v_ring : seen.v_new;
+                v[u] = piece_at<HALF, PLAIN>(of + (int64)at[u] * seen.stride, c0 + own, D);
+            }
+#pragma unroll
+            for (int u = 0; u < AT_ONCE; u++) {
+                float x[WIDE];
+                channels_of<HALF>(k[u], x);
+#pragma unroll
+                for (int i = 0; i < HEADS * WIDE; i++) scores[i / WIDE][u] += q[i / WIDE][i % WIDE] * x[i % WIDE];
+            }
+        }
+        // Of its group's keys each lane gets one, `alike` lanes the same.
+        fold<AT_ONCE>(scores, sharers / 2);
+        if (AT_ONCE == 4) fold<2>(scores, sharers / 4);
+        for (int apart = alike / 2; apart; apart /= 2) fold<1>(scores, apart);
+        bool there = from + lane() % sharers / alike * groups < stop, above = false;
+#pragma unroll
+        for (int r = 0; r < HEADS; r++) {
+            if (!there) scores[r][0] = lowest();
+            above |= scores[r][0] > top[r] + SLACK;
+        }
+        if (__ballot_sync(0xffffffffu, above)) {
 #pragma unroll
             for (int r = 0; r < HEADS; r++) {
-                const float4 *x = (const float4 *)(q + r * D + c);
-                scores[r] += k[0] * x[0].x + k[1] * x[0].y + k[2] * x[0].z + k[3] * x[0].w;
-                scores[r] += k[4] * x[1].x + k[5] * x[1].y + k[6] * x[1].z + k[7] * x[1].w;
+                float most = fmaxf(top[r], warp_max(scores[r][0])), before = expf(top[r] - most);
+                top[r] = most, total[r] *= before;
+#pragma unroll
+                for (int i = 0; i < WIDE; i++) sums[r][i] *= before;
             }
         }
-        return;
-    }
-    for (int c = 0; c < D; c++) {
-        float k = element<HALF>(key, c);
 #pragma unroll
-        for (int r = 0; r < HEADS; r++) scores[r] += k * q[r * D + c];
+        for (int r = 0; r < HEADS; r++) total[r] += scores[r][0] = expf(scores[r][0] - top[r]);
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; u++) {
+            float x[WIDE];
+            channels_of<HALF>(v[u], x);
+#pragma unroll
+            for (int r = 0; r < HEADS; r++) {
+                float weight = shuffle(scores[r][0], (lane() & -sharers) + u * alike);
+#pragma unroll
+                for (int i = 0; i < WIDE; i++) sums[r][i] += weight * x[i];
+            }
+        }
+        warp_barrier();  // the compiler reads what is seen anew
+    }
+
+    // The groups of the warp together: a lane keeps `left` of its channels.
+    int left = WIDE, place = own;
+    if (sharers <= 16) fold<WIDE>(sums, 16), left /= 2, place += lane() & 16 ? left : 0;
+    if (sharers <= 8) fold<WIDE / 2>(sums, 8), left /= 2, place += lane() & 8 ? left : 0;
+    if (sharers <= 4) fold<WIDE / 4>(sums, 4), left = max(1, left / 2), place += WIDE > 4 && lane() & 4 ? left : 0;
+#pragma unroll
+    for (int r = 0; r < HEADS; r++) {
+        float *to = found_by(warp(), r, HEADS, width);
+#pragma unroll
+        for (int i = 0; i < WIDE; i++)
+            if (i < left) to[place + i] = sums[r][i];
+        float whole = warp_sum(total[r]) / alike;
+        if (lane() == 0) to[width] = whole, to[width + 1] = top[r];
     }
 }
 
-template <bool HALF> FUNCTION void attend(Words a, Words p, Work work) {
-    int64 q_stride = a[2], window = a[10], sinks = a[11];
-    int H = a[7], G = a[8], D = a[9], R = H / G, splits = a[14];
-    int size = HALF ? 2 : 4;
-    float *near = (float *)room(), *far = near + HEADS * D;  // [HEADS, D] each
-    float *found = far + HEADS * D;  // [warps, HEADS, CHANNELS + 2]: weighted values, sum, maximum
-    float *weights = found + warps() * HEADS * (CHANNELS + 2) + warp() * HEADS * 32;  // [HEADS, 32] of the warp
-    int64 *places = (int64 *)(found + warps() * HEADS * (CHANNELS + 2 + 32)) + 32 * warp();  // [32] of the warp
-    float scale = 1.0f / sqrtf((float)D);
-    for (int64 item = work.block; item < p[ROWS] * G * splits; item += work.blocks) {
-        int64 row = item / (G * splits), t = position(p, row);
-        int g = item / splits % G, split = item % splits;
-        Keys keys = {sequence_of(p, row), a[3], a[4], a[5], a[6], window, sinks, (int64)size * G * D, 0, 0};
-        if (window) keys.sinks_seen = min(sinks, t + 1), keys.low = max(sinks, t - window + 1);
-        int64 count = keys.sinks_seen + max((int64)0, t - keys.low + 1);
-        int64 begin = count * split / splits, end = count * (split + 1) / splits;
-        for (int first = 0; first < R; first += HEADS) {
-            __syncthreads();
-            for (int i = thread(); i < HEADS * D; i += threads()) {
-                int h = g * R + min(first + i / D, R - 1);
-                near[i] = (floats(a[0] + row * q_stride) + D * h)[i % D] * scale;
-                if (a[1]) far[i] = (floats(a[1] + row * q_stride) + D * h)[i % D] * scale;
-            }
-            __syncthreads();
-            for (int c0 = 0; c0 < D; c0 += CHANNELS) {
-                float sums[HEADS][4] = {}, total[HEADS] = {}, top[HEADS];
-#pragma unroll
-                for (int r = 0; r < HEADS; r++) top[r] = lowest();
-                for (int64 tile = begin + 32 * warp(); tile < end; tile += 32 * warps()) {
-                    int64 j = tile + lane();
-                    float s[HEADS];
-                    warp_barrier();  // the weights and places of the tile before have been read
-                    if (j < end) {
-                        const char *key = keys.at(j, keys.k_field, keys.k_new) + size * D * g;
-                        scores_of<HALF>(key, a[1] && j < keys.sinks_seen ? far : near, D, s);
-                        places[lane()] = (int64)keys.at(j, keys.v_field, keys.v_new) + size * D * g;
-                    }
-#pragma unroll
-                    for (int r = 0; r < HEADS; r++) {
-                        float score = j < end ? s[r] : lowest(), most = fmaxf(top[r], warp_max(score));
-                        float weight = expf(score - most), before = expf(top[r] - most);
-                        weights[32 * r + lane()] = weight;
-                        total[r] = total[r] * before + warp_sum(weight);
-                        top[r] = most;
-#pragma unroll
-                        for (int i = 0; i < 4; i++) sums[r][i] *= before;
-                    }
-                    warp_barrier();
-                    for (int k = 0; k < (int)min((int64)32, end - tile); k++) {
-                        const char *value = (const char *)places[k];
-#pragma unroll
-                        for (int i = 0; i < 4; i++) {
-                            int c = c0 + 32 * i + lane();
-                            float v = c < D ? element<HALF>(value, c) : 0.0f;
-#pragma unroll
-                            for (int r = 0; r < HEADS; r++) sums[r][i] += weights[32 * r + k] * v;
-                        }
-                    }
-                }
-                __syncthreads();
-#pragma unroll
-                for (int r = 0; r < HEADS; r++) {
-                    float *own = found + (warp() * HEADS + r) * (CHANNELS + 2);
-#pragma unroll
-                    for (int i = 0; i < 4; i++) own[32 * i + lane()] = sums[r][i];
-                    if (lane() == 0) own[CHANNELS] = total[r], own[CHANNELS + 1] = top[r];
-                }
-                __syncthreads();
-                int channels = min(CHANNELS, D - c0);
-                for (int i = thread(); i < min(HEADS, R - first) * channels; i += threads()) {
-                    int r = i / channels, c = i % channels;
-                    float most = lowest(), sum = 0, whole = 0;
-                    for (int w = 0; w < warps(); w++)
-                        most = fmaxf(most, found[(w * HEADS + r) * (CHANNELS + 2) + CHANNELS + 1]);
-                    for (int w = 0; w < warps(); w++) {
-                        const float *of = found + (w * HEADS + r) * (CHANNELS + 2);
-                        float by = of[CHANNELS + 1] == lowest() ? 0.0f : expf(of[CHANNELS + 1] - most);
-                        sum += by * of[c], whole += by * of[CHANNELS];
-                    }
-                    int h = g * R + first + r;
-                    if (splits == 1) {
-                        (floats(a[12] + row * q_stride) + D * h)[c0 + c] = sum / whole;
-                    } else {
-                        float *part = floats(a[15]) + ((row * H + h) * splits + split) * (D + 2);
-                        part[c0 + c] = sum;
-                        if (c0 + c == 0) part[D] = whole, part[D + 1] = most;
-                    }
-                }
-            }
+// The warps' parts together. Reads the step's words anew: none of them has to be kept while keys are read.
+FUNCTION void attend_end(Words a, int item, int first, int heads, int c0, int width) {
+    int H = a[7], G = a[8], D = a[9], R = H / G, splits = a[13];
+    int row = item / (G * splits), g = item / splits % G, split = item % splits, channels = min(width, D - c0);
+    for (int i = thread(); i < min(heads, R - first) * channels; i += threads()) {
+        int r = i / channels, c = i % channels, h = g * R + first + r;
+        float most = lowest(), sum = 0, whole = 0;
+        for (int w = 0; w < warps(); w++) most = fmaxf(most, found_by(w, r, heads, width)[width + 1]);
+        for (int w = 0; w < warps(); w++) {
+            const float *part = found_by(w, r, heads, width);
+            float by = part[width + 1] == lowest() ? 0.0f : expf(part[width + 1] - most);
+            sum += by * part[c], whole += by * part[width];
+        }
+        if (splits == 1) {
+            (floats(a[12] + row * a[2]) + D * h)[c0 + c] = sum / whole;
+        } else {
+            float *part = floats(a[14]) + ((int64)(row * H + h) * splits + split) * (D + 2);
+            part[c0 + c] = sum;
+            if (c0 + c == 0) part[D] = whole, part[D + 1] = most;
         }
     }
 }
 
-// a: q, q_far, q_stride, k_field, v_field, k_new, v_new, H, G, D, window, sinks, out, whether the ring holds halves,
-// into how many parts keys are split, the parts (see combine).
-OPERATOR void attend_rows(Words a, Words p, Work work) {
-    if (a[13])
-        attend<true>(a, p, work);
-    else
-        attend<false>(a, p, work);
+// A form of the operator: the ring's type, how many query heads of a key head are taken at a time, and whether D is a
+// multiple of a lane's channels and not beyond what a warp's lanes hold at once (PLAIN); else scores are made anew for as
+// many channels as they do hold. Each is compiled by itself, for all of them in one take twice the registers.
+template <bool half, int heads, bool plain> struct Form {
+    static const bool HALF = half, PLAIN = plain;
+    static const int HEADS = heads;
+};
+struct Half1 : Form<true, 1, true> {};
+struct Half2 : Form<true, 2, true> {};
+struct Half3 : Form<true, 3, true> {};
+struct Half4 : Form<true, 4, true> {};
+struct HalfAny : Form<true, 2, false> {};
+struct Float1 : Form<false, 1, true> {};
+struct Float2 : Form<false, 2, true> {};
+struct Float3 : Form<false, 3, true> {};
+struct Float4 : Form<false, 4, true> {};
+struct FloatAny : Form<false, 2, false> {};
+
+// a: q, q_far, q_stride, k_field, v_field, k_new, v_new, H, G, D, window, sinks, out, into how many parts keys are split,
+// the parts (see combine).
+template <class F> FUNCTION void attend_rows(Words a, Words p, Work work) {
+    for (int first = 0; first < a[7] / a[8]; first += F::HEADS)
+        for (int item = work.block; item < p[ROWS] * a[8] * a[13]; item += work.blocks)
+            for (int c0 = 0, width; c0 < (F::PLAIN ? 1 : (int)a[9]); c0 += width) {
+                width = sharers_of<F::HALF ? 8 : 4>(a[9]) * (F::HALF ? 8 : 4);
+                __syncthreads();  // nobody reads what lay there
+                attend_keys<F::HALF, F::HEADS, F::PLAIN>(a, p, item, first, c0);
+                __syncthreads();
+                attend_end(a, item, first, F::HEADS, c0, width);
+            }
 }
 
 // The same with the parts of a row and head in several blocks.
-OPERATOR void attend_splits(Words a, Words p, Work work) { attend_rows(a, p, work); }
+template <class F> FUNCTION void attend_splits(Words a, Words p, Work work) { attend_rows<F>(a, p, work); }
 
-// Puts together what the splits of a row's keys have found.  a: parts [rows, H, splits, D + 2], out, stride, H, D,
-// splits.
+// Puts together what the splits of a row's keys have found, a warp 32 channels of a head.  a: parts [rows, H, splits,
+// D + 2], out, stride, H, D, splits.
 OPERATOR void combine(Words a, Words p, Work work) {
-    int H = a[3], D = a[4], splits = a[5];
-    for (int64 i = work.block * threads() + thread(); i < p[ROWS] * H * D; i += work.blocks * threads()) {
-        const float *part = floats(a[0]) + i / D * splits * (D + 2);
+    int H = a[3], D = a[4], splits = a[5], pieces = (D + 31) / 32;
+    for (int64 item = work.block + warp() * work.blocks; item < p[ROWS] * H * pieces; item += warps() * work.blocks) {
+        int64 head = item / pieces;
+        const float *parts = floats(a[0]) + head * splits * (D + 2);
+        int c = item % pieces * 32 + lane(), near = min(c, D - 1);
         float most = lowest(), sum = 0, whole = 0;
-        for (int k = 0; k < splits; k++) most = fmaxf(most, part[k * (D + 2) + D + 1]);
-        for (int k = 0; k < splits; k++) {
-            const float *of = part + k * (D + 2);
-            float by = of[D + 1] == lowest() ? 0.0f : expf(of[D + 1] - most);
-            sum += by * of[i % D], whole += by * of[D];
+        for (int k = lane(); k < splits; k += 32) most = fmaxf(most, parts[k * (D + 2) + D + 1]);
+        most = warp_max(most);
+        for (int first = 0; first < splits; first += 32) {
+            int own = first + lane();
+            const float *part = parts + min(own, splits - 1) * (D + 2);
+            float by = own < splits && part[D + 1] != lowest() ? expf(part[D + 1] - most) : 0.0f;
+            whole += by * part[D];
+#pragma unroll 16
+            for (int k = 0; k < min(32, splits - first); k++)
+                sum += shuffle(by, k) * parts[(first + k) * (D + 2) + near];
         }
-        floats(a[1] + i / (H * D) * a[2])[i % (H * D)] = sum / whole;
+        whole = warp_sum(whole);
+        if (c < D) (floats(a[1] + head / H * a[2]) + head % H * D)[c] = sum / whole;
     }
 }

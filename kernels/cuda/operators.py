@@ -159,17 +159,24 @@ def attention(plan: Plan, geometry: Geometry, new: Entering, k_field: int, v_fie
     out, half = cpu.Rows(plan, H * D), geometry.kind == Kind.F16
     query = (new.q.address, new.q_far.address if new.q_far else 0, new.q.stride)
     common = (*query, k_field, v_field, new.k_new, new.v_new, H, G, D, window, sinks, out.address)
+    form = form_of(half, H // G, D)
     keys = window + sinks if window else SPLIT * MOST_SPLITS
     tensor_cores = half and D % 2 == 0 and D <= LARGEST_HEAD
     by_itself = SESSIONS if tensor_cores else SESSIONS | PROMPT
     if keys <= ALONE:
-        plan.step(Named("attend_rows"), *common, half, 1, 0, when=ONE | by_itself)
+        plan.step(Named("attend_rows", form), *common, 1, 0, when=ONE | by_itself)
     else:
         splits = min(MOST_SPLITS, keys // SPLIT)
         parts = plan.room(4 * H * splits * (D + 2))
-        plan.step(Named("attend_splits"), *common, half, splits, parts, when=ONE)
+        plan.step(Named("attend_splits", form), *common, splits, parts, when=ONE)
         plan.step(Named("combine"), parts, out.address, out.stride, H, D, splits, when=ONE)
-        plan.step(Named("attend_rows"), *common, half, 1, 0, when=by_itself)
+        plan.step(Named("attend_rows", form), *common, 1, 0, when=by_itself)
     if tensor_cores:
         plan.step(Named("attend_many"), *common, when=PROMPT)
     return out
+
+
+def form_of(half: bool, heads: int, D: int) -> str:
+    """The form of attend_rows (attention.cu) for so many query heads of a key head, with D channels."""
+    plain = D % 8 == 0 and D <= 256 if half else D % 4 == 0 and D <= 128
+    return ("Half" if half else "Float") + (str(min(heads, 4)) if plain else "Any")

@@ -4,7 +4,7 @@
 #ifdef EACH_TOGETHER
 enum { STEP_OPERATOR, STEP_ARGUMENTS, STEP_WAIT, STEP_WORDS };
 
-#define NAMED(name) OP_##name,
+#define NAMED(name, blocks) OP_##name,
 enum { EACH_TOGETHER(NAMED) OPERATORS };
 #undef NAMED
 
@@ -15,7 +15,7 @@ KERNEL(TOGETHER_THREADS, 1) together(const int64 *steps, const int64 *p) {
     for (int64 i = 0; i < steps[0]; i++) {
         Words step = steps + 1 + STEP_WORDS * i;
         switch (step[STEP_OPERATOR]) {
-#define CASE(name)                                    \
+#define CASE(name, blocks)                                    \
     case OP_##name:                                   \
         name(words(step[STEP_ARGUMENTS]), p, work);   \
         break;
@@ -29,8 +29,9 @@ KERNEL(TOGETHER_THREADS, 1) together(const int64 *steps, const int64 *p) {
 
 #endif
 #ifdef EACH_ALONE
-#define LAUNCHED(name)                                                       \
-    KERNEL(ALONE_THREADS, 1) step_##name(const int64 *a, const int64 *p) {   \
+// blocks: that share a multiprocessor, at least
+#define LAUNCHED(name, blocks)                                               \
+    KERNEL(ALONE_THREADS, blocks) step_##name(const int64 *a, const int64 *p) { \
         name(a, p, Work{(int)blockIdx.x, (int)gridDim.x, false});            \
     }
 EACH_ALONE(LAUNCHED)

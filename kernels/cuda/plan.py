@@ -36,7 +36,8 @@ from tcinfer.kernels.errors import UnavailableError
 
 ONE, PROMPT, SESSIONS = 1, 2, 4  # kinds of pass: a token, many rows of a sequence, a row each of many
 ALWAYS = ONE | PROMPT | SESSIONS
-BLOCKS, LARGE = 4, ("linear_many", "attend_many")  # of a launch, for each multiprocessor: those that fill it alone: 1
+BLOCKS = 4  # of a launch, for each multiprocessor
+LARGE = ("linear_many", "attend_many", "scan_many")  # have one, which fills it
 
 # Operators that do in one block what belongs to a row and a key head.
 BY_HEAD = {
@@ -48,7 +49,7 @@ Room = Callable[[Sequence[int], int], int]
 
 
 def _attention_room(a: Sequence[int], warps: int) -> int:
-    return 4 * (8 * a[9] + warps * (4 * (128 + 2 + 32) + 64))
+    return warps * (128 + 16 * (min(256, max(32, 1 << (a[9] - 1).bit_length())) + 2))
 
 
 def _scan_many_room(a: Sequence[int], warps: int) -> int:

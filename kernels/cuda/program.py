@@ -37,15 +37,20 @@ SHARED = (
 
 # The operators: of both kinds of program, of a token's one launch, of longer passes. Those of weights have a kind each.
 OF_BOTH = (
-    *("angles", "push", "take", "insert", "keep_last", "attend_rows", "scan", "writes", "ones", "unit", "mix"),
+    *("angles", "push", "take", "insert", "keep_last", "scan", "writes", "ones", "unit", "mix"),
     *("divide", "gate", "features", "blend", "choose"),
 )
-OF_ONE, WEIGHTS_OF_ONE = ("attend_splits", "combine"), ("embed", "linear_one")
-OF_MANY, WEIGHTS_OF_MANY = ("prepare", "attend_many", "scan_many"), ("embed", "linear_many")
+OF_ONE, WEIGHTS_OF_ONE, FORMS_OF_ONE = ("combine",), ("embed", "linear_one"), ("attend_rows", "attend_splits")
+OF_MANY, WEIGHTS_OF_MANY, FORMS_OF_MANY = (
+    ("prepare", "attend_many", "scan_many"),
+    ("embed", "linear_many"),
+    ("attend_rows",),
+)
+FORMS = tuple(f"{ring}{heads}" for ring in ("Half", "Float") for heads in (1, 2, 3, 4, "Any"))  # attention.cu
 
 
 class Named(NamedTuple):
-    """An operator that kernels.cpu does not have. kind: of the weights whose template it is."""
+    """An operator that kernels.cpu does not have. kind: of the weights, or the form, whose template it is."""
 
     name: str
     kind: str = ""
@@ -57,8 +62,10 @@ class Named(NamedTuple):
 
 def operators(together: bool, kinds: Iterable[str]) -> list[Named]:
     """Those of a token's one launch, in the order of their numbers, or those that are launched alone."""
-    plain, weights = (OF_ONE, WEIGHTS_OF_ONE) if together else (OF_MANY, WEIGHTS_OF_MANY)
-    made = [Named(name, kind) for kind in sorted(kinds) for name in weights]
+    plain, weights, forms = (
+        (OF_ONE, WEIGHTS_OF_ONE, FORMS_OF_ONE) if together else (OF_MANY, WEIGHTS_OF_MANY, FORMS_OF_MANY)
+    )
+    made = [Named(name, kind) for kind in sorted(kinds) for name in (forms if kind in FORMS else weights)]
     return [Named(name) for name in (*OF_BOTH, *plain)] + made
 
 
@@ -71,12 +78,14 @@ def constants() -> str:
 
 
 def source(together: bool, kinds: Iterable[str]) -> str:
-    """CUDA C++ for models of these kinds of weights: the kernel `together`, or a kernel `step_NAME` for each operator.
+    """CUDA C++ for models of these kinds of weights and forms of attention.
+
+    Its kernel is `together`, or there is a kernel `step_NAME` for each operator.
 
     In one piece: a compiler's cache that looks at the text alone then notices every change.
     """
     here, made = Path(__file__).parent, operators(together, kinds)
-    each = f"#define EACH_{'TOGETHER' if together else 'ALONE'}(X) {' '.join(f'X({o.full})' for o in made)}"
+    each = f"#define EACH_{'TOGETHER' if together else 'ALONE'}(X) {' '.join(_entry(o) for o in made)}"
     parts = [(here / "machine.h").read_text(), constants(), each]
     parts += [(here / name).read_text() for name in (*HEADERS, *SOURCES)]
     parts += [
@@ -85,3 +94,8 @@ def source(together: bool, kinds: Iterable[str]) -> str:
         if o.kind
     ]
     return "\n".join([*parts, (here / "passes.cu").read_text()])
+
+
+def _entry(o: Named) -> str:
+    """An operator in a list of them, with the blocks of its own launch that share a multiprocessor."""
+    return f"X({o.full}, {2 if o.kind in FORMS else 1})"

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tcinfer.kernels.cuda.program import OF_BOTH, OF_MANY, OF_ONE, source
+from tcinfer.kernels.cuda.program import FORMS, OF_BOTH, OF_MANY, OF_ONE, source
 from tcinfer.kernels.reference.quants import KINDS
 
-ALL = [kind.name for kind in KINDS]
+ALL = [*(kind.name for kind in KINDS), *FORMS]
 ARCHITECTURES = ("80", "90", "100")
 PROGRAMS = pytest.mark.parametrize("together", [True, False], ids=["together", "alone"])
 
