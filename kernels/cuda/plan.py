@@ -80,9 +80,7 @@ class Plan(cpu.Plan):
         """capacity: rows of the longest pass; device: device.Device or what stands for it."""
         super().__init__(capacity, threads=None)
         self.device, self.key_heads = device, key_heads
-        self.prepared: dict[
-            tuple[int, bool, bool], tuple[Any, ...]
-        ] = {}  # rows as products of many take them (operators.py)
+        self.prepared: dict[tuple[int, bool, bool], tuple[Any, ...]] = {}  # what operators.py keeps of rows
         self._uploads: dict[int, int] = {}
         self._buffers: list[Any] = []
         self.nbytes = 0  # of device memory

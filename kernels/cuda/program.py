@@ -38,14 +38,10 @@ SHARED = (
 # The operators: of both kinds of program, of a token's one launch, of longer passes. Those of weights have a kind each.
 OF_BOTH = (
     *("angles", "push", "take", "insert", "keep_last", "scan", "writes", "ones", "unit", "mix"),
-    *("divide", "gate", "features", "blend", "choose"),
+    *("divide", "gate", "features", "blend", "prepare", "choose"),
 )
 OF_ONE, WEIGHTS_OF_ONE, FORMS_OF_ONE = ("combine",), ("embed", "linear_one"), ("attend_rows", "attend_splits")
-OF_MANY, WEIGHTS_OF_MANY, FORMS_OF_MANY = (
-    ("prepare", "attend_many", "scan_many"),
-    ("embed", "linear_many"),
-    ("attend_rows",),
-)
+OF_MANY, WEIGHTS_OF_MANY, FORMS_OF_MANY = ("attend_many", "scan_many"), ("embed", "linear_many"), ("attend_rows",)
 FORMS = tuple(f"{ring}{heads}" for ring in ("Half", "Float") for heads in (1, 2, 3, 4, "Any"))  # attention.cu
 
 

@@ -224,6 +224,23 @@ def test_weights_of_every_kind(kind: Kind, layer: bool, device: HostDevice) -> N
         assert np.linalg.norm(got - want[:count]) < (2e-6 if exact else 1e-3) * np.linalg.norm(want[:count])
 
 
+def test_rows_that_products_compute_are_there_for_others_too(device: HostDevice) -> None:  # noqa: F811
+    """A mechanism may want the normed rows themselves: asking for their address writes them out."""
+    w, weight = random_matrix(Kind.Q8_0, 40, 64), normal(3, 64)
+    plan = Plan(8, device, 1)
+    h = operators.norm(plan, operators.embed(plan, operators.stored(plan, w), None), weight, None, 1e-5, False)
+    address = h.address
+    plan.finish()
+    room, ids = device.zeros(10_000), np.array([3, 39, 0])
+    for count, pass_kind in ((1, ONE), (3, PROMPT)):
+        told = Pass(count, 1, 1, room.address)
+        told.ids[:] = ids[:count]
+        device.put(room.address, told.data)
+        plan.run_pass(pass_kind, room.address)
+        got = device.get(address, np.empty((count, 64), np.float32))
+        assert difference(got, pointwise.rms_norm(w.rows(ids[:count]), weight, 1e-5)) < 1e-6
+
+
 @pytest.mark.parametrize("name", ["full-llama-gqa", "sinks-in-cache-llama-gqa-linear", "infini-delta", EVERYTHING])
 def test_a_ring_of_16_bits_is_the_references(name: str, backend: str) -> None:  # noqa: F811
     """Prompts then go through tensor cores, which round queries and weights of keys to halves."""
