@@ -28,7 +28,8 @@ def backend(name: str = "auto", threads: int | None = None) -> Reference:
             return _cuda()
         except UnavailableError as e:
             other = backend("numba" if importlib.util.find_spec("numba") else "numpy", threads)
-            other.remark = f"the GPU is not used, but the CPU ({other.name}): {e}"
+            why = str(e).removesuffix(": use --backend numba")
+            other.remark = f"no GPU is used, but the CPU ({other.name}): {why}"
             return other
     if name == "numpy" or (name == "auto" and importlib.util.find_spec("numba") is None):
         return Reference(threads)

@@ -60,7 +60,7 @@ def facts() -> dict[str, Any]:
         return found
     found["advice"] += _about_cache(found["operators"])
     if found["gpus"] and not found["backends"]["cuda"]:
-        found["advice"].append("the GPU is not used: pip install 'tcinfer[cuda13]', or [cuda12] for an older driver")
+        found["advice"].append("the GPU is not used: pip install 'cupy-cuda13x[ctk]', or cuda12x for an older driver")
     return found
 
 

@@ -39,11 +39,12 @@ class Compiled(Reference):
     def __init__(self, threads: int | None = None) -> None:
         """threads: that run a plan together; None is one for each CPU that this process may use."""
         super().__init__()
+        self.cold = _cold()  # before the threads' own functions are compiled
         self.threads = pool(threads)
 
-    @property
-    def cold(self) -> str:  # type: ignore[override]
-        folder = cache_folder()
-        if folder is None:
-            return "compiling for this CPU; there is no private cache folder to keep the result in"
-        return "" if any(folder.rglob("*.nbi")) else "compiling for this CPU, once: some seconds"
+
+def _cold() -> str:
+    folder = cache_folder()
+    if folder is None:
+        return "compiling for this CPU; there is no private cache folder to keep the result in"
+    return "" if any(folder.rglob("*.nbi")) else "compiling for this CPU, once: some seconds"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tcinfer.kernels.errors import UnavailableError
 
 OLDEST = (8, 0)  # compute capability: asynchronous copies and the shapes of the tensor cores' products
-EXTRAS = ("cuda13", "cuda12")  # that bring CuPy
+PACKAGES = "'cupy-cuda13x[ctk]' or 'cupy-cuda12x[ctk]'"  # as the extras cuda13 and cuda12
 TO_DEVICE, TO_HOST, WITHIN = 1, 2, 3  # cudaMemcpyKind
 
 
@@ -51,9 +51,8 @@ class Device:
         try:
             import cupy
         except Exception as e:  # a library that does not go with another raises anything as it is imported
-            extras = " or ".join(f"'tcinfer[{name}]'" for name in EXTRAS)
             raise UnavailableError(
-                f"CuPy cannot be loaded ({_line(e)}): pip install {extras}, as the driver's CUDA is"
+                f"CuPy cannot be loaded ({_line(e)}): pip install {PACKAGES}, by the CUDA that nvidia-smi tells"
             ) from e
         self._cupy = cupy
         try:

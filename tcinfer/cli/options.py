@@ -59,7 +59,8 @@ def load_model(options: dict[str, Any], like: SessionFile | None = None) -> Mode
     memory = {name: options[name] for name in ("memory", "window", "sinks", "cache_type")}
     if like is not None and options["memory"] in (None, like.config.memory):
         memory = {name: like.memory_options()[name] if value is None else value for name, value in memory.items()}
-    return load(options["model"], backend=options["backend"], threads=options["threads"], notice=notice, **memory)
+    told = None if options.get("quiet") else notice
+    return load(options["model"], backend=options["backend"], threads=options["threads"], notice=told, **memory)
 
 
 def notice(text: str) -> None:
