@@ -275,6 +275,13 @@ static void run_all(unsigned n) {
     for (unsigned i = 0; i < n; i++) check_guards(blocks[i]);
 }
 
+// Gives back the stacks of this program, until its next launch: each is two of the maps that a process may have.
+extern "C" void release() {
+    if (stacks) munmap(stacks, fibers.size() * (page + STACK));
+    fibers = std::vector<Fiber>(); // all cold: their stacks are gone
+    stacks = nullptr;
+}
+
 static void make_room(unsigned alive) {
     size_t count = alive * blockDim.x, size = (GUARD + shared_bytes + GUARD + 63) / 64 * 64;
     if (warps.size() < alive * warp_count) warps.resize(alive * warp_count);
@@ -284,8 +291,7 @@ static void make_room(unsigned alive) {
     shared_size = size;
     if (fibers.size() >= count) return;
     page = getauxval(AT_PAGESZ);
-    if (stacks) munmap(stacks, fibers.size() * (page + STACK));
-    fibers = std::vector<Fiber>(); // all cold: their stacks are gone
+    release();
     stacks = (char *)mmap(nullptr, count * (page + STACK), PROT_READ | PROT_WRITE,
                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stacks == (char *)MAP_FAILED) stacks = nullptr, fail("no memory for the stacks of %zu threads", count);

@@ -69,6 +69,10 @@ class Kernel:
     address: int
 
 
+LAUNCHED: list[Program] = []  # that have stacks, the last one last: a process may have some 65,000 maps
+MOST_LAUNCHED = 8
+
+
 class Program:
     """A compiled text, loaded."""
 
@@ -184,6 +188,11 @@ class HostDevice:
         assert shared <= self.shared_bytes, f"{kernel.name}: {shared} bytes of shared memory"
         each = min(32, 2048 // threads, (self.shared_bytes + 1024) // (shared + 1024))
         assert not together or blocks <= each * self.multiprocessors, f"{kernel.name}: {blocks} blocks at once"
+        if kernel.program in LAUNCHED:
+            LAUNCHED.remove(kernel.program)
+        elif len(LAUNCHED) == MOST_LAUNCHED:
+            LAUNCHED.pop(0).library.release()
+        LAUNCHED.append(kernel.program)
         error = kernel.program.launch(kernel.address, a, p, blocks, threads, shared, together, self.seed)
         assert error is None, f"{kernel.name}: {error.decode()}"
 

@@ -419,3 +419,17 @@ def test_memory_moves(plain: Bench) -> None:
     device.copy(two.address, one.address + 4, 8)
     device.wait()
     assert device.get(two.address, np.empty(6, np.float32)).tolist() == [1, 2, 0, 0, 0, 0]
+
+
+def test_any_number_of_programs_runs_in_a_process() -> None:
+    """The stacks of those that have not run for a while are given back: a process may have some 65,000 maps."""
+    device = host_device()
+    with open("/proc/self/maps") as file:
+        before = len(file.readlines())
+    buffer = device.zeros(8)
+    for i in range(12):
+        text = f"KERNEL(512, 1) run(const int64 *a, const int64 *p) {{ if (!threadIdx.x) ((int64 *)a)[0] = {i}; }}"
+        device.launch(device.program(text).kernel("run"), buffer.address, 0, 3, 512, together=True)
+        assert device.get(buffer.address, np.empty(1, np.int64))[0] == i
+    with open("/proc/self/maps") as file:
+        assert len(file.readlines()) - before < 8 * 2 * 3 * 512 + 500
