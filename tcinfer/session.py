@@ -275,7 +275,7 @@ def _copy(draws: Draws | None) -> Draws | None:
 
 def step_many(model: Model, sessions: Sequence[Session], tokens: ArrayLike, sampling: Sampling | None) -> NDArray:
     """See Model.step_many."""
-    from tcinfer.sampler import NOT_FINITE, sample
+    from tcinfer.sampler import sample
 
     sessions = list(sessions)
     if not all(isinstance(s, Session) and s.model is model for s in sessions):
@@ -296,23 +296,35 @@ def step_many(model: Model, sessions: Sequence[Session], tokens: ArrayLike, samp
     out = np.empty(len(sessions), np.int64) if sampling else _rows(len(sessions), model.config.vocab_size)
     for a in range(0, len(sessions), model.chunk):
         part, theirs = sessions[a : a + model.chunk], ids[a : a + model.chunk]
-        states, some = [s._state for s in part], out[a : a + model.chunk]
         for session in part:
             session._begin()
         if sampling is not None and on_device:
-            hows = [(sampling, s.draws.rng.random() if sampling.temperature else 0.0) for s in part if s.draws]
-            laters, some[:] = model.choose(states, theirs, hows, a)
-            for i, (session, later) in enumerate(zip(part, laters, strict=True)):
-                session._taken(theirs[i : i + 1], later)
-            if some.min() < 0:
-                raise TcinferError(NOT_FINITE)
+            out[a : a + len(part)] = _chosen(model, part, theirs, sampling, a)
             continue
         with np.errstate(all="ignore"):
-            logits = model.step(states, theirs)
+            logits = model.step([s._state for s in part], theirs)
         for i, session in enumerate(part):
             session._taken(theirs[i : i + 1], logits[i].copy())
-        some[:] = logits if sampling is None else [sample(s.logits, sampling, s.draws, s.recent) for s in part]  # type: ignore[arg-type]
+        if sampling is not None:
+            logits = [sample(row, sampling, s.draws, s.recent) for row, s in zip(logits, part, strict=True)]  # type: ignore
+        out[a : a + len(part)] = logits
     return out
+
+
+def _chosen(
+    model: Model, sessions: Sequence[Session], ids: NDArray[np.int64], sampling: Sampling, first: int
+) -> NDArray[np.int64]:
+    """One pass of step_many with its choices made on the GPU; the logits stay there, as rows `first` and following."""
+    from tcinfer.sampler import NOT_FINITE
+
+    draws = [s.draws.rng.random() if sampling.temperature else 0.0 for s in sessions]  # type: ignore[union-attr]
+    hows = [(sampling, draw) for draw in draws]
+    laters, chosen = model.choose([s._state for s in sessions], ids, hows, first)
+    for i, (session, later) in enumerate(zip(sessions, laters, strict=True)):
+        session._taken(ids[i : i + 1], later)
+    if chosen.min() < 0:
+        raise TcinferError(NOT_FINITE)
+    return chosen
 
 
 def _rows(count: int, vocab_size: int) -> NDArray[np.float32]:

@@ -65,13 +65,13 @@ FUNCTION void each_row(const Matrix &w, int outputs, int before, const Into &int
     }
 }
 
-// a: W, its outputs; y (0: the pass's logits), bias, gate (0: none), whether to add to y; how many groups of rows the
-// steps before it, for which it does not wait, have (so that other warps go first); then what x is (staging.h).
+// a: W, its outputs; y (0: the pass's logits), bias, gate (0: none), whether to add to y; how many rows the steps
+// before it, for which it does not wait, have (so that other warps go first); then what x is (staging.h).
 template <class K> FUNCTION void linear_one(Words a, Words p, Work work) {
     Words to = a + MATRIX;
     Into into = {floats(to[1] ? to[1] : p[LOGITS]), floats(to[2]), floats(to[3]), to[4] != 0};
     if (!to[1] && !p[OUT_ROWS]) return;
-    stage(to + 6, p, 0);
+    stage(to + 6);
     Matrix w = matrix_at(a);
     // Four rows a warp read x once for all of them; two, where four would leave warps without any.
     if (to[0] < 4 * work.blocks * warps())

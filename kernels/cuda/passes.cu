@@ -15,7 +15,7 @@ KERNEL(TOGETHER_THREADS, 1) together(const int64 *steps, const int64 *p) {
     for (int64 i = 0; i < steps[0]; i++) {
         Words step = steps + 1 + STEP_WORDS * i;
         switch (step[STEP_OPERATOR]) {
-#define CASE(name, blocks)                                    \
+#define CASE(name, blocks)                            \
     case OP_##name:                                   \
         name(words(step[STEP_ARGUMENTS]), p, work);   \
         break;

@@ -1,10 +1,19 @@
 // The first level: what enters the ring, what leaves it, what stays (tcinfer/memory/local.py, kernels/cpu/ring.py).
 // One block does what belongs to one row and one key head.
 
-// One of the pairs of channels that rotate together: which two they are.
-FUNCTION void pair_of(int i, int half, bool interleaved, int &first, int &second) {
-    first = interleaved ? 2 * i : i;
-    second = interleaved ? 2 * i + 1 : half + i;
+// A channel's part in a rotation: which pair it belongs to, the pair's two channels, and whether it is the upper one.
+struct Turn {
+    int pair, first, second;
+    bool upper;
+
+    // The channel of (low, high) turned by an angle's cosine and sine.
+    MEMBER float of(float low, float high, float c, float s) const { return upper ? low * s + high * c : low * c - high * s; }
+};
+
+FUNCTION Turn turn_of(int channel, int D, bool interleaved) {
+    int half = D / 2, pair = interleaved ? channel / 2 : channel % half;
+    if (interleaved) return {pair, 2 * pair, 2 * pair + 1, channel % 2 == 1};
+    return {pair, pair, half + pair, channel >= half};
 }
 
 // A channel of key or value as the ring keeps it, and as float32 what it has become by that.
@@ -25,20 +34,18 @@ OPERATOR void push(Words a, Words p, Work work) {
         const float *c = floats(a[10]) + D / 2 * row, *s = floats(a[11]) + D / 2 * row;
         const float *c_far = floats(a[12]) + D / 2 * row, *s_far = floats(a[13]) + D / 2 * row;
         for (int i = thread(); i < R * D; i += threads()) {  // each thread one channel of a pair
-            int h = g * R + i / D, channel = i % D, first = channel, second = channel;
+            int h = g * R + i / D, channel = i % D;
             const float *x = floats(a[0] + row * q_stride) + D * h;
             float *y = floats(a[14] + row * q_stride) + D * h;
             if (!turns) {
                 y[channel] = x[channel];
                 continue;
             }
-            bool upper = interleaved ? channel % 2 : channel >= D / 2;
-            int pair = interleaved ? channel / 2 : channel % (D / 2);
-            pair_of(pair, D / 2, interleaved, first, second);
-            y[channel] = upper ? x[first] * s[pair] + x[second] * c[pair] : x[first] * c[pair] - x[second] * s[pair];
+            Turn t = turn_of(channel, D, interleaved);
+            y[channel] = t.of(x[t.first], x[t.second], c[t.pair], s[t.pair]);
             if (a[15])
                 (floats(a[15] + row * q_stride) + D * h)[channel] =
-                    upper ? x[first] * s_far[pair] + x[second] * c_far[pair] : x[first] * c_far[pair] - x[second] * s_far[pair];
+                    t.of(x[t.first], x[t.second], c_far[t.pair], s_far[t.pair]);
         }
         const float *x = floats(a[2] + row * kv_stride) + D * g, *v = floats(a[3] + row * kv_stride) + D * g;
         const float *now = 0, *then = 0, *before = 0;
@@ -53,13 +60,11 @@ OPERATOR void push(Words a, Words p, Work work) {
         float *v_out = a[20] ? floats(a[20] + row * kv_stride) + D * g : 0;
         float *plain = a[21] ? floats(a[21] + row * kv_stride) + D * g : 0;
         for (int channel = thread(); channel < D; channel += threads()) {
-            bool upper = interleaved ? channel % 2 : channel >= D / 2;
-            int pair = turns ? (interleaved ? channel / 2 : channel % (D / 2)) : 0, first = channel, second = channel;
-            if (turns) pair_of(pair, D / 2, interleaved, first, second);
-            float low = now ? now[first] * x[first] + then[first] * before[first] : x[first];
-            float high = now ? now[second] * x[second] + then[second] * before[second] : x[second];
-            if (plain) plain[channel] = upper ? high : low;
-            float turned = !turns ? low : upper ? low * s[pair] + high * c[pair] : low * c[pair] - high * s[pair];
+            Turn t = turns ? turn_of(channel, D, interleaved) : Turn{0, channel, channel, false};
+            float low = now ? now[t.first] * x[t.first] + then[t.first] * before[t.first] : x[t.first];
+            float high = now ? now[t.second] * x[t.second] + then[t.second] * before[t.second] : x[t.second];
+            if (plain) plain[channel] = t.upper ? high : low;
+            float turned = turns ? t.of(low, high, c[t.pair], s[t.pair]) : low;
             float k_kept = keep(to_k, channel, turned, half), v_kept = keep(to_v, channel, v[channel], half);
             if (k_out) k_out[channel] = k_kept, v_out[channel] = v_kept;
         }

@@ -43,11 +43,8 @@ OPERATOR void writes(Words a, Words p, Work work) {
         for (int c = thread(); c < D; c += threads()) {
             float kept = written ? x[c] : 0.0f;
             if (turns) {
-                bool upper = interleaved ? c % 2 : c >= D / 2;
-                int pair = interleaved ? c / 2 : c % (D / 2), first, second;
-                pair_of(pair, D / 2, interleaved, first, second);
-                kept = upper ? x[second] * cos_back[pair] - x[first] * sin_back[pair]
-                             : x[first] * cos_back[pair] + x[second] * sin_back[pair];
+                Turn t = turn_of(c, D, interleaved);
+                kept = t.of(x[t.first], x[t.second], cos_back[t.pair], -sin_back[t.pair]);
             }
             k[c] = kept;
             v[c] = written ? y[c] * value_scale : 0.0f;
