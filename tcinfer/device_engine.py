@@ -54,7 +54,7 @@ class DeviceEngine:
         self.config, self.device, self._lock, self._owner = config, device, RLock(), os.getpid()
         self.chunk = chunk = CHUNK  # rows of the longest pass
         self.bytes_per_token = bytes_per_token(weights)
-        self._plan = plan = Plan(chunk, device, config.n_kv_heads)
+        self._plan = plan = Plan(chunk, device)
         there = {name: operators.stored(plan, w) if isinstance(w, Matrix) else w for name, w in weights.items()}
         transformer(plan, operators, config, there, there[EMBEDDING], freq)
         plan.step(Named("choose"), config.vocab_size)

@@ -76,19 +76,17 @@ ROOM: dict[str, Room] = {
 class Plan(cpu.Plan):
     """Steps in the making, and then in device memory; made by operators.py here and by the modules of kernels.cpu."""
 
-    def __init__(self, capacity: int, device: Any, key_heads: int) -> None:
+    def __init__(self, capacity: int, device: Any) -> None:
         """capacity: rows of the longest pass; device: device.Device or what stands for it."""
         super().__init__(capacity, threads=None)
-        self.device, self.key_heads = device, key_heads
+        self.device = device
         self.prepared: dict[tuple[int, bool, bool], tuple[Any, ...]] = {}  # what operators.py keeps of rows
         self._uploads: dict[int, int] = {}
         self._buffers: list[Any] = []
-        self.nbytes = 0  # of device memory
 
     def allocate(self, size: int) -> int:
         """Address of `size` bytes of device memory, zeros, the plan's for ever."""
         self._buffers.append(self.device.zeros(max(size, 16)))
-        self.nbytes += size
         return self._buffers[-1].address
 
     def upload(self, array: NDArray | None) -> int:

@@ -203,7 +203,7 @@ def test_weights_of_every_kind(kind: Kind, layer: bool, device: HostDevice) -> N
     """Embedding, norm and head: a token's product keeps float32, those of many rows round both sides to halves."""
     columns, V, eps = (512, 70, 1e-5) if kind.name.endswith("_K") else (416, 70, 1e-5)
     w, (weight, bias) = random_matrix(kind, V, columns), normal(3, 2, columns)
-    plan = Plan(8, device, 1)
+    plan = Plan(8, device)
     there = operators.stored(plan, w)
     x = operators.embed(plan, there, None)
     operators.linear(plan, operators.norm(plan, x, weight, bias, eps, layer), there, head=True)
@@ -227,7 +227,7 @@ def test_weights_of_every_kind(kind: Kind, layer: bool, device: HostDevice) -> N
 def test_rows_that_products_compute_are_there_for_others_too(device: HostDevice) -> None:  # noqa: F811
     """A mechanism may want the normed rows themselves: asking for their address writes them out."""
     w, weight = random_matrix(Kind.Q8_0, 40, 64), normal(3, 64)
-    plan = Plan(8, device, 1)
+    plan = Plan(8, device)
     h = operators.norm(plan, operators.embed(plan, operators.stored(plan, w), None), weight, None, 1e-5, False)
     address = h.address
     plan.finish()
