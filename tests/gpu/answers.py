@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import importable  # noqa: F401
 import numpy as np
@@ -20,6 +21,7 @@ from tcinfer.model import Model
 from tcinfer.tokenizer import from_metadata
 
 FLOATS, HALVES = 1e-3, 5e-3  # of ‖logits‖: of one token, its keys and values halves; of many, in halves throughout
+SHAPE = Shape(3, 256, 4, 2, 64, 512, 320, False)  # of the model with weights of every kind
 SMALL = ("sinks-in-cache", "infini-delta-gqa-key-conv", "tensor-everything")
 
 
@@ -76,32 +78,48 @@ def contract(b: Bench, name: str, count: int) -> float:
 
 def checkpoints(b: Bench) -> None:
     """tests/test_golden.py."""
-    found = sorted(b.options.golden.glob("*/golden.npz"))[: 1 if b.cupy is None else None]
-    if not found:
+    errors = {}
+    for name, want, model in converted(b):
+        for way, lengths in FEEDS.items():
+            session, parts = model.session(), np.split(want["tokens"], np.cumsum(lengths)[:-1])
+            got = np.concatenate([session.feed(part, all_logits=True) for part in parts])
+            states, worst = session._state.layers, [relative(got, want["logits"])]
+            for key in (key for key in want.files if "." in key):
+                memory, layer = key.split(".")
+                worst.append(relative(memory_of(states[int(layer)], memory, want[key].shape), want[key]))
+            errors[f"{name} {way}"] = max(worst) if np.isfinite(worst).all() else float("inf")
+    if not errors:
         b.row("golden checkpoints", f"skipped: none in {b.options.golden}")
         return
-    errors = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for path in found:
-            name, want = path.parent.name, np.load(path)
-            b.tidy()
-            converters.convert(path.parent / "ckpt.pt", Path(folder, f"{name}.gguf"), "f32", verify=False)
-            model = load(Path(folder, f"{name}.gguf"), backend="cuda", cache_type="f32")
-            for way, lengths in FEEDS.items():
-                session, parts = model.session(), np.split(want["tokens"], np.cumsum(lengths)[:-1])
-                got = np.concatenate([session.feed(part, all_logits=True) for part in parts])
-                states, worst = session._state.layers, [relative(got, want["logits"])]
-                for key in (key for key in want.files if "." in key):
-                    memory, layer = key.split(".")
-                    worst.append(relative(memory_of(states[int(layer)], memory, want[key].shape), want[key]))
-                errors[f"{name} {way}"] = max(worst) if np.isfinite(worst).all() else float("inf")
     close(b, "golden checkpoints", errors, LIMIT["cuda"])
+
+
+def models(b: Bench, kinds: Sequence[str]) -> None:
+    """Makes every model that is asked here, so that what is compiled for it is known."""
+    for name in CASES:
+        model_of(name, "cuda")
+    for _ in converted(b):
+        pass
+    shape = SHAPE
+    config = config_of(shape, "sinks", 75)
+    bound = weights(config, shape.tied, [Kind[kind] for kind in kinds])
+    Model(config, bound, from_metadata({}, shape.vocab), b.ops)
+
+
+def converted(b: Bench) -> Iterator[tuple[str, Any, Model]]:
+    """The golden checkpoints: name, what is expected, the model."""
+    with tempfile.TemporaryDirectory() as folder:
+        for path in sorted(b.options.golden.glob("*/golden.npz"))[: 1 if b.cupy is None else None]:
+            name, to = path.parent.name, Path(folder, f"{path.parent.name}.gguf")
+            b.tidy()
+            converters.convert(path.parent / "ckpt.pt", to, "f32", verify=False)
+            yield name, np.load(path), load(to, backend="cuda", cache_type="f32")
 
 
 def every_kind(b: Bench, kinds: Sequence[str], count: int) -> None:
     """A model whose matrices are of one kind after the other against the reference; many sessions, and ids chosen."""
     b.tidy()
-    shape = Shape(3, 256, 4, 2, 64, 512, 320, False)
+    shape = SHAPE
     config = config_of(shape, "sinks", count // 4)
     bound, tokenizer = weights(config, shape.tied, [Kind[kind] for kind in kinds]), from_metadata({}, shape.vocab)
     ids = np.random.default_rng(5).integers(0, shape.vocab, count)

@@ -2,8 +2,9 @@
 
     python tests/gpu/measure_gpu.py [--quick] [--golden FOLDER] [--json FILE] [--compiled] [SECTION ...]
 
-Sections, in this order: golden (answers, against the published checkpoints and the reference), decode, graph (a token
-as one launch a step, for comparison), sessions, prompt, torch (PyTorch beside it), long (a million tokens), sanitize.
+Sections, in this order: golden (answers, against the published checkpoints and the reference), decode, steps (where the
+time of a token and of a prompt goes), graph (a token as one launch a step, for comparison), sessions, prompt, torch
+(PyTorch beside it), long (a million tokens), sanitize.
 Each is a process of its own with its share of the time (--seconds), so that one that fails or hangs takes no other with
 it; the exit status is 1 if any did. --compiled: PyTorch's side through torch.compile. --stand-in: everything tiny, on
 CPU threads in place of a GPU, to test this script.
@@ -26,7 +27,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -128,6 +129,30 @@ def graph(b: Bench) -> None:
                 found[seconds] = f"{1e3 * seconds:.3f} ms (device {1e3 * device:.3f}), {blocks} blocks"
             b.row(f"{shape} Q8_0: a graph of launches", found[min(found)])
         model = plan = own = other = run = again = launch = None
+
+
+TRACED = [(shape, kind, "sinks", 512) for shape, kind in (("1B", "Q8_0"), ("135M", "Q8_0"), ("8B", "Q4_0"))]
+
+
+def steps(b: Bench) -> None:
+    """Where the time goes: by operator, what its slowest block takes and what the meeting after it costs."""
+    from measuring import Kind, by_operator, filled, same_again, traced
+
+    for shape, kind, memory, window in TRACED:
+        what = f"{shape} {kind}"
+        if not b.reached(what, 5):
+            continue
+        with b.attempt(what):
+            model = b.random(shape, Kind[kind], memory, window)
+            session = filled(model)
+            for line in traced(b, model)(session):
+                b.row(f"{what}: a token", line)
+            for line in by_operator(b, model, lambda s=session: s.feed([1] * 1024)):
+                b.row(f"{what}: 1,024 tokens of a prompt", line)
+            some = [same_again(session) for _ in range(3 if b.cupy is None else 64)]
+            for line in by_operator(b, model, lambda s=some: s[0].model.step_many(s, [1] * len(s))):
+                b.row(f"{what}: {len(some)} sessions", line)
+        model = session = some = None
 
 
 def sessions(b: Bench) -> None:
@@ -293,21 +318,59 @@ def sanitize(b: Bench) -> None:
             print("\n".join(lines[-12:]), flush=True)
 
 
+def golden_models(b: Bench) -> None:
+    from answers import models
+
+    models(b, EVERY.split(","))
+
+
+def decode_models(b: Bench) -> None:
+    from measuring import Kind
+
+    for shape, kind, memory, window in decode_cases(b):
+        b.random(shape, Kind[kind], memory, window)
+
+
+def traced_models(b: Bench) -> None:
+    from measuring import Kind, traced
+
+    for shape, kind, memory, window in TRACED:
+        traced(b, b.random(shape, Kind[kind], memory, window))
+
+
+def graph_models(b: Bench) -> None:
+    from measuring import Kind, steps_alone
+
+    for shape in SHAPES:
+        steps_alone(b, b.random(shape, Kind.Q8_0))
+
+
+def kinds_models(b: Bench) -> None:
+    """Of sessions, prompt, torch."""
+    from measuring import Kind
+
+    for shape in ("1B", "135M"):
+        for kind in (Kind.Q8_0, Kind.BF16):
+            b.random(shape, kind)
+    bundled(b)
+
+
 class Section(NamedTuple):
     run: Callable[[Bench], None]
     share: float = 0  # of the time
-    kinds: tuple[str, ...] = ()  # what is compiled for it
+    models: Callable[[Bench], object] = bundled  # makes all that is compiled for it (programs.py)
 
 
 SECTIONS = {
-    "golden": Section(golden, 60, ("F32", EVERY)),
-    "decode": Section(decode, 115, ("Q8_0", "Q4_0", "F16")),
-    "graph": Section(graph, 30, ("Q8_0",)),
-    "sessions": Section(sessions, 50, ("Q8_0", BUNDLED)),
-    "prompt": Section(prompt, 35, ("Q8_0", "BF16")),
-    "torch": Section(torch, 45, ("BF16",)),
-    "long": Section(long, 100, (BUNDLED,)),
-    "sanitize": Section(sanitize, 75, ("F32", EVERY)),
+    "golden": Section(golden, 60, golden_models),
+    "decode": Section(decode, 115, decode_models),
+    "steps": Section(steps, 30, traced_models),
+    "graph": Section(graph, 30, graph_models),
+    "sessions": Section(sessions, 50, kinds_models),
+    "prompt": Section(prompt, 35, kinds_models),
+    "torch": Section(torch, 45, kinds_models),
+    "long": Section(long, 100),
+    "sanitize": Section(sanitize, 75, golden_models),
 }
 HIDDEN = {"small": Section(small)}
 ME = [sys.executable, __file__]
@@ -359,30 +422,35 @@ def alone(options: argparse.Namespace) -> int:
 
 
 def compiled(options: argparse.Namespace) -> int:
-    """Put the programs of some kinds of weights into the compiler's cache."""
+    """Put the program of a text into the compiler's cache."""
     device, _ = device_of(options)
-    from tcinfer.kernels.cuda.program import operators, source
-
-    kinds = set(options.compile.split(","))
-    for together in (True, False):
-        name = "together" if together else f"step_{operators(False, kinds)[0].full}"
-        kernel = device.program(source(together, kinds), together=together).kernel(name)
-        print(f"compiled {name} for {options.compile}: {kernel.num_regs} registers", flush=True)
+    path, started = Path(options.compile), time.monotonic()
+    together = ".together." in path.name
+    device.program(path.read_text(), together=together).kernel("together" if together else "step_angles")
+    print(f"compiled {path.name} in {time.monotonic() - started:.1f} s", flush=True)
     return 0
+
+
+def all_compiled(options: argparse.Namespace) -> None:
+    """Every program that the sections need, each compiled in a process of its own, before anything is measured."""
+    import importable  # noqa: F401
+    from programs import recorded, written
+
+    with tempfile.TemporaryDirectory() as folder:
+        paths = written(recorded(options.sections, options.golden), Path(folder))
+        awaited([subprocess.Popen([*ME, "--compile", str(path)]) for path in paths], 90)
 
 
 def everything(options: argparse.Namespace) -> int:
     """Every section that was asked for, each in a process of its own, and the table."""
     started, failed = time.monotonic(), False
-    kinds = sorted({kind for name in options.sections for kind in SECTIONS[name].kinds}, key=len, reverse=True)
-    compiling = [] if options.stand_in else [subprocess.Popen([*ME, "--compile", kind]) for kind in kinds]
+    if not options.stand_in:
+        all_compiled(options)
     flags = [f"--{name}" for name in ("quick", "stand-in", "compiled") if getattr(options, name.replace("-", "_"))]
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder, "rows")
         rows.touch()
         for i, name in enumerate(options.sections):
-            if name != "golden":
-                awaited(compiling, 60)  # they would disturb what is measured
             begun = time.monotonic()
             share = SECTIONS[name].share / sum(SECTIONS[other].share for other in options.sections[i:])
             limit = max(5.0, (options.seconds - (begun - started)) * share)
@@ -395,7 +463,6 @@ def everything(options: argparse.Namespace) -> int:
                 failure(rows, name, error)
             print(f"--- {name}: {time.monotonic() - begun:.0f} s", flush=True)
         facts = [json.loads(line) for line in rows.read_text().splitlines()]
-    awaited(compiling, 0)
     device, date = next((fact["device"] for fact in facts if "device" in fact), "no device"), time.strftime("%Y-%m-%d")
     if options.json:
         options.json.write_text(json.dumps({"device": device, "date": date, "facts": facts}, indent=1))
@@ -412,7 +479,7 @@ def failure(rows: Path, section: str, error: str, where: str = "") -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def awaited(processes: list[subprocess.Popen], seconds: float) -> None:
+def awaited(processes: Sequence[subprocess.Popen], seconds: float) -> None:
     """Until all have ended, or were ended."""
     until = time.monotonic() + seconds
     for process in processes:
@@ -421,7 +488,6 @@ def awaited(processes: list[subprocess.Popen], seconds: float) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    processes.clear()
 
 
 def main() -> int:

@@ -365,3 +365,80 @@ def captured(b: Bench, launch: Callable[[], None]) -> Callable[[int, int], None]
         launch()
         made = stream.end_capture()
     return lambda kind, address: made.launch()
+
+
+# Where the time goes
+
+
+def traced(b: Bench, model: Any) -> Callable[[Session], list[str]]:
+    """A token's launch that writes down when each block begins to wait after each step, and when it goes on."""
+    plan, width = model._engine._plan, 1 + 3 * sum(1 for step in model._engine._plan.steps if step.when & ONE)
+    kinds = {step.operator.kind for step in plan.steps if step.operator.kind}
+    text = source(True, kinds)
+    stamp = "if (threadIdx.x == 0) stamps[(2 * i + {}) * gridDim.x + blockIdx.x] = clock64();"
+    begin, block = (
+        "for (int64 i = 0; i < steps[0]; i++) {\n        Words step",
+        "if (step[STEP_WAIT] == WAIT_FOR_BLOCK)",
+    )
+    grid = "grid_barrier(arrivals, goal += gridDim.x);\n"
+    assert text.count(begin) == text.count(block) == text.count(grid) == 1
+    text = text.replace(begin, f"int64 *stamps = (int64 *)steps[1 + STEP_WORDS * steps[0]];\n    {begin}")
+    text = text.replace(block, f"if (step[STEP_WAIT]) __syncthreads();\n        {stamp.format(0)}\n        {block}")
+    text = text.replace(grid, f"{grid}        {stamp.format(1)}\n")
+    kernel = b.device.program(text, together=True).kernel("together")
+
+    def run(session: Session) -> list[str]:
+        one, blocks = [step for step in plan.steps if step.when & ONE], b.device.multiprocessors
+        told = b.device.get(plan._steps, np.empty(width, np.int64))
+        room = b.device.zeros(16 * len(one) * blocks)
+        plain = plan._together, plan._steps
+        plan._together, plan._steps = kernel, plan.keep(np.append(told, room.address))
+        step, taken = stepping(session), []
+        try:
+            for _ in range(2 if b.cupy is None else 12):
+                step()
+                taken.append(b.device.get(room.address, np.empty((len(one), 2, blocks), np.int64)))
+        finally:
+            plan._together, plan._steps = plain
+        times = np.array(taken[-8:], np.float64)  # [tokens, steps, 2, blocks]
+        work = times[:, :, 0] - np.concatenate([times[:, :1, 0], times[:, :-1, 1]], 1)
+        wait = times[:, :, 1] - times[:, :, 0]
+        whole = float(np.median(times[:, -1, 1].max(-1) - times[:, 0, 0].min(-1)))
+        found: dict[str, list[np.ndarray]] = {}
+        for i, s in enumerate(one):
+            row = np.median([work[:, i].max(-1), work[:, i].mean(-1), wait[:, i].min(-1)], 1)
+            shape = f" {s.arguments[5]}x{32 * s.arguments[4]}" if s.operator.name == "linear_one" else ""
+            found.setdefault(s.operator.full + shape, []).append(row)
+        lines = [f"{whole:,.0f} cycles from the first step's end, slower by the stamps"]
+        for name, rows in sorted(found.items(), key=lambda item: -np.sum(item[1])):
+            slowest, mean, meeting = np.mean(rows, 0)
+            lines.append(f"{name} x{len(rows)}: {slowest:,.0f} (mean {mean:,.0f}) and {meeting:,.0f} to meet")
+        return lines
+
+    return run
+
+
+def by_operator(b: Bench, model: Any, run: Run) -> list[str]:
+    """The launches of a pass of many rows, each timed by itself."""
+    plan, launch, found = model._engine._plan, b.device.launch, {}
+    names = {}
+    for (_, at, *_), step in zip(plan._launches, [step for step in plan.steps if step.when & ~ONE], strict=True):
+        shape = f" {step.arguments[5]}x{32 * step.arguments[4]}" if step.operator.name == "linear_many" else ""
+        names[at] = step.operator.full + shape
+
+    def timed(kernel: Any, a: int, *rest: Any, **named: Any) -> None:
+        seconds = b.timed(lambda: launch(kernel, a, *rest, **named))
+        found.setdefault(names[a], []).append(seconds)
+
+    run()
+    b.device.launch = timed
+    try:
+        run(), run()
+    finally:
+        del b.device.launch
+    total = sum(map(sum, found.values())) / 2
+    rows = sorted(found.items(), key=lambda item: -sum(item[1]))
+    return [f"{1e3 * total:.2f} ms in launches"] + [
+        f"{name} x{len(times) // 2}: {1e6 * np.median(times):.1f} µs, {sum(times) / 2 / total:.0%}"
+        for name, times in rows[:10]
+    ]

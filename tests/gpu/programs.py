@@ -1,0 +1,113 @@
+"""The texts that measure_gpu.py's models are compiled from, and CuPy's cache of them, made where there is no GPU.
+
+    python tests/gpu/programs.py FOLDER [SECTION ...]
+
+fills FOLDER, so that a GPU of compute capability 9.0 whose CuPy and NVRTC are of the versions installed here compiles
+nothing when CUPY_CACHE_DIR names it. Time on a lent GPU is short. Needs cupy-cuda13x and nvidia-cuda-nvrtc.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+
+class Recorder:
+    """Stands for an H100 while models are made: keeps their programs' texts, and does nothing."""
+
+    name = "a device that records"
+    multiprocessors = 132
+    capability = (9, 0)
+    shared_bytes = 232448
+    warm = True
+    free_bytes = 1 << 36
+
+    def __init__(self) -> None:
+        self.texts: dict[tuple[str, bool], None] = {}  # (text, together), in order
+        self._next = 1 << 20
+
+    def zeros(self, nbytes: int) -> Any:
+        self._next += -(-nbytes // 256) * 256
+        return SimpleNamespace(address=self._next - -(-nbytes // 256) * 256, nbytes=nbytes)
+
+    def put(self, address: int, array: Any) -> None: ...
+
+    def copy(self, to: int, from_: int, nbytes: int) -> None: ...
+
+    def get(self, address: int, array: Any) -> Any:
+        array[...] = 0
+        return array
+
+    def program(self, text: str, together: bool = False) -> Any:
+        self.texts[text, together] = None
+        return SimpleNamespace(kernel=lambda name: None)
+
+
+def recorded(sections: Iterable[str], golden: Path) -> list[tuple[str, bool]]:
+    """The texts of some sections of measure_gpu.py, and whether each is a token's one launch."""
+    from measure_gpu import SECTIONS
+    from measuring import SHAPES, Bench, Shape
+
+    class Small(Bench):
+        """Shapes whose programs are those of the large ones."""
+
+        def shape(self, name: str) -> Shape:
+            return SHAPES[name]._replace(layers=1, vocab=256, ffn=256)
+
+        def tidy(self) -> None: ...
+
+    device = Recorder()
+    cupy = SimpleNamespace(RawKernel=lambda *a: None, cuda=SimpleNamespace(Event=lambda: None))
+    bench = Small(Namespace(seconds=3600, quick=False, golden=golden), device, cupy)
+    for name in sections:
+        SECTIONS[name].models(bench)
+    return list(device.texts)
+
+
+def written(texts: Sequence[tuple[str, bool]], folder: Path) -> list[Path]:
+    """A file of each text, its name saying whether it is a token's one launch."""
+    paths = [Path(folder, f"{i}.{'together' if together else 'alone'}.cu") for i, (_, together) in enumerate(texts)]
+    for path, (text, _) in zip(paths, texts, strict=True):
+        path.write_text(text)
+    return paths
+
+
+def compiled_here(text: str) -> int:
+    """Compile a text for sm_90 into CuPy's cache; its size in bytes. CuPy asks a GPU for what is said here instead."""
+    from cupy.cuda import compiler, function
+
+    module = SimpleNamespace(load=lambda cubin: None, _set_mapping=lambda mapping: None)
+    function.Module = lambda: module
+    compiler._get_arch = lambda: "90"
+    compiler._get_arch_for_options_for_nvrtc = lambda arch=None: ("-arch=sm_90", "cubin")
+    compiler._compile_module_with_cache(text, ("-std=c++17",), backend="nvrtc")
+    return len(text)
+
+
+def main() -> None:
+    import importable
+    from measure_gpu import SECTIONS
+
+    folder, sections = Path(sys.argv[1]), sys.argv[2:] or list(SECTIONS)
+    texts = [text for text, _ in recorded(sections, importable.ROOT.parent / "shared" / "golden")]
+    with ProcessPoolExecutor(initializer=keep_in, initargs=(str(folder),)) as pool:
+        for done, _ in enumerate(pool.map(compiled_here, texts), 1):
+            print(f"{done} of {len(texts)}", flush=True)
+    print(f"{folder}: {np.sum([p.stat().st_size for p in folder.glob('*.cubin')]) / 1e6:.0f} MB")
+
+
+def keep_in(folder: str) -> None:
+    import os
+
+    os.environ["CUPY_CACHE_DIR"] = folder
+
+
+if __name__ == "__main__":
+    main()
