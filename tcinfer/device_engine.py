@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tcinfer import memory
 from tcinfer.config import ModelConfig
 from tcinfer.engine import EMBEDDING, bytes_per_token, transformer
 from tcinfer.errors import TcinferError
@@ -58,6 +59,7 @@ class DeviceEngine:
         there = {name: operators.stored(plan, w) if isinstance(w, Matrix) else w for name, w in weights.items()}
         transformer(plan, operators, config, there, there[EMBEDDING], freq)
         plan.step(Named("choose"), config.vocab_size)
+        plan.fields = sum(len(fields) for fields in memory.layout(config).layers)
         plan.finish()
         self._choices = plan.allocate(8 * chunk)
         self._pass = device.zeros(Pass(chunk, chunk, config.n_kv_heads).data.nbytes)

@@ -267,9 +267,9 @@ template <class F> FUNCTION void attend_rows(Words a, Words p, Work work) {
         for (int item = work.block; item < p[ROWS] * a[8] * a[13]; item += work.blocks)
             for (int c0 = 0, width; c0 < (F::PLAIN ? 1 : (int)a[9]); c0 += width) {
                 width = sharers_of<F::HALF ? 8 : 4>(a[9]) * (F::HALF ? 8 : 4);
-                __syncthreads();  // nobody reads what lay there
+                block_barrier();  // nobody reads what lay there
                 attend_keys<F::HALF, F::HEADS, F::PLAIN>(a, p, item, first, c0);
-                __syncthreads();
+                block_barrier();
                 attend_end(a, item, first, F::HEADS, c0, width);
             }
 }

@@ -168,7 +168,7 @@ template <int WIDE> OPERATOR void flash(Words a, Words p, Work work) {
             fetch_keys<WIDE>(f, r, k_ring, k_new, 0, keys);
             for (int begin = 0; begin < r.stop; begin += KEYS) {
                 wait_for_groups<0>();
-                __syncthreads();  // the keys are there, the values of the tile before are no longer needed
+                block_barrier();  // the keys are there, the values of the tile before are no longer needed
                 fetch_keys<WIDE>(f, r, v_ring, v_new, begin, values);
 
                 float scores[KEY_TILES][4];
@@ -221,7 +221,7 @@ template <int WIDE> OPERATOR void flash(Words a, Words p, Work work) {
                 }
 
                 wait_for_groups<0>();
-                __syncthreads();  // the values are there, the keys are no longer needed
+                block_barrier();  // the values are there, the keys are no longer needed
                 if (begin + KEYS < r.stop) fetch_keys<WIDE>(f, r, k_ring, k_new, begin + KEYS, keys);
                 if (!seen) continue;
 #pragma unroll

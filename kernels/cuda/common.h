@@ -18,22 +18,30 @@ FUNCTION double number(int64 bits) { return __longlong_as_double(bits); }
 
 FUNCTION float lowest() { return __uint_as_float(0xff800000u); }  // -infinity, which NVRTC has no name for
 
+// Those that compute: in a token's one launch a warp more brings weights (stream.h).
+#ifdef EACH_TOGETHER
+FUNCTION int threads() { return TOGETHER_THREADS; }
+FUNCTION void block_barrier() { first_threads_meet(TOGETHER_THREADS); }
+#else
 FUNCTION int threads() { return blockDim.x; }
+FUNCTION void block_barrier() { __syncthreads(); }
+#endif
 FUNCTION int thread() { return threadIdx.x; }
-FUNCTION int warps() { return blockDim.x / 32; }
+FUNCTION int warps() { return threads() / 32; }
 FUNCTION int warp() { return threadIdx.x / 32; }
 FUNCTION int lane() { return threadIdx.x % 32; }
 
-// The first DESK bytes of shared memory are for block-wide sums; an operator's own room begins behind them.
+// The first DESK bytes of shared memory: block-wide sums, and what else is said below. An operator's own room is behind.
+const int DESK_PARTS = 256, DESK_BEGUN = 512, DESK_STREAM = 528, DESK_RECORDS = 1024, DESK_PASS = DESK_RECORDS + 2 * 8 * RECORD;
 FUNCTION char *room() { return shared_memory() + DESK; }
 
 // The sum over all threads of the block, in all of them; in an order that depends on the block's size alone.
 FUNCTION float block_sum(float x) {
     float *desk = (float *)shared_memory();
     x = warp_sum(x);
-    __syncthreads();
+    block_barrier();
     if (lane() == 0) desk[warp()] = x;
-    __syncthreads();
+    block_barrier();
     float total = 0;
     for (int i = 0; i < warps(); i++) total += desk[i];
     return total;
@@ -42,9 +50,9 @@ FUNCTION float block_sum(float x) {
 FUNCTION float block_max(float x) {
     float *desk = (float *)shared_memory();
     x = warp_max(x);
-    __syncthreads();
+    block_barrier();
     if (lane() == 0) desk[warp()] = x;
-    __syncthreads();
+    block_barrier();
     float most = desk[0];
     for (int i = 1; i < warps(); i++) most = fmaxf(most, desk[i]);
     return most;

@@ -75,11 +75,27 @@ struct Warp {
 
 struct Block {
     unsigned index, arrived, returned; // threads that wait at the block's barrier, that are through
+    unsigned wanted;                   // threads, from the first on, that a barrier is for
     const unsigned *arrivals;          // what thread 0 watches at a barrier of the grid; null: it does not
     unsigned goal;
     char *shared;
     Warp *warps;
 };
+
+// A barrier of machine.h in shared memory.
+struct Mbarrier {
+    unsigned short arrivals, left, parity, unused;
+};
+static_assert(sizeof(Mbarrier) == 8);
+
+// A lane that waits at one.
+struct Waiter {
+    Warp *warp;
+    unsigned lane;
+    const Mbarrier *at;
+    unsigned parity;
+};
+static std::vector<Waiter> waiters;
 
 static void (*kernel)(const int64 *, const int64 *);
 static const int64 *first_argument, *second_argument;
@@ -202,7 +218,7 @@ static unsigned lanes(unsigned w) {
 
 static void prepare(unsigned place, unsigned index) {
     Block &b = blocks[place];
-    b = {index, 0, 0, nullptr, 0, shared.get() + place * shared_size + GUARD, &warps[place * warp_count]};
+    b = {index, 0, 0, blockDim.x, nullptr, 0, shared.get() + place * shared_size + GUARD, &warps[place * warp_count]};
     memset(b.shared - GUARD, 0xA5, GUARD);
     memset(b.shared, 0xFF, shared_bytes); // not a number in every format
     memset(b.shared + shared_bytes, 0xA5, GUARD);
@@ -234,9 +250,9 @@ static bool run(Block &b) {
                 round();
                 if (!~warp->arrived) warp->arrived = 0, warp->ready = ~0u;
             }
-        if (b.arrived < blockDim.x) continue;
+        if (!b.arrived || b.arrived < b.wanted) continue;
         b.arrived = 0;
-        for (unsigned w = 0; w < warp_count; w++) b.warps[w].ready = lanes(w);
+        for (unsigned w = 0; w * 32 < b.wanted; w++) b.warps[w].ready = lanes(w);
     }
     return any;
 }
@@ -303,6 +319,7 @@ static void make_room(unsigned alive) {
     if (_setjmp(failure)) return false;
     if (!gridDim.x || !blockDim.x || blockDim.x > 1024) fail("%u blocks of %u threads", gridDim.x, blockDim.x);
     unsigned alive = together ? gridDim.x : 1;
+    waiters.clear();
     make_room(alive);
     if (together) {
         for (unsigned i = 0; i < alive; i++) prepare(i, i);
@@ -385,11 +402,14 @@ FUNCTION unsigned atomicAdd(unsigned *p, unsigned x) { return std::exchange(*p, 
 FUNCTION unsigned atomicMax(unsigned *p, unsigned x) { return std::exchange(*p, max(*p, x)); }
 FUNCTION unsigned atomicMin(unsigned *p, unsigned x) { return std::exchange(*p, min(*p, x)); }
 
-FUNCTION void __syncthreads() {
+FUNCTION void first_threads_meet(int threads) {
+    host::block->wanted = threads;
     host::block->arrived++;
     host::unready();
     host::park();
 }
+
+FUNCTION void __syncthreads() { first_threads_meet(blockDim.x); }
 
 namespace host {
 
@@ -568,9 +588,43 @@ template <int left> FUNCTION void wait_for_groups() {
     copies.erase(copies.begin(), at);
 }
 
+FUNCTION void mbarrier_init(uint64 *at, unsigned arrivals) {
+    *(host::Mbarrier *)at = {(unsigned short)arrivals, (unsigned short)arrivals, 0, 0};
+}
+
+FUNCTION void mbarrier_arrive(uint64 *at) {
+    host::Mbarrier &b = *(host::Mbarrier *)at;
+    if (!b.left) host::fault("an arrival at no mbarrier");
+    if (--b.left) return;
+    b.left = b.arrivals, b.parity ^= 1;
+    for (size_t i = 0; i < host::waiters.size();) {
+        host::Waiter &w = host::waiters[i];
+        if (w.at != &b || w.parity == b.parity) {
+            i++;
+            continue;
+        }
+        w.warp->ready |= 1u << w.lane;
+        w = host::waiters.back(), host::waiters.pop_back();
+    }
+}
+
+FUNCTION void mbarrier_arrive_copied(uint64 *at) {
+    for (const host::Copy &c : host::fiber->copies) memcpy(c.to, c.from, 16);
+    host::fiber->copies.clear();
+    mbarrier_arrive(at);
+}
+
+FUNCTION void mbarrier_wait(uint64 *at, unsigned parity) {
+    const host::Mbarrier *b = (const host::Mbarrier *)at;
+    if (b->parity != (parity & 1)) return; // another phase runs: that one has ended
+    host::waiters.push_back({host::warp, threadIdx.x % 32, b, parity & 1});
+    host::unready();
+    host::park();
+}
+
 // Thread 0 always waits a round, so that blocks leave in the order of the seed too.
-FUNCTION void grid_barrier(unsigned *arrivals, unsigned goal) {
-    __syncthreads();
+FUNCTION void grid_barrier(unsigned *arrivals, unsigned goal, int threads) {
+    first_threads_meet(threads);
     if (threadIdx.x == 0) {
         atomicAdd(arrivals, 1u);
         host::block->arrivals = arrivals;
@@ -578,5 +632,5 @@ FUNCTION void grid_barrier(unsigned *arrivals, unsigned goal) {
         host::unready();
         host::park();
     }
-    __syncthreads();
+    first_threads_meet(threads);
 }

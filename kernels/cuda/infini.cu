@@ -25,9 +25,9 @@ OPERATOR void features(Words a, Words p, Work work) {
                 if (r < R) norm[at * R + r] = dot + eps;
                 else retrieve[at] = a[7] ? 1.0f / (dot + eps) : 0.0f;
             }
-            __syncthreads();
+            block_barrier();
             for (int c = thread(); c < D; c += threads()) z[c] += (floats(a[9]) + D * at)[c];
-            __syncthreads();
+            block_barrier();
         }
     }
 }

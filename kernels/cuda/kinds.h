@@ -1,17 +1,20 @@
-// Kinds of weights: how a run of 32 columns of one row lies in memory, and the values that it stands for.
+// Kinds of weights: how a matrix lies in memory, and the values that a run of 32 columns of one row stands for.
 //
-// A kind says how many 16-byte loads its run takes (LOADS), the integers (or floats) of the run (`values`), and what
-// each half of the run is multiplied by and what is added (`scales`): value = d q + m. packing.py writes the layout:
-// in rows of up to 32 runs side by side first the first 16 bytes of each, then the second, so that a warp reads 512
-// bytes in one piece; bits above the fourth and scales lie in arrays of their own.
+// A matrix is cut into chunks of ROWS rows and up to 32 runs, one after the other (packing.py writes them). Of each row
+// a chunk has first the 16-byte loads of its runs, the first load of all runs, then the second, so that a warp reads 512
+// bytes in one piece; then the bits above the fourth (HIGH bytes a run), then scales (D bytes for each D_RUNS runs, and
+// S bytes a run). A kind says how many loads its run takes (LOADS), the integers or floats of the run (`values`), and
+// what each half of the run is multiplied by and what is added (`scales`): value = d q + m.
 
 struct Matrix {
-    const char *low, *high, *d, *s;
+    const char *chunks;
     int runs;  // of a row
+    int64 tile;  // bytes of the chunks of ROWS rows
+    int chunk;  // bytes of one with 32 runs
 };
 
-const int MATRIX = 5;  // words of a matrix among a step's arguments
-FUNCTION Matrix matrix_at(Words a) { return {(char *)a[0], (char *)a[1], (char *)a[2], (char *)a[3], (int)a[4]}; }
+const int MATRIX = 4;  // words of a matrix among a step's arguments
+FUNCTION Matrix matrix_at(Words a) { return {(const char *)a[0], (int)a[1], a[2], (int)a[3]}; }
 
 struct Scales {
     float d[2], m[2];  // of columns 0 to 15 and 16 to 31
@@ -24,8 +27,8 @@ FUNCTION unsigned word_of(const uint4 *low, int i) {
     const uint4 &v = low[i / 4];
     return i % 4 == 0 ? v.x : i % 4 == 1 ? v.y : i % 4 == 2 ? v.z : v.w;
 }
-FUNCTION unsigned short load_short(const char *at, int64 i) { return ((const unsigned short *)at)[i]; }
-FUNCTION unsigned load_word(const char *at, int64 i) { return ((const unsigned *)at)[i]; }
+FUNCTION unsigned short short_at(const char *at) { return *(const unsigned short *)at; }
+FUNCTION unsigned word_at(const char *at) { return *(const unsigned *)at; }
 
 // 32 values of 4 bits: the low nibbles of 16 bytes, then the high ones.
 FUNCTION void nibbles(const uint4 *low, int q[32]) {
@@ -44,17 +47,17 @@ FUNCTION void as_floats(const int q[32], float out[32]) {
 
 // Floats in place of integers: no scales.
 struct F32 {
-    static const int LOADS = 8, HIGH = 0;  // HIGH: bytes of the bits above the fourth
+    static const int ROWS = 1, LOADS = 8, HIGH = 0, D = 0, D_RUNS = 1, S = 0;
     static const bool SCALED = false;
     static MEMBER void values(const uint4 *low, uint64, float out[32]) {
 #pragma unroll
         for (int i = 0; i < 32; i++) out[i] = __uint_as_float(word_of(low, i));
     }
-    static MEMBER Scales scales(const Matrix &, int64, int) { return both(1, 0); }
+    static MEMBER Scales scales(const char *, const char *) { return both(1, 0); }
 };
 
 template <bool BRAIN> struct Float16 {
-    static const int LOADS = 4, HIGH = 0;
+    static const int ROWS = 2, LOADS = 4, HIGH = 0, D = 0, D_RUNS = 1, S = 0;
     static const bool SCALED = false;
     static MEMBER void values(const uint4 *low, uint64, float out[32]) {
 #pragma unroll
@@ -64,26 +67,24 @@ template <bool BRAIN> struct Float16 {
             out[2 * i + 1] = BRAIN ? __uint_as_float(pair & 0xffff0000u) : high_half(pair);
         }
     }
-    static MEMBER Scales scales(const Matrix &, int64, int) { return both(1, 0); }
+    static MEMBER Scales scales(const char *, const char *) { return both(1, 0); }
 };
 struct F16 : Float16<false> {};
 struct BF16 : Float16<true> {};
 
 struct Q8_0 {
-    static const int LOADS = 2, HIGH = 0;
+    static const int ROWS = 4, LOADS = 2, HIGH = 0, D = 2, D_RUNS = 1, S = 0;
     static const bool SCALED = true;
     static MEMBER void values(const uint4 *low, uint64, float out[32]) {
 #pragma unroll
         for (int i = 0; i < 32; i++) out[i] = (float)(signed char)(word_of(low, i / 4) >> (8 * (i % 4)));
     }
-    static MEMBER Scales scales(const Matrix &w, int64 row, int run) {
-        return both(from_half(load_short(w.d, row * w.runs + run)), 0);
-    }
+    static MEMBER Scales scales(const char *d, const char *) { return both(from_half(short_at(d)), 0); }
 };
 
 // Integers of 4 bits, and of 5 with one more bit each.
 template <int BITS> struct Nibbles {
-    static const int LOADS = 1, HIGH = BITS == 5 ? 4 : 0;
+    static const int ROWS = 4, LOADS = 1, HIGH = BITS == 5 ? 4 : 0;
     static const bool SCALED = true;
     static MEMBER void values(const uint4 *low, uint64 high, float out[32]) {
         int q[32];
@@ -98,9 +99,10 @@ template <int BITS> struct Nibbles {
 
 // (q - half of the range) d
 template <int BITS> struct Centred : Nibbles<BITS> {
-    static MEMBER Scales scales(const Matrix &w, int64 row, int run) {
-        float d = from_half(load_short(w.d, row * w.runs + run));
-        return both(d, -d * (1 << (BITS - 1)));
+    static const int D = 2, D_RUNS = 1, S = 0;
+    static MEMBER Scales scales(const char *d, const char *) {
+        float by = from_half(short_at(d));
+        return both(by, -by * (1 << (BITS - 1)));
     }
 };
 struct Q4_0 : Centred<4> {};
@@ -108,8 +110,9 @@ struct Q5_0 : Centred<5> {};
 
 // q d + m
 template <int BITS> struct Raised : Nibbles<BITS> {
-    static MEMBER Scales scales(const Matrix &w, int64 row, int run) {
-        unsigned pair = load_word(w.d, row * w.runs + run);
+    static const int D = 4, D_RUNS = 1, S = 0;
+    static MEMBER Scales scales(const char *d, const char *) {
+        unsigned pair = word_at(d);
         return both(low_half(pair), high_half(pair));
     }
 };
@@ -118,8 +121,9 @@ struct Q5_1 : Raised<5> {};
 
 // q (scale d) - minimum dmin, scale and minimum being bytes of each run, d and dmin of eight runs.
 template <int BITS> struct Blocked : Nibbles<BITS> {
-    static MEMBER Scales scales(const Matrix &w, int64 row, int run) {
-        unsigned pair = load_word(w.d, (row * w.runs + run) / 8), of_run = load_short(w.s, row * w.runs + run);
+    static const int D = 4, D_RUNS = 8, S = 2;
+    static MEMBER Scales scales(const char *d, const char *s) {
+        unsigned pair = word_at(d), of_run = short_at(s);
         return both((float)(of_run & 255) * low_half(pair), -(float)(of_run >> 8) * high_half(pair));
     }
 };
@@ -128,7 +132,7 @@ struct Q5_K : Blocked<5> {};
 
 // (q - 32) (scale d), a signed byte of scale for 16 columns, d of eight runs.
 struct Q6_K {
-    static const int LOADS = 1, HIGH = 8;
+    static const int ROWS = 4, LOADS = 1, HIGH = 8, D = 2, D_RUNS = 8, S = 2;
     static const bool SCALED = true;
     static MEMBER void values(const uint4 *low, uint64 high, float out[32]) {
         int q[32];
@@ -137,10 +141,10 @@ struct Q6_K {
         for (int i = 0; i < 32; i++) q[i] |= (int)((unsigned)(high >> (2 * i)) & 3) << 4;
         as_floats(q, out);
     }
-    static MEMBER Scales scales(const Matrix &w, int64 row, int run) {
-        float d = from_half(load_short(w.d, (row * w.runs + run) / 8));
-        unsigned of_run = load_short(w.s, row * w.runs + run);
-        float first = d * (float)(signed char)(of_run & 255), second = d * (float)(signed char)(of_run >> 8);
+    static MEMBER Scales scales(const char *d, const char *s) {
+        unsigned of_run = short_at(s);
+        float by = from_half(short_at(d));
+        float first = by * (float)(signed char)(of_run & 255), second = by * (float)(signed char)(of_run >> 8);
         return {{first, second}, {-32 * first, -32 * second}};
     }
 };
@@ -152,17 +156,27 @@ template <class K> struct Run {
     Scales by;
 };
 
-template <class K> FUNCTION Run<K> load_run(const Matrix &w, int64 row, int run) {
+// Run `run` of row `row` of a chunk with `runs` of them; SHARED: which lies in shared memory.
+template <class K, bool SHARED> FUNCTION Run<K> run_of(const char *chunk, int runs, int row, int run) {
     Run<K> r;
-    int before = run / 32 * 32, beside = min(32, w.runs - before);
-    const char *at = w.low + 16 * (K::LOADS * (row * w.runs + before) + run - before);
+    const char *low = chunk + 16 * (K::LOADS * runs * row + run);
 #pragma unroll
-    for (int i = 0; i < K::LOADS; i++) r.low[i] = load_weights(at + 16 * i * beside);
+    for (int i = 0; i < K::LOADS; i++)
+        r.low[i] = SHARED ? *(const uint4 *)(low + 16 * i * runs) : load_weights(low + 16 * i * runs);
+    int at = runs * row + run;
+    const char *high = chunk + 16 * K::LOADS * K::ROWS * runs, *d = high + K::HIGH * K::ROWS * runs;
+    const char *s = d + K::D * K::ROWS * (runs / K::D_RUNS);
     r.high = 0;
-    if (K::HIGH == 4) r.high = load_word(w.high, row * w.runs + run);
-    if (K::HIGH == 8) r.high = ((const uint64 *)w.high)[row * w.runs + run];
-    r.by = K::scales(w, row, run);
+    if (K::HIGH == 4) r.high = word_at(high + 4 * at);
+    if (K::HIGH == 8) r.high = *(const uint64 *)(high + 8 * at);
+    r.by = K::scales(d + K::D * (at / K::D_RUNS), s + K::S * at);
     return r;
+}
+
+template <class K> FUNCTION Run<K> load_run(const Matrix &w, int64 row, int run) {
+    int before = run / 32 * 32;
+    const char *chunk = w.chunks + row / K::ROWS * w.tile + run / 32 * w.chunk;
+    return run_of<K, false>(chunk, min(32, w.runs - before), row % K::ROWS, run - before);
 }
 
 // The 32 values of a run.

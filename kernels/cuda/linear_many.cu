@@ -119,13 +119,13 @@ template <class K, int EIGHTS, int TILES> OPERATOR void linear_few(Words a, Word
                 }
             }
         }
-        __syncthreads();  // the sums of the tile before are read
+        block_barrier();  // the sums of the tile before are read
 #pragma unroll
         for (int i = 0; i < TILES * EIGHTS * 4; i++) {
             int of = i / (EIGHTS * 4), e = i / 4 % EIGHTS, c = i % 4;
             own[(8 * e + 2 * t + c % 2) * PITCH + 16 * of + g + c / 2 * 8] = sums[of][e][c];
         }
-        __syncthreads();
+        block_barrier();
         for (int i = thread(); i < 8 * EIGHTS * OUTPUTS; i += MANY_THREADS) {
             int row = i / OUTPUTS, output = i % OUTPUTS;
             float sum = 0;
@@ -191,7 +191,7 @@ template <class K, int HIGH, int RUNS> OPERATOR void linear_tiles(Words a, Words
         float sums[DOWN][ACROSS][4], v[32];
 #pragma unroll
         for (int i = 0; i < DOWN * ACROSS * 4; i++) sums[i / (ACROSS * 4)][i / 4 % ACROSS][i % 4] = 0;
-        __syncthreads();  // nobody multiplies the tile before any more
+        block_barrier();  // nobody multiplies the tile before any more
         fetch_many<HIGH, RUNS>(m, first, 0, rows);
         end_group();
         if (steps > 1) fetch_many<HIGH, RUNS>(m, first, 1, rows + Shape::X_BYTES);
@@ -207,7 +207,7 @@ template <class K, int HIGH, int RUNS> OPERATOR void linear_tiles(Words a, Words
             char *w_next = weights + (step + 1) % 2 * Shape::W_BYTES;
             bool there = RUNS * (step + 1) + own_run < m.w.runs;
             wait_for_groups<1>();
-            __syncthreads();  // what this step multiplies is there, and what the one before did is free
+            block_barrier();  // what this step multiplies is there, and what the one before did is free
             if (step + 2 < steps) {
                 after = load_run<K>(m.w, row, min(RUNS * (step + 2) + own_run, m.w.runs - 1));
                 fetch_many<HIGH, RUNS>(m, first, step + 2, rows + (step + 2) % STAGES * Shape::X_BYTES);
@@ -272,7 +272,7 @@ OPERATOR void linear_exact(Words a, Words p, Work work) {
         for (int run = 0; run < m.w.runs; run += EXACT_RUNS) {
             int own = run + thread() % EXACT_RUNS, row = thread() / EXACT_RUNS;
             Run<F32> r = load_run<F32>(m.w, min(output + row, m.outputs - 1), min(own, m.w.runs - 1));
-            __syncthreads();  // nobody reads the columns before any more
+            block_barrier();  // nobody reads the columns before any more
             uint4 *to = (uint4 *)(w + row * EXACT_PITCH + 32 * (own - run));
 #pragma unroll
             for (int i = 0; i < 8; i++) to[i] = own < m.w.runs ? r.low[i] : make_uint4(0, 0, 0, 0);
@@ -281,7 +281,7 @@ OPERATOR void linear_exact(Words a, Words p, Work work) {
                 const float *at = (const float *)(m.x + min(first + of, m.rows - 1) * m.x_stride);
                 x[of * EXACT_PITCH + c] = from < m.columns ? at[from] : 0.0f;
             }
-            __syncthreads();
+            block_barrier();
             float part[4][4] = {};  // sums of sums lose less
             for (int c = 0; c < EXACT_COLUMNS; c += 4) {
                 float4 u[4], v[4];

@@ -103,19 +103,45 @@ FUNCTION void end_group() { asm volatile("cp.async.commit_group;" ::: "memory");
 // Until at most `left` groups are on their way.
 template <int left> FUNCTION void wait_for_groups() { asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory"); }
 
-// All blocks of a cooperative launch meet; what each has written before is there for all afterwards. `arrivals` counts
-// from 0 at the launch and is never reset in it; `goal` is the count at which this meeting is complete.
-FUNCTION void grid_barrier(unsigned *arrivals, unsigned goal) {
-    __syncthreads();
+// So many threads of the block meet, from thread 0 on.
+FUNCTION void first_threads_meet(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
+
+// Barriers in shared memory of 8 bytes: so many arrivals end a phase, and phases are known by their parity, from 0 on.
+FUNCTION void mbarrier_init(uint64 *at, unsigned arrivals) {
+    unsigned where = (unsigned)__cvta_generic_to_shared(at);
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(where), "r"(arrivals) : "memory");
+}
+FUNCTION void mbarrier_arrive(uint64 *at) {
+    unsigned where = (unsigned)__cvta_generic_to_shared(at);
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(where) : "memory");
+}
+// Arrives once all that this thread has asked for by copy_later is there.
+FUNCTION void mbarrier_arrive_copied(uint64 *at) {
+    unsigned where = (unsigned)__cvta_generic_to_shared(at);
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(where) : "memory");
+}
+// Until the phase of this parity has ended; the one before the first has.
+FUNCTION void mbarrier_wait(uint64 *at, unsigned parity) {
+    unsigned where = (unsigned)__cvta_generic_to_shared(at), done;
+    do asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                    : "=r"(done)
+                    : "r"(where), "r"(parity)
+                    : "memory");
+    while (!done);
+}
+
+// All blocks of a cooperative launch meet, their first `threads` threads; what each has written before is there for all
+// afterwards. `arrivals` counts from 0 at the launch and is never reset in it; `goal` is the count at which this meeting
+// is complete.
+FUNCTION void grid_barrier(unsigned *arrivals, unsigned goal, int threads) {
+    first_threads_meet(threads);
     if (threadIdx.x == 0) {
-        __threadfence();
-        atomicAdd(arrivals, 1u);
+        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrivals) : "memory");
         unsigned count;
         do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(arrivals) : "memory");
         while (count < goal);
-        __threadfence();
     }
-    __syncthreads();
+    first_threads_meet(threads);
 }
 
 #endif

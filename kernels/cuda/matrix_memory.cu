@@ -19,11 +19,11 @@ struct Strip {
             for (int i = 0; i < TOGETHER; i++)
                 if (i < count) sums[i] += x[i][d] * entry;
         }
-        __syncthreads();  // what was there before has been read
+        block_barrier();  // what was there before has been read
 #pragma unroll
         for (int i = 0; i < TOGETHER; i++)
             if (i < count) partial[STRIP * (TOGETHER * warp() + i) + lane()] = sums[i];
-        __syncthreads();
+        block_barrier();
     }
 
     MEMBER float total(int i, int column) const {
@@ -78,10 +78,10 @@ OPERATOR void scan(Words a, Words p, Work work) {
 #pragma unroll
                         for (int i = 0; i < TOGETHER; i++) x[i] = key;
                         if (again != 0) strip.sum_up(x, 1);
-                        else __syncthreads();
+                        else block_barrier();
                         if (thread() < columns)
                             u[thread()] = eta * (value[e + thread()] - (again != 0 ? again * strip.total(0, thread()) : 0.0f));
-                        __syncthreads();
+                        block_barrier();
                         if (inside)
                             for (int d = warp(); d < D; d += warps()) {
                                 float change = key[d] * u[lane()];
@@ -93,6 +93,6 @@ OPERATOR void scan(Words a, Words p, Work work) {
             }
             if (inside)
                 for (int d = warp(); d < D; d += warps()) whole[(int64)E * d + lane()] = A[STRIP * d + lane()];
-            __syncthreads();
+            block_barrier();
         }
 }

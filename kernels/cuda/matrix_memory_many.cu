@@ -140,7 +140,7 @@ template <int COLUMNS> OPERATOR void scan_strips(Words a, Words p, Work work, in
                 for (int n = 0; n < EACH; n++) y[2 + n] = A + pitch * (tx + 16 * n), u[n] = U + EDGE * (tx + 16 * n);
                 if (r == 0 && warp() < 3) decay[thread()] = next_term;  // rate and c lie behind
                 wait_for_groups<0>();
-                __syncthreads();
+                block_barrier();
                 if (ahead) fetch(next_chunk, next_r), end_group();
 
                 if (r == 0) {  // what the chunk writes
@@ -157,7 +157,7 @@ template <int COLUMNS> OPERATOR void scan_strips(Words a, Words p, Work work, in
                     }
                     float sums[2][2 + EACH] = {};
                     if (retrieve) add_products(sums, key + pitch * ty, pitch, y, width);
-                    __syncthreads();
+                    block_barrier();
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
                         int t = ty + 16 * i;
@@ -174,7 +174,7 @@ template <int COLUMNS> OPERATOR void scan_strips(Words a, Words p, Work work, in
                             U[EDGE * column + t] = eta * fmaf(-c, found, value[COLUMNS * t + column]);
                         }
                     }
-                    __syncthreads();
+                    block_barrier();
                     if (thread() < COLUMNS) {  // while the others go on to the queries
                         float column[TOKENS];
                         float4 *own = (float4 *)(U + EDGE * thread()), *faded = (float4 *)(value + EDGE * thread());
@@ -196,7 +196,7 @@ template <int COLUMNS> OPERATOR void scan_strips(Words a, Words p, Work work, in
 
                 float sums[2][2 + EACH] = {}, read[2][EACH], before[2][EACH], share[2];
                 add_products(sums, x + pitch * ty, pitch, y, width);
-                __syncthreads();  // U is there, and scores can take the queries' place
+                block_barrier();  // U is there, and scores can take the queries' place
                 int64 row = first + TOKENS * chunk + ty;
                 float *out = floats(a[13]) + E * ((G * row + g) * R + r) + e + tx;
 #pragma unroll
@@ -214,7 +214,7 @@ template <int COLUMNS> OPERATOR void scan_strips(Words a, Words p, Work work, in
                         before[i][n] = add ? out[(int64)E * R * G * 16 * i + 16 * n] : 0.0f;
                     }
                 }
-                __syncthreads();
+                block_barrier();
                 add_products(read, x + EDGE * ty, EDGE, u, TOKENS);
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
@@ -246,13 +246,13 @@ template <int COLUMNS> OPERATOR void scan_strips(Words a, Words p, Work work, in
                         }
                     }
                 if (!ahead) {
-                    __syncthreads();  // the step's rows are read
+                    block_barrier();  // the step's rows are read
                     fetch(next_chunk, next_r);
                     end_group();
                 }
                 chunk = next_chunk, r = next_r;
             }
-            __syncthreads();  // from here a thread touches those places of the strip alone that it fills for the next
+            block_barrier();  // from here a thread touches those places of the strip alone that it fills for the next
             for (int d = thread() / COLUMNS; d < D; d += threads() / COLUMNS) {
                 int c = thread() % COLUMNS;
                 if (c < columns) whole[(int64)E * d + c] = A[pitch * c + d] + (turned ? whole[(int64)E * d + c] : 0.0f);

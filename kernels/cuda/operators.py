@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tcinfer.kernels.cpu import plan as cpu
 from tcinfer.kernels.cpu.ring import Entering, Geometry
 from tcinfer.kernels.cpu.rows import angles
-from tcinfer.kernels.cuda.packing import RUN, packed
+from tcinfer.kernels.cuda.packing import RUN, TILE_ROWS, packed
 from tcinfer.kernels.cuda.plan import ONE, PROMPT, SESSIONS, Plan
 from tcinfer.kernels.cuda.program import GELU, LAYER_NORM, PLAIN, RMS_NORM, SWIGLU, Named
 from tcinfer.kernels.reference.quants import Matrix
@@ -34,13 +34,17 @@ class Weights(NamedTuple):
 
     kind: Kind
     shape: tuple[int, int]
-    words: tuple[int, ...]  # addresses of its arrays, and runs of a row (kinds.h)
+    words: tuple[int, ...]  # of kinds.h: address, runs of a row, bytes of a tile and of a chunk
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.shape[0] // TILE_ROWS[self.kind])
 
 
 def stored(plan: Plan, w: Matrix) -> Weights:
     """`w` on the device, repacked."""
-    arrays = (plan.upload(array) for array in packed(w))
-    return Weights(w.kind, w.shape, (*arrays, -(-w.shape[1] // RUN)))
+    p = packed(w)
+    return Weights(w.kind, w.shape, (plan.upload(p.chunks), p.runs, p.chunks.shape[1], p.chunk))
 
 
 def small(plan: Plan, values: NDArray[np.float32]) -> Weights:
@@ -105,33 +109,37 @@ def linear(
     y = into or cpu.Rows(plan, 0 if head else outputs)
     address, stride = (0, 4 * outputs) if head else (y.address, y.stride)
     after = (plan.keep(bias), gate.address if gate else 0, into is not None)
-    before, fresh = _since(plan, x, outputs, address)
-    one = (*w.words, outputs, address, *after, before, *_made(x), fresh)
+    shift, fresh = _since(plan, x, w, address)
+    number = len(plan.streams)
+    plan.streams.append((*w.words, w.tiles, shift, head))
+    one = (*w.words, outputs, address, *after, shift, number, *_made(x), fresh)
     plan.step(Named("linear_one", w.kind.name), *one, wait=wait, when=ONE)
     many = (*w.words, outputs, *_prepared(plan, x, w.kind, head), address, stride, *after, head, columns)
     plan.step(Named("linear_many", w.kind.name), *many, when=PROMPT | SESSIONS)
     return y
 
 
-OUTPUTS, Y, _, _, ADD, BEFORE, FIRST_MADE = range(5, 12)  # arguments of linear_one
+OUTPUTS, Y, _, _, ADD, SHIFT, _, FIRST_MADE = range(4, 12)  # arguments of linear_one
 
 
-def _since(plan: Plan, x: cpu.Rows, outputs: int, y: int) -> tuple[int, bool]:
-    """What a token's product finds before it: rows of weights that have their warps already, and whether x is not
+def _since(plan: Plan, x: cpu.Rows, w: Weights, y: int) -> tuple[int, bool]:
+    """What a token's product finds before it: tiles of weights that have their blocks already, and whether x is not
     staged yet.
 
-    Two that add to the same numbers give each of them to the same warp, one after the other: they need not meet.
+    Two that add to the same numbers give each of them to the same block, one after the other: blocks need not meet.
     """
     last = next((step for step in reversed(plan.steps) if step.when & ONE), None)
     if last is None or last.operator.name != "linear_one":
         return 0, True
-    if last.arguments[ADD] and last.arguments[Y] == y and last.arguments[OUTPUTS] == outputs:
+    rows, outputs = TILE_ROWS[Kind[last.operator.kind]], last.arguments[OUTPUTS]
+    same = last.arguments[Y] == y and outputs == w.shape[0] and rows == TILE_ROWS[w.kind]
+    if last.arguments[ADD] and same:
         last.wait = False
-        return last.arguments[BEFORE], True
+        return last.arguments[SHIFT], True
     if last.wait:
         return 0, True
     staged = cpu.as_words(_made(x))
-    return last.arguments[BEFORE] + last.arguments[OUTPUTS], last.arguments[FIRST_MADE:-1] != staged
+    return last.arguments[SHIFT] + -(-outputs // rows), last.arguments[FIRST_MADE:-1] != staged
 
 
 def _made(x: cpu.Rows) -> tuple[int | float, ...]:

@@ -1,9 +1,9 @@
 """Weights as the GPU reads them (the other side of kinds.h): whole 16-byte loads side by side, nothing made larger.
 
-A row is cut into runs of 32 columns. Of a row's integers the four low bits (all bits where there are 8, or the floats
-themselves) come first, 16 bytes at a time: of up to 32 neighbouring runs the first 16 bytes of each, then the second.
-Bits above the fourth and scales lie in arrays of their own, run by run. Formats: the GGUF specification; reference:
-gguf-py's dequantize.
+A row is cut into runs of 32 columns, a matrix into chunks of a few rows and up to 32 runs, which a block of the GPU
+copies as they are. Of a row's integers the four low bits (all bits where there are 8, or the floats themselves) come
+first, 16 bytes at a time: the first 16 bytes of each run, then the second. Bits above the fourth and scales follow.
+Formats: the GGUF specification; reference: gguf-py's dequantize.
 """
 
 from __future__ import annotations
@@ -18,45 +18,50 @@ from numpy.typing import NDArray
 from tcinfer.kernels.reference.quants import Matrix
 
 RUN = 32  # columns
-LOADED = 32  # runs that a warp loads together
+CHUNK_RUNS = 32  # runs of a chunk, one for each lane of a warp
 U8 = NDArray[np.uint8]
 
 
 class Packed(NamedTuple):
-    """A matrix [rows, columns]: for each row, and within it for each run (or each eight), one entry of every array."""
+    """A matrix in the GPU's layout."""
 
-    low: NDArray
-    high: NDArray | None = None
-    d: NDArray | None = None
-    s: NDArray | None = None
+    chunks: U8  # [tiles, bytes], a tile being the chunks of some rows
+    runs: int  # of a row
+    chunk: int  # bytes of a chunk of 32 runs
 
 
 def packed(w: Matrix) -> Packed:
     """A matrix in the GPU's layout; the values are the same to the bit."""
-    columns = w.shape[1]
+    rows, columns = w.shape
+    per = TILE_ROWS[w.kind]
     if w.kind in BYTES:
         size = BYTES[w.kind]
-        data = np.zeros((len(w.data), -(-columns // RUN) * RUN * size), np.uint8)
+        data = np.zeros((rows, -(-columns // RUN) * RUN * size), np.uint8)
         data[:, : columns * size] = w.data
-        return Packed(_loads(data.reshape(len(data), -1, RUN * size)))
-    block, parts = BLOCKS[w.kind]
-    blocks = np.ascontiguousarray(w.data).view(block).reshape(len(w.data), -1)  # [rows, blocks]
-    low, high, d, s = parts(blocks)
-    runs = low.reshape(len(w.data), columns // RUN, -1)
-    return Packed(_loads(runs), *(None if x is None else np.ascontiguousarray(x) for x in (high, d, s)))
+        arrays: list[NDArray] = [data.reshape(rows, -1, RUN * size)]
+    else:
+        block, parts = BLOCKS[w.kind]
+        blocks = np.ascontiguousarray(w.data).view(block).reshape(rows, -1)  # [rows, blocks]
+        low, *others = parts(blocks)
+        arrays = [low.reshape(rows, columns // RUN, -1), *(x.reshape(rows, -1) for x in others if x is not None)]
+    runs = arrays[0].shape[1]
+    of_runs = [runs // array.shape[1] for array in arrays]  # that an entry of each is for
+    if rows % per:
+        arrays = [np.concatenate([x, np.zeros((per - rows % per, *x.shape[1:]), x.dtype)]) for x in arrays]
+    chunks = [
+        _chunk([x[:, first // n : (first + CHUNK_RUNS) // n] for x, n in zip(arrays, of_runs, strict=True)], per)
+        for first in range(0, runs, CHUNK_RUNS)
+    ]
+    return Packed(np.concatenate(chunks, 1), runs, chunks[0].shape[1])
 
 
-def _loads(runs: U8) -> U8:
-    """Runs [rows, runs, bytes] with the 16-byte parts of each 32 of them side by side."""
-    rows, count, size = runs.shape
-    if size == 16:
-        return np.ascontiguousarray(runs)
-    out = np.empty((rows, count * size), np.uint8)
-    for first in range(0, count, LOADED):
-        some = runs[:, first : first + LOADED]
-        turned = some.reshape(rows, -1, size // 16, 16).swapaxes(1, 2)
-        out[:, first * size : (first + some.shape[1]) * size] = turned.reshape(rows, -1)
-    return out
+def _chunk(arrays: list[NDArray], per: int) -> U8:
+    """Chunks [tiles, bytes] of some runs: low [rows, runs, bytes], then arrays [rows, entries]."""
+    tiles = len(arrays[0]) // per
+    low = arrays[0].reshape(tiles, per, arrays[0].shape[1], -1, 16).swapaxes(2, 3)
+    parts = [low.reshape(tiles, -1), *(np.ascontiguousarray(x).view(np.uint8).reshape(tiles, -1) for x in arrays[1:])]
+    rest = -sum(part.shape[1] for part in parts) % 16
+    return np.concatenate([*parts, np.zeros((tiles, rest), np.uint8)], 1)
 
 
 def _nibbles(q: NDArray) -> NDArray:
@@ -124,3 +129,4 @@ BLOCKS: dict[Kind, tuple[np.dtype, Callable[[Any], Parts]]] = {
     Kind.Q5_K: (_dtype(("d", H), ("dmin", H), ("scales", "u1", 12), ("high", "u1", 32), ("q", "u1", 128)), _k_blocks),
     Kind.Q6_K: (_dtype(("q", "u1", 128), ("high", "u1", 64), ("scales", "u1", 16), ("d", H)), _q6_k),
 }
+TILE_ROWS = {kind: 4 for kind in BLOCKS} | {Kind.F16: 2, Kind.BF16: 2, Kind.F32: 1}  # ROWS in kinds.h

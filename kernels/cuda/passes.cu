@@ -2,28 +2,63 @@
 // has done, or each as a launch of its own. plan.py makes the steps, and names the operators that a plan uses.
 
 #ifdef EACH_TOGETHER
-enum { STEP_OPERATOR, STEP_ARGUMENTS, STEP_WAIT, STEP_WORDS };
+// What the launch is given: how many steps and where their records are, the same of streams (stream.h); where in shared
+// memory the ring of chunks begins, how many slots it has and of how many bytes; how many fields a session's state has.
+enum { PLAN_STEPS, PLAN_RECORDS, PLAN_STREAMS, PLAN_STREAM, PLAN_RING, PLAN_SLOTS, PLAN_SLOT_BYTES, PLAN_FIELDS };
+enum { STEP_OPERATOR, STEP_WAIT, STEP_ARGUMENTS };  // of a record of RECORD words
 
 #define NAMED(name, blocks) OP_##name,
 enum { EACH_TOGETHER(NAMED) OPERATORS };
 #undef NAMED
 
-// steps: how many, then STEP_WORDS each. Cooperative, every block at once on the device.
-KERNEL(TOGETHER_THREADS, 1) together(const int64 *steps, const int64 *p) {
+FUNCTION int64 *record(int64 step) { return (int64 *)(shared_memory() + DESK_RECORDS) + RECORD * (step & 1); }
+
+// The pass's words in shared memory, its one sequence and the addresses of its state with them, if there is room.
+FUNCTION Words pass_at_hand(Words p, int64 fields) {
+    int64 *own = (int64 *)(shared_memory() + DESK_PASS), *table = own + PASS, *zero = table + SEQUENCE, *at = zero + 1;
+    Words of = words(p[TABLE]);
+    bool fits = (char *)(at + fields) <= shared_memory() + DESK;
+    for (int i = thread(); i < PASS; i += threads()) own[i] = i == TABLE ? (int64)table : i == SEQUENCE_OF ? (int64)zero : p[i];
+    for (int i = thread(); i < SEQUENCE; i += threads()) table[i] = i == FIELDS && fits ? (int64)at : of[i];
+    if (thread() == 0) *zero = 0;
+    for (int i = thread(); fits && i < fields; i += threads()) at[i] = words(of[FIELDS])[i];
+    return own;
+}
+
+// Cooperative, every block at once on the device; one warp more than those that compute.
+KERNEL(TOGETHER_THREADS + 32, 1) together(const int64 *plan, const int64 *pass) {
+    const Stream stream = {plan[PLAN_SLOTS], plan[PLAN_SLOT_BYTES], shared_memory() + plan[PLAN_RING]};
+    for (int i = threadIdx.x; i < stream.slots; i += blockDim.x)
+        mbarrier_init(stream.full(i), 32), mbarrier_init(stream.empty(i), 1);
+    __syncthreads();
+    if (threadIdx.x >= TOGETHER_THREADS) {
+        bring(stream, words(plan[PLAN_STREAM]), plan[PLAN_STREAMS], pass, blockIdx.x, gridDim.x);
+        return;
+    }
+    Words p = pass_at_hand(pass, plan[PLAN_FIELDS]), records = words(plan[PLAN_RECORDS]);
+    if (thread() < RECORD) record(0)[thread()] = records[thread()];
+    if (thread() == 0) *(int *)(shared_memory() + DESK_BEGUN) = 0, stream_at_hand() = stream;
+    block_barrier();
     Work work = {(int)blockIdx.x, (int)gridDim.x, true};
-    unsigned *arrivals = (unsigned *)(p + ARRIVALS), goal = 0;
-    for (int64 i = 0; i < steps[0]; i++) {
-        Words step = steps + 1 + STEP_WORDS * i;
+    unsigned *arrivals = (unsigned *)(pass + ARRIVALS), goal = 0;
+    int64 steps = plan[PLAN_STEPS];
+    for (int64 i = 0; i < steps; i++) {
+        Words step = record(i), a = step + STEP_ARGUMENTS;
+        bool more = i + 1 < steps && thread() < RECORD;
+        int64 next = more ? records[RECORD * (i + 1) + thread()] : 0;  // comes while this step is done
         switch (step[STEP_OPERATOR]) {
-#define CASE(name, blocks)                            \
-    case OP_##name:                                   \
-        name(words(step[STEP_ARGUMENTS]), p, work);   \
+#define CASE(name, blocks)    \
+    case OP_##name:           \
+        name(a, p, work);     \
         break;
             EACH_TOGETHER(CASE)
 #undef CASE
         }
-        if (step[STEP_WAIT] == WAIT_FOR_BLOCK) __syncthreads();
-        if (step[STEP_WAIT] == WAIT_FOR_GRID) grid_barrier(arrivals, goal += gridDim.x);
+        if (more) record(i + 1)[thread()] = next;
+        if (step[STEP_WAIT] == WAIT_FOR_GRID)
+            grid_barrier(arrivals, goal += gridDim.x, threads());
+        else
+            block_barrier();
     }
 }
 

@@ -1,16 +1,17 @@
 """A plan on a GPU: the same steps as on a CPU, their memory and arguments on the device, run in one launch or in many.
 
 A single token is one cooperative launch: every multiprocessor holds one block, the blocks go through the steps side by
-side, and meet where a step needs what another block has done. Where it needs only what its own block has done, which is
-so between the steps that treat each key head by itself, the threads of the block meet. A chunk of a prompt, and one
-token each of many sessions, are a launch a step: there is work enough in each to pay for it.
+side, and meet where a step needs what another block has done; where it needs only what its own block has done, which is
+so between the steps that treat each key head by themselves, the block's threads meet. Meanwhile a warp of each block
+brings the weights of the steps to come (stream.h). A chunk of a prompt, and one token each of many sessions, are a
+launch a step: there is work enough in each to pay for it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +24,10 @@ from tcinfer.kernels.cuda.program import (
     HOW,
     HOW_MANY,
     KEY_HEADS,
+    LOADER_THREADS,
     NO_WAIT,
     PASS,
+    RECORD,
     TOGETHER_THREADS,
     WAIT_FOR_BLOCK,
     WAIT_FOR_GRID,
@@ -37,6 +40,9 @@ from tcinfer.kernels.errors import UnavailableError
 ONE, PROMPT, SESSIONS = 1, 2, 4  # kinds of pass: a token, many rows of a sequence, a row each of many
 ALWAYS = ONE | PROMPT | SESSIONS
 BLOCKS = 4  # of a launch, for each multiprocessor
+STREAM = 8  # words of a stream (stream.h), of which:
+_, _, TILE, CHUNK = range(4)
+MOST_SLOTS = 64
 LARGE = ("linear_many", "attend_many", "scan_many")  # have one, which fills it
 
 # Operators that do in one block what belongs to a row and a key head.
@@ -60,7 +66,7 @@ def _scan_many_room(a: Sequence[int], warps: int) -> int:
 
 # Bytes of shared memory beside the desk, by a step's arguments and the warps of a block.
 ROOM: dict[str, Room] = {
-    "linear_one": lambda a, warps: 16 * 8 * 33 * -(-a[4] // 32),
+    "linear_one": lambda a, warps: 16 * 8 * 33 * -(-a[1] // 32),
     "attend_rows": _attention_room,
     "attend_splits": _attention_room,
     "scan": lambda a, warps: 4 * 32 * (a[4] + 1 + 8 * warps),
@@ -81,6 +87,8 @@ class Plan(cpu.Plan):
         super().__init__(capacity, threads=None)
         self.device = device
         self.prepared: dict[tuple[int, bool, bool], tuple[Any, ...]] = {}  # what operators.py keeps of rows
+        self.streams: list[tuple[int, ...]] = []  # weights of a token's products, in order (stream.h)
+        self.fields = 0  # of a session's state
         self._uploads: dict[int, int] = {}
         self._buffers: list[Any] = []
 
@@ -131,10 +139,18 @@ class Plan(cpu.Plan):
         others = [step for step in self.steps if step.when & (PROMPT | SESSIONS)]
         kinds = {step.operator.kind for step in self.steps if step.operator.kind}
         numbers = {operator: i for i, operator in enumerate(operators(True, kinds))}
-        rows = [[numbers[s.operator], at[id(s)], wait] for s, wait in zip(one, _waits(one), strict=True)]
-        self._steps = self.keep(np.array([len(one), *np.ravel(rows)], np.int64))
+        records = np.zeros((len(one), RECORD), np.int64)
+        for record, step, wait in zip(records, one, _waits(one), strict=True):
+            record[:2] = numbers[step.operator], wait
+            record[2 : 2 + len(step.arguments)] = step.arguments
+        streams = np.array([(*s, *[0] * (STREAM - len(s))) for s in self.streams], np.int64).reshape(-1, STREAM)
+        ring, slots, size = self._ring(one)
+        words = np.array(
+            [len(one), self.keep(records), len(streams), self.keep(streams), ring, slots, size, self.fields], np.int64
+        )
+        self._steps = self.keep(words)
         self._together = self.device.program(source(True, kinds), together=True).kernel("together")
-        self._shared_together = self._shared(one, TOGETHER_THREADS)
+        self._shared_together = self.device.shared_bytes
         alone = self.device.program(source(False, kinds))
         kernels = {s.operator: alone.kernel(f"step_{s.operator.full}") for s in others}
         self._launches = []
@@ -143,23 +159,36 @@ class Plan(cpu.Plan):
             shared = self._shared([step], ALONE_THREADS)
             self._launches.append((kernels[step.operator], at[id(step)], shared, blocks, step.when))
 
+    def _ring(self, steps: Sequence[cpu.Step]) -> tuple[int, int, int]:
+        """Of a token's launch: where in shared memory the chunks of weights go, how many have room, of which size."""
+        start = -(-self._shared(steps, TOGETHER_THREADS) // 16) * 16
+        size = max((min(stream[CHUNK], stream[TILE]) for stream in self.streams), default=16)
+        slots = min((self.device.shared_bytes - start) // (size + 16), MOST_SLOTS)
+        if slots < 2:
+            self._refuse(start + 2 * (size + 16))
+        return start, 1 << (slots.bit_length() - 1), size
+
     def _shared(self, steps: Sequence[cpu.Step], threads: int) -> int:
         """Bytes of shared memory that any of some steps needs. Raises UnavailableError where a block has less."""
         needs = [ROOM[s.operator.name](s.arguments, threads // 32) for s in steps if s.operator.name in ROOM]
         need = DESK + max(needs, default=0)
         if need > self.device.shared_bytes:
-            raise UnavailableError(
-                f"{self.device.name} has {self.device.shared_bytes:,} bytes of shared memory for a block, and this "
-                f"model needs {need:,}: use --backend numba"
-            )
+            self._refuse(need)
         return need
+
+    def _refuse(self, need: int) -> NoReturn:
+        raise UnavailableError(
+            f"{self.device.name} has {self.device.shared_bytes:,} bytes of shared memory for a block, and this "
+            f"model needs {need:,}: use --backend numba"
+        )
 
     def run_pass(self, kind: int, address: int) -> None:
         """Launch the steps of a kind of pass, whose words are at an address on the device."""
         if kind == ONE:
             blocks = self.device.multiprocessors
+            threads = TOGETHER_THREADS + LOADER_THREADS
             self.device.launch(
-                self._together, self._steps, address, blocks, TOGETHER_THREADS, self._shared_together, together=True
+                self._together, self._steps, address, blocks, threads, self._shared_together, together=True
             )
             return
         for kernel, arguments, shared, blocks, when in self._launches:

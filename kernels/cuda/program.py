@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from tcinfer.kernels.cpu import plan as words
 
-HEADERS = ("common.h", "kinds.h", "staging.h")
+HEADERS = ("common.h", "kinds.h", "staging.h", "stream.h")
 SOURCES = (
     "rows.cu",
     "linear.cu",
@@ -22,8 +22,10 @@ SOURCES = (
     "infini.cu",
     "sampling.cu",
 )
-TOGETHER_THREADS, ALONE_THREADS = 384, 256  # of a block
-DESK = 1024  # bytes of a block's shared memory in front of an operator's own
+TOGETHER_THREADS, ALONE_THREADS = 480, 256  # of a block
+LOADER_THREADS = 32  # more, of a token's launch (stream.h)
+DESK = 4096  # bytes of a block's shared memory in front of an operator's own (common.h)
+RECORD = 48  # words of a step of a token's launch: its operator, what it ends with, its arguments
 HOW_MANY = 5  # numbers that say how a row's next id is chosen: temperature, top_k, top_p, min_p, a draw from [0, 1)
 PLAIN, RMS_NORM, LAYER_NORM, SWIGLU, GELU = range(5)  # what a row is made into on its way into a product (staging.h)
 NO_WAIT, WAIT_FOR_BLOCK, WAIT_FOR_GRID = range(3)  # what a step ends with (passes.cu)
@@ -32,6 +34,7 @@ NO_WAIT, WAIT_FOR_BLOCK, WAIT_FOR_GRID = range(3)  # what a step ends with (pass
 KEY_HEADS, CHOICES, HOW, ARRIVALS, PASS = range(words.PASS, words.PASS + 5)
 SHARED = (
     *("KEY_HEADS", "CHOICES", "HOW", "ARRIVALS", "TOGETHER_THREADS", "ALONE_THREADS", "DESK", "HOW_MANY"),
+    *("RECORD", "PASS"),
     *("PLAIN", "RMS_NORM", "LAYER_NORM", "SWIGLU", "GELU", "NO_WAIT", "WAIT_FOR_BLOCK", "WAIT_FOR_GRID"),
 )
 

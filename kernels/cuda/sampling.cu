@@ -73,22 +73,22 @@ FUNCTION uint64 threshold(Choosing &on, const float *row, int size, int k, uint6
     do {
         int shift = max(width - DIGIT, 0), group = BINS / GROUP - 1, bin;
         for (int i = thread(); i < BINS; i += threads()) on.bins[i] = 0;
-        __syncthreads();
+        block_barrier();
         each_key(row, size, [&](uint64 key) {
             if (!((key - floor) >> width)) atomicAdd(on.bins + ((key - floor) >> shift), 1u);
         });
-        __syncthreads();
+        block_barrier();
         for (int i = warp(); i < BINS / GROUP; i += warps()) {
             float sum = warp_sum((float)(on.bins[GROUP * i + lane()] + on.bins[GROUP * i + 32 + lane()]));
             if (lane() == 0) on.groups[i] = (unsigned)sum;
         }
-        __syncthreads();
+        block_barrier();
         while (above + (int)on.groups[group] < k) above += on.groups[group--];
         for (bin = GROUP * group + GROUP - 1; above + (int)on.bins[bin] < k; bin--) above += on.bins[bin];
         reached = above + on.bins[bin];
         floor += (uint64)bin << shift;
         width = shift;
-        __syncthreads();
+        block_barrier();
     } while (reached > GATHERED_KEYS);
     return floor;
 }
@@ -98,7 +98,7 @@ FUNCTION void sort_keys(Choosing &on) {
     int count = on.count, size = 1;
     while (size < count) size *= 2;
     for (int i = count + thread(); i < size; i += threads()) on.keys[i] = 0;
-    __syncthreads();
+    block_barrier();
     for (int run = 2; run <= size; run *= 2) {
         for (int gap = run / 2; gap; gap /= 2) {
             for (int i = thread(); i < size / 2; i += threads()) {
@@ -106,7 +106,7 @@ FUNCTION void sort_keys(Choosing &on) {
                 uint64 one = on.keys[at], other = on.keys[at + gap];
                 if ((one < other) == !(at & run)) on.keys[at] = other, on.keys[at + gap] = one;
             }
-            __syncthreads();
+            block_barrier();
         }
     }
 }
@@ -115,15 +115,15 @@ FUNCTION void sort_keys(Choosing &on) {
 FUNCTION void share_out(Choosing &on, int n, double t) {
     double most = logit_of(on.keys[0]) / t;
     for (int i = thread(); i < n; i += threads()) on.shares[i] = exp(logit_of(on.keys[i]) / t - most);
-    __syncthreads();
+    block_barrier();
     if (thread() == 0) {
         double sum = 0;
         for (int i = 0; i < n; i++) sum += on.shares[i];
         on.log_sum = log(sum);
     }
-    __syncthreads();
+    block_barrier();
     for (int i = thread(); i < n; i += threads()) on.shares[i] = exp(logit_of(on.keys[i]) / t - most - on.log_sum);
-    __syncthreads();
+    block_barrier();
 }
 
 FUNCTION int top_p(Choosing &on, int n, double mass) {
@@ -134,7 +134,7 @@ FUNCTION int top_p(Choosing &on, int n, double mass) {
         for (double sum = on.shares[0]; sum < mass && last < n - 1; sum += on.shares[last]) last++;
         on.kept = last + 1;
     }
-    __syncthreads();
+    block_barrier();
     return on.kept;
 }
 
@@ -179,11 +179,11 @@ OPERATOR void choose(Words a, Words p, Work work) {
                 floor = threshold(on, row, size, k, floor, most);
             }
             if (thread() == 0) on.count = 0;
-            __syncthreads();
+            block_barrier();
             each_key(row, size, [&](uint64 key) {
                 if (key >= floor) on.keys[atomicAdd(&on.count, 1u)] = key;
             });
-            __syncthreads();
+            block_barrier();
             sort_keys(on);
             id = draw(on, min_p(on, top_p(on, k, how[2]), how[3]), how[0], how[4]);
         }

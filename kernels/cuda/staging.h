@@ -58,10 +58,9 @@ FUNCTION Row row_at(Words a, int64 row) {
 // The pass's one row into shared memory, zeros behind its end up to a whole run.
 FUNCTION void stage(Words a) {
     if (!a[FRESH]) return;
-    __syncthreads();  // nobody reads what lay there
     Row r = row_at(a, 0);
     int runs = (r.columns + 31) / 32;
     float4 *out = (float4 *)room();
     for (int i = thread(); i < 8 * runs; i += threads()) out[place_of(i / 8, i % 8)] = r.four(4 * i);
-    __syncthreads();
+    block_barrier();
 }

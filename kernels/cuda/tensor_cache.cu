@@ -54,13 +54,13 @@ OPERATOR void writes(Words a, Words p, Work work) {
             float by = 1.0f / (sqrtf(block_sum(lengths)) + UNIT_EPS);
             for (int c = thread(); c < D; c += threads()) k[c] *= by;
         }
-        __syncthreads();
+        block_barrier();
         float *logits = (float *)room();
         if (slots > 1 && written) {
             const float *chooser = a[17] ? floats(a[17] + row * route_stride) + D * g : k;
             cosines(chooser, D, slot_keys + slots * D * g, slots, temperature, logits);
         }
-        __syncthreads();
+        block_barrier();
         if (thread() == 0) {
             int best = 0;
             if (slots > 1 && written)
@@ -76,7 +76,7 @@ OPERATOR void writes(Words a, Words p, Work work) {
                     rate[plane] = on ? sigmoid(rates[G * t + g] + rate_term) : 0.0f;
                 }
         }
-        __syncthreads();
+        block_barrier();
     }
 }
 
@@ -107,12 +107,12 @@ OPERATOR void mix(Words a, Words p, Work work) {
         int g = item % G;
         float slow = timescales == 2 ? sigmoid(floats(a[9])[g]) : 1.0f;
         for (int r = 0; r < R; r++) {
-            __syncthreads();
+            block_barrier();
             if (slots > 1)
                 cosines(floats(a[0]) + D * (item * R + r), D, floats(a[8]) + slots * D * g, slots, temperature, logits);
             else if (thread() == 0)
                 logits[0] = 0;
-            __syncthreads();
+            block_barrier();
             if (thread()) continue;
             float total = 0, top = 0;
             for (int s = 0; s < slots; s++) weights[s] = 0;

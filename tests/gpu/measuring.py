@@ -23,6 +23,7 @@ from plans import SCALES, normal, random_matrix, scales
 from tcinfer import kernels, memory
 from tcinfer.config import ModelConfig
 from tcinfer.kernels.cuda import Cuda, operators
+from tcinfer.kernels.cuda.packing import TILE_ROWS
 from tcinfer.kernels.cuda.plan import DESK, ONE, ROOM, Plan
 from tcinfer.kernels.cuda.program import ALONE_THREADS, source
 from tcinfer.kernels.reference.quants import Kind, Matrix
@@ -112,9 +113,9 @@ def packed_once() -> None:
             return pack(w)
         if id(w) not in done:
             some = pack(Matrix(w.data[:BLOCK], w.kind, (len(w.data[:BLOCK]), w.shape[1])))
-            whole = (None if p is None else np.resize(p, (len(w.data), *p.shape[1:])) for p in some)
-            done[id(w)] = type(some)(*whole)
-            parts.update(id(part) for part in done[id(w)] if part is not None)
+            tiles, size = -(-len(w.data) // TILE_ROWS[w.kind]), some.chunks.shape[1]
+            done[id(w)] = some._replace(chunks=np.resize(some.chunks, (tiles, size)))
+            parts.add(id(done[id(w)].chunks))
         return done[id(w)]
 
     def sent(plan: Any, array: Any) -> int:

@@ -77,7 +77,7 @@ KERNEL(64, 1) around(const int64 *a, const int64 *p) {
     for (int round = 0; round < 4; round++) {
         int *from = out + round * n, *to = from + n;
         to[i] = from[(i + blockDim.x) % n] + 1;
-        if (p[0]) grid_barrier(arrivals, (round + 1) * gridDim.x);
+        if (p[0]) grid_barrier(arrivals, (round + 1) * gridDim.x, blockDim.x);
     }
 }
 
@@ -86,7 +86,7 @@ KERNEL(64, 1) phases(const int64 *a, const int64 *p) {
     unsigned *out = (unsigned *)a[0], n = gridDim.x * blockDim.x, *turns = (unsigned *)a[1], *arrivals = turns + 1;
     for (int i = 0; i < 3; i++) {
         out[i * n + blockIdx.x * blockDim.x + threadIdx.x] = atomicAdd(turns, 1u);
-        if (p[0] == 0) grid_barrier(arrivals, (i + 1) * gridDim.x);
+        if (p[0] == 0) grid_barrier(arrivals, (i + 1) * gridDim.x, blockDim.x);
         if (p[0] == 1) __syncthreads();
         if (p[0] == 2) warp_barrier();
     }
@@ -95,7 +95,7 @@ KERNEL(64, 1) phases(const int64 *a, const int64 *p) {
 KERNEL(64, 1) half_a_block(const int64 *a, const int64 *p) {
     if (p[0] && threadIdx.x >= 32) return;
     if (threadIdx.x < 32) __syncthreads();
-    else warp_sum(1.0f), grid_barrier((unsigned *)a[0], 1);
+    else warp_sum(1.0f), grid_barrier((unsigned *)a[0], 1, blockDim.x);
 }
 
 KERNEL(32, 1) half_a_warp(const int64 *a, const int64 *p) {

@@ -94,8 +94,8 @@ def product(
     g = normal(4, rows) if gate else None
     y = normal(5, rows, outputs)
     to = m.put(y)
-    arrays = [m.put(array) for array in packed(w)]
-    a = [*arrays, -(-columns // 32), outputs, m.put(x), width * x.itemsize, m.put(factors)]
+    on = packed(w)
+    a = [m.put(on.chunks), on.runs, on.chunks.shape[1], on.chunk, outputs, m.put(x), width * x.itemsize, m.put(factors)]
     a += [0 if head else to, 4 * outputs, m.put(b), m.put(g), add, head, columns]
     p = {words.ROWS: 999, words.OUT_ROWS: rows, words.LOGITS: to} if head else {words.ROWS: rows}
     m.run(f"linear_many<{kind.name}>", a, p, blocks)
