@@ -23,7 +23,7 @@ from tcinfer.kernels.reference.quants import Matrix
 from tcinfer.memory.state import DeviceState
 
 F32 = NDArray[np.float32]
-CHUNK = 1024  # rows of a pass with which a GPU is busy
+CHUNK = 2048  # rows of a pass with which a GPU is busy
 
 
 class Later:

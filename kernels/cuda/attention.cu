@@ -43,7 +43,8 @@ FUNCTION Seen seen_by(Words a, Words p, int item, int first, int size, int tile)
     s.sink_row = (int)(of[ROW] - of[FIRST]), s.row = (int)(of[ROW] - of[FIRST] + low - s.sinks);
     s.old = (int)min(count, of[FIRST] < s.sinks ? of[FIRST] : max((int64)s.sinks, of[FIRST] - low + s.sinks));
     int split = item % splits, beside = size * D * g;
-    s.begin = (int)(count * split / splits), s.end = (int)(count * (split + 1) / splits);
+    s.begin = (int)count / splits * split + min(split, (int)count % splits);
+    s.end = s.begin + (int)count / splits + (split < (int)count % splits);
     s.seam = a[1] ? max(s.begin, min(s.end, s.sinks)) : s.begin;
     s.far_tiles = (s.seam - s.begin + tile - 1) / tile, s.tiles = s.far_tiles + (s.end - s.seam + tile - 1) / tile;
     s.stride = size * G * D, s.scale = 1.0f / sqrtf((float)D);
@@ -235,7 +236,7 @@ FUNCTION void attend_end(Words a, int item, int first, int heads, int c0, int wi
         if (splits == 1) {
             (floats(a[12] + row * a[2]) + D * h)[c0 + c] = sum / whole;
         } else {
-            float *part = floats(a[14]) + ((int64)(row * H + h) * splits + split) * (D + 2);
+            float *part = floats(a[14]) + ((row * H + h) * splits + split) * (D + PART_END);
             part[c0 + c] = sum;
             if (c0 + c == 0) part[D] = whole, part[D + 1] = most;
         }
@@ -278,24 +279,24 @@ template <class F> FUNCTION void attend_rows(Words a, Words p, Work work) {
 template <class F> FUNCTION void attend_splits(Words a, Words p, Work work) { attend_rows<F>(a, p, work); }
 
 // Puts together what the splits of a row's keys have found, a warp 32 channels of a head.  a: parts [rows, H, splits,
-// D + 2], out, stride, H, D, splits.
+// D + PART_END], out, stride, H, D, splits.
 OPERATOR void combine(Words a, Words p, Work work) {
     int H = a[3], D = a[4], splits = a[5], pieces = (D + 31) / 32;
     for (int64 item = work.block + warp() * work.blocks; item < p[ROWS] * H * pieces; item += warps() * work.blocks) {
         int64 head = item / pieces;
-        const float *parts = floats(a[0]) + head * splits * (D + 2);
+        const float *parts = floats(a[0]) + head * splits * (D + PART_END);
         int c = item % pieces * 32 + lane(), near = min(c, D - 1);
         float most = lowest(), sum = 0, whole = 0;
-        for (int k = lane(); k < splits; k += 32) most = fmaxf(most, parts[k * (D + 2) + D + 1]);
+        for (int k = lane(); k < splits; k += 32) most = fmaxf(most, parts[k * (D + PART_END) + D + 1]);
         most = warp_max(most);
         for (int first = 0; first < splits; first += 32) {
             int own = first + lane();
-            const float *part = parts + min(own, splits - 1) * (D + 2);
+            const float *part = parts + min(own, splits - 1) * (D + PART_END);
             float by = own < splits && part[D + 1] != lowest() ? expf(part[D + 1] - most) : 0.0f;
             whole += by * part[D];
 #pragma unroll 16
             for (int k = 0; k < min(32, splits - first); k++)
-                sum += shuffle(by, k) * parts[(first + k) * (D + 2) + near];
+                sum += shuffle(by, k) * parts[(first + k) * (D + PART_END) + near];
         }
         whole = warp_sum(whole);
         if (c < D) (floats(a[1] + head / H * a[2]) + head % H * D)[c] = sum / whole;

@@ -18,14 +18,14 @@ from tcinfer.kernels.cpu.ring import Entering, Geometry
 from tcinfer.kernels.cpu.rows import angles
 from tcinfer.kernels.cuda.packing import RUN, TILE_ROWS, packed
 from tcinfer.kernels.cuda.plan import ONE, PROMPT, SESSIONS, Plan
-from tcinfer.kernels.cuda.program import GELU, LAYER_NORM, PLAIN, RMS_NORM, SWIGLU, Named
+from tcinfer.kernels.cuda.program import GELU, LAYER_NORM, MERGED_PARTS, PART_END, PLAIN, RMS_NORM, SWIGLU, Named
 from tcinfer.kernels.reference.quants import Matrix
 
 __all__ = ["angles", "attention", "embed", "gelu", "linear", "norm", "small", "stored", "swiglu"]
 
-ALONE = 1024  # keys up to which one block takes all of a token's keys of a head
-SPLIT = 256  # keys of a part, where they are divided
-MOST_SPLITS = 64
+SPLIT = 96  # keys of a head that a block takes, of a token's
+MERGED = 8  # parts up to which a product puts them together as it reads them
+LONG_SPLIT, MOST_SPLITS = 256, 64  # where there are more
 LARGEST_HEAD = 256  # that attend_many has room for
 
 
@@ -68,6 +68,26 @@ class Made(cpu.Rows):
             self._address = self.plan.room(self.plan.capacity * self.stride)
             self.plan.step(Named("prepare"), *self.words, 1, self._address, self.stride, 0, False)
         return self._address
+
+
+class Parts(cpu.Rows):
+    """A row that several blocks have found parts of (attend_splits), of a token; in other passes plain rows.
+
+    A product puts the parts together as it reads them; before any other step that reads the row, a step does.
+    """
+
+    def __init__(self, plain: cpu.Rows, parts: int, heads: int, D: int, splits: int) -> None:
+        """parts: address of float32 [heads, splits, D + PART_END]."""
+        self.plan, self.columns, self.stride, self.plain = plain.plan, plain.columns, plain.stride, plain
+        self.words = MERGED_PARTS, parts, D, plain.columns, splits, 0, 0
+        self._combine: tuple[int, ...] = (parts, plain.address, plain.stride, heads, D, splits)
+
+    @property
+    def address(self) -> int:  # type: ignore[override]
+        if self._combine:
+            self.plan.step(Named("combine"), *self._combine, when=ONE)
+            self.words, self._combine = (PLAIN, self.plain.address, self.stride, self.columns, 0, 0, 0), ()
+        return self.plain.address
 
 
 def embed(plan: Plan, w: Weights, positions: NDArray | None) -> cpu.Rows:
@@ -144,12 +164,13 @@ def _since(plan: Plan, x: cpu.Rows, w: Weights, y: int) -> tuple[int, bool]:
 
 def _made(x: cpu.Rows) -> tuple[int | float, ...]:
     """What rows are made of, in the words of staging.h up to FRESH."""
-    return x.words if isinstance(x, Made) else (PLAIN, x.address, x.stride, x.columns, 0, 0, 0)
+    return x.words if isinstance(x, Made | Parts) else (PLAIN, x.address, x.stride, x.columns, 0, 0, 0)
 
 
 def _prepared(plan: Plan, x: cpu.Rows, kind: Kind, head: bool) -> tuple[int, int, int]:
     """Address, stride and factors of rows as products of many read them: of the head only those that are wanted."""
     floats = kind == Kind.F32
+    x = x.plain if isinstance(x, Parts) else x
     if floats and not isinstance(x, Made) and not head:
         return x.address, x.stride, 0
     key = id(x), floats, head
@@ -162,26 +183,33 @@ def _prepared(plan: Plan, x: cpu.Rows, kind: Kind, head: bool) -> tuple[int, int
 
 
 def attention(plan: Plan, geometry: Geometry, new: Entering, k_field: int, v_field: int) -> cpu.Rows:
-    """Each row's query over what it sees of its sequence's ring and of the pass's own rows. Rows [H * D]."""
+    """Each row's query over what it sees of its sequence's ring and of the pass's own rows. Rows [H * D].
+
+    A token's keys are divided among several blocks.
+    """
     H, G, D, window, sinks = geometry.heads, geometry.kv_heads, geometry.head_dim, geometry.window, geometry.sinks
     out, half = cpu.Rows(plan, H * D), geometry.kind == Kind.F16
     query = (new.q.address, new.q_far.address if new.q_far else 0, new.q.stride)
     common = (*query, k_field, v_field, new.k_new, new.v_new, H, G, D, window, sinks, out.address)
     form = form_of(half, H // G, D)
-    keys = window + sinks if window else SPLIT * MOST_SPLITS
+    keys = window + sinks if window else LONG_SPLIT * MOST_SPLITS
     tensor_cores = half and D % 2 == 0 and D <= LARGEST_HEAD
     by_itself = SESSIONS if tensor_cores else SESSIONS | PROMPT
-    if keys <= ALONE:
-        plan.step(Named("attend_rows", form), *common, 1, 0, when=ONE | by_itself)
-    else:
-        splits = min(MOST_SPLITS, keys // SPLIT)
-        parts = plan.room(4 * H * splits * (D + 2))
+    splits = -(-keys // SPLIT)
+    if splits > MERGED:
+        splits = max(MERGED, min(MOST_SPLITS, keys // LONG_SPLIT))
+    parts = plan.room(4 * H * splits * (D + PART_END))
+    if splits > 1:
         plan.step(Named("attend_splits", form), *common, splits, parts, when=ONE)
-        plan.step(Named("combine"), parts, out.address, out.stride, H, D, splits, when=ONE)
-        plan.step(Named("attend_rows", form), *common, 1, 0, when=by_itself)
+    plan.step(Named("attend_rows", form), *common, 1, 0, when=by_itself if splits > 1 else by_itself | ONE)
     if tensor_cores:
         plan.step(Named("attend_many"), *common, when=PROMPT)
-    return out
+    if splits == 1:
+        return out
+    found = Parts(out, parts, H, D, splits)
+    if splits > MERGED or D % 4:
+        found.address  # noqa: B018  the step that puts them together
+    return found
 
 
 def form_of(half: bool, heads: int, D: int) -> str:

@@ -4,7 +4,7 @@ A single token is one cooperative launch: every multiprocessor holds one block, 
 side, and meet where a step needs what another block has done; where it needs only what its own block has done, which is
 so between the steps that treat each key head by themselves, the block's threads meet. Meanwhile a warp of each block
 brings the weights of the steps to come (stream.h). A chunk of a prompt, and one token each of many sessions, are a
-launch a step: there is work enough in each to pay for it.
+launch a step, all of them captured once as a graph.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ BY_HEAD = {
     *("push", "take", "insert", "keep_last", "writes", "ones", "unit", "mix", "divide", "gate", "scan", "features"),
     *("blend", "attend_rows"),
 }
+LATER = {"attend_splits"}  # what they find no such operator reads, and they read nothing that one of these writes
 MANY = {"scan": "scan_many"}  # operators that have another form, with the same arguments, for many rows of a sequence
 Room = Callable[[Sequence[int], int], int]
 
@@ -90,6 +91,7 @@ class Plan(cpu.Plan):
         self.streams: list[tuple[int, ...]] = []  # weights of a token's products, in order (stream.h)
         self.fields = 0  # of a session's state
         self._uploads: dict[int, int] = {}
+        self._captured: dict[int, Callable[[], None]] = {}  # by kind of pass
         self._buffers: list[Any] = []
 
     def allocate(self, size: int) -> int:
@@ -183,24 +185,33 @@ class Plan(cpu.Plan):
         )
 
     def run_pass(self, kind: int, address: int) -> None:
-        """Launch the steps of a kind of pass, whose words are at an address on the device."""
+        """Launch the steps of a kind of pass, whose words are at an address on the device, always the same."""
         if kind == ONE:
-            blocks = self.device.multiprocessors
-            threads = TOGETHER_THREADS + LOADER_THREADS
+            blocks, threads = self.device.multiprocessors, TOGETHER_THREADS + LOADER_THREADS
             self.device.launch(
                 self._together, self._steps, address, blocks, threads, self._shared_together, together=True
             )
             return
-        for kernel, arguments, shared, blocks, when in self._launches:
-            if when & kind:
-                self.device.launch(kernel, arguments, address, blocks, ALONE_THREADS, shared)
+        if kind not in self._captured:
+            self._captured[kind] = self.device.captured(self.launches(kind, address))
+        self._captured[kind]()
+
+    def launches(self, kind: int, address: int) -> Callable[[], None]:
+        """Launches the steps of a pass of many rows, one after the other. Holds no reference to the plan."""
+        device, those = self.device, [launch for *launch, when in self._launches if when & kind]
+
+        def each() -> None:
+            for kernel, arguments, shared, blocks in those:
+                device.launch(kernel, arguments, address, blocks, ALONE_THREADS, shared)
+
+        return each
 
 
 def _waits(steps: Sequence[cpu.Step]) -> list[int]:
     """What each step of a single launch ends with.
 
     A step that the next one needs is waited for by its block alone while both treat key heads by themselves; whatever
-    was waited for in that way must be waited for by all once another kind of step follows.
+    was waited for in that way must be waited for by all once another kind of step follows. What a LATER one finds, too.
     """
     out, pending = [], False  # pending: a block alone has been waited for
     for step, following in zip(steps, [*steps[1:], None], strict=True):
@@ -210,6 +221,9 @@ def _waits(steps: Sequence[cpu.Step]) -> list[int]:
         elif local:
             out.append(WAIT_FOR_BLOCK if step.wait else NO_WAIT)
             pending |= step.wait
+        elif step.operator.name in LATER and following.operator.name in BY_HEAD:
+            out.append(NO_WAIT)
+            pending = True
         else:
             out.append(WAIT_FOR_GRID if step.wait or pending else NO_WAIT)
             pending &= not out[-1]

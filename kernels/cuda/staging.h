@@ -1,18 +1,45 @@
 // A row of activations on its way into a product: as it is, or what a norm or an activation makes of it. Computed by
 // every block that needs it, which takes less time than to meet once more. Equations: kernels/reference/pointwise.py.
 
-// Words of a staged row: what is made of it (PLAIN, RMS_NORM, LAYER_NORM, SWIGLU or GELU), float32 rows x, their stride in bytes, their columns,
-// then weight, bias and epsilon of a norm, or the rows that gate x. FRESH: 0 where the step before has staged the same.
+// Words of a staged row: what is made of it (PLAIN, RMS_NORM, LAYER_NORM, SWIGLU, GELU or MERGED_PARTS), float32 rows x,
+// their stride in bytes, their columns, then weight, bias and epsilon of a norm, or the rows that gate x. FRESH: 0 where
+// the step before has staged the same. MERGED_PARTS: x are parts of one row (attention.cu), instead of the stride the
+// channels of a head, instead of the weight how many parts it has.
 enum { MAKE, X, X_STRIDE, COLUMNS, WEIGHT, BIAS, EPSILON, FRESH, STAGED };
 
 // Where four columns lie in shared memory: a lane reads a run of 32 columns, and no two lanes the same bank; the 33 keeps
 // them apart while they are written, too.
 FUNCTION int place_of(int run, int quarter) { return 33 * (8 * (run / 32) + quarter) + run % 32; }
 
+const int MOST_MERGED = 8;  // parts
+
+// Four channels of a head, put together from what `splits` blocks have found of it.
+FUNCTION float4 merged(const float *parts, int D, int splits, int c) {
+    const float *part = parts + (c / D) * splits * (D + PART_END);
+    float4 v[MOST_MERGED], sum = make_float4(0, 0, 0, 0);
+    float by[MOST_MERGED], most = lowest(), whole = 0;
+#pragma unroll
+    for (int k = 0; k < MOST_MERGED; k++) {
+        const float *of = part + min(k, splits - 1) * (D + PART_END);
+        v[k] = *(const float4 *)(of + c % D);
+        by[k] = of[D + 1];
+        most = fmaxf(most, by[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < MOST_MERGED; k++) {
+        by[k] = k < splits && by[k] != lowest() ? expf(by[k] - most) : 0.0f;
+        if (k < splits) whole += by[k] * part[k * (D + PART_END) + D];
+        sum.x += by[k] * v[k].x, sum.y += by[k] * v[k].y, sum.z += by[k] * v[k].z, sum.w += by[k] * v[k].w;
+    }
+    float scale = 1.0f / whole;
+    return make_float4(sum.x * scale, sum.y * scale, sum.z * scale, sum.w * scale);
+}
+
 struct Row {
     int make, columns;
     const float *x, *weight, *bias;
     float mean, scale;
+    int D, splits;  // of parts
 
     MEMBER float made(float v, float w, float b) const {
         if (make == RMS_NORM) return v * scale * w;
@@ -25,6 +52,7 @@ struct Row {
 
     // The four columns from c on, c a multiple of 4; zeros behind the end.
     MEMBER float4 four(int c) const {
+        if (make == MERGED_PARTS) return c < columns ? merged(x, D, splits, c) : make_float4(0, 0, 0, 0);
         if (columns % 4) {
             float v[4];
             for (int k = 0; k < 4; k++) v[k] = c + k < columns ? at(c + k) : 0.0f;
@@ -40,7 +68,8 @@ struct Row {
 
 // Row `row` of the pass, with what its norm needs of the whole row. All threads of the block.
 FUNCTION Row row_at(Words a, int64 row) {
-    Row r = {(int)a[MAKE], (int)a[COLUMNS], floats(a[X] + row * a[X_STRIDE]), floats(a[WEIGHT]), floats(a[BIAS]), 0, 1};
+    Row r = {(int)a[MAKE], (int)a[COLUMNS], floats(a[X] + row * a[X_STRIDE]), floats(a[WEIGHT]), floats(a[BIAS]), 0, 1, 1, 1};
+    if (r.make == MERGED_PARTS) r.x = floats(a[X]), r.D = a[X_STRIDE], r.splits = a[WEIGHT], r.weight = 0;
     if (r.make == SWIGLU) r.weight = floats(a[WEIGHT] + row * a[X_STRIDE]);
     if (r.make == RMS_NORM || r.make == LAYER_NORM) {
         float sum = 0;

@@ -1,10 +1,9 @@
 """Checks and measures the CUDA backend on a GPU, all in one call, and prints a short table last.
 
-    python tests/gpu/measure_gpu.py [--quick] [--golden FOLDER] [--json FILE] [--compiled] [SECTION ...]
+    python tests/gpu/measure_gpu.py [--quick] [--golden FOLDER] [--cubins FOLDER] [--json FILE] [SECTION ...]
 
 Sections, in this order: golden (answers, against the published checkpoints and the reference), decode, steps (where the
-time of a token and of a prompt goes), graph (a token as one launch a step, for comparison), sessions, prompt, torch
-(PyTorch beside it), long (a million tokens), sanitize.
+time of a token and of a prompt goes), sessions, prompt, torch (PyTorch beside it), long (a million tokens), sanitize.
 Each is a process of its own with its share of the time (--seconds), so that one that fails or hangs takes no other with
 it; the exit status is 1 if any did. --compiled: PyTorch's side through torch.compile. --stand-in: everything tiny, on
 CPU threads in place of a GPU, to test this script.
@@ -28,7 +27,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -99,36 +97,6 @@ def decode_wanted(case: Case, part: float, speed: float) -> tuple[str, bool | No
         return "1,500 tok/s", speed >= 1500
     least = {"1B": 0.5, "8B": 0.65}.get(case[0])
     return (f"{least} of the copy", part >= least) if least and case[1:3] == ("Q8_0", "sinks") else ("", None)
-
-
-def graph(b: Bench) -> None:
-    """The token's steps as launches in a CUDA graph, beside the one launch: the slower way can go."""
-    import numpy as np
-    from measuring import Kind, captured, filled, same_again, stepping, steps_alone
-
-    for shape in ("1B",) if b.cupy is None else ("135M", "1B", "8B"):
-        if not b.reached(shape, 10):
-            continue
-        with b.attempt(shape):
-            model = b.random(shape, Kind.Q8_0)
-            plan: Any = model._engine._plan
-            own = filled(model)
-            other = same_again(own)
-            run, again = stepping(own), stepping(other)
-            ids, logits = [run() for _ in range(4)], own.logits
-            (seconds,), device = b.medians([run], 0.5), b.device_time(model, run)
-            b.row(f"{shape} Q8_0: one launch a token", f"{1e3 * seconds:.3f} ms (device {1e3 * device:.3f})")
-            launch, found = steps_alone(b, model), {}
-            for blocks in (1,) if b.cupy is None else (1, 2, 4):
-                plan.run_pass = captured(b, partial(launch, blocks))
-                if not found:
-                    same = "the same" if [again() for _ in range(4)] == ids else "other"
-                    error = np.abs(other.logits - logits).max() / np.abs(logits).max()
-                    b.row(f"{shape} Q8_0: its logits by a graph", f"{error:.1e} off, {same} ids", "1e-04", error < 1e-4)
-                (seconds,), device = b.medians([again], 0.5), b.device_time(model, again)
-                found[seconds] = f"{1e3 * seconds:.3f} ms (device {1e3 * device:.3f}), {blocks} blocks"
-            b.row(f"{shape} Q8_0: a graph of launches", found[min(found)])
-        model = plan = own = other = run = again = launch = None
 
 
 TRACED = [(shape, kind, "sinks", 512) for shape, kind in (("1B", "Q8_0"), ("135M", "Q8_0"), ("8B", "Q4_0"))]
@@ -305,7 +273,8 @@ def sanitize(b: Bench) -> None:
         return
     for last, tool in enumerate(("memcheck", "racecheck")):
         limit = max(5.0, min(150.0, b.left() if last else b.left() / 2))
-        small = [*ME, "--alone", "small", "--seconds", str(limit), "--rows", os.devnull]
+        cubins = ["--cubins", str(b.options.cubins)] if b.options.cubins else []
+        small = [*ME, *cubins, "--alone", "small", "--seconds", str(limit), "--rows", os.devnull]
         text, error = ended([command, "--tool", tool, "--print-limit", "10", *small], limit, keep=True)
         lines = [line.strip("= ") for line in text.splitlines() if line.strip("= ")]
         summary = [line for line in lines if "SUMMARY" in line]
@@ -338,13 +307,6 @@ def traced_models(b: Bench) -> None:
         traced(b, b.random(shape, Kind[kind], memory, window))
 
 
-def graph_models(b: Bench) -> None:
-    from measuring import Kind, steps_alone
-
-    for shape in SHAPES:
-        steps_alone(b, b.random(shape, Kind.Q8_0))
-
-
 def kinds_models(b: Bench) -> None:
     """Of sessions, prompt, torch."""
     from measuring import Kind
@@ -365,7 +327,6 @@ SECTIONS = {
     "golden": Section(golden, 60, golden_models),
     "decode": Section(decode, 115, decode_models),
     "steps": Section(steps, 30, traced_models),
-    "graph": Section(graph, 30, graph_models),
     "sessions": Section(sessions, 50, kinds_models),
     "prompt": Section(prompt, 35, kinds_models),
     "torch": Section(torch, 45, kinds_models),
@@ -404,7 +365,27 @@ def device_of(options: argparse.Namespace) -> tuple[Any, Any]:
 
     from tcinfer.kernels.cuda.device import Device
 
-    return Device(), cupy
+    device = Device()
+    if options.cubins:
+        from_cubins(device, cupy, options.cubins)
+    return device, cupy
+
+
+def from_cubins(device: Any, cupy: Any, folder: Path) -> None:
+    """Take programs from a folder that programs.py has filled, if they are there."""
+    from programs import cubin_of
+
+    from tcinfer.kernels.cuda.device import Program
+
+    compiled = device.program
+
+    def program(text: str, together: bool = False) -> Program:
+        path = cubin_of(folder, text)
+        if not path.exists():
+            return compiled(text, together)
+        return Program(device, cupy.RawModule(path=str(path), enable_cooperative_groups=together))
+
+    device.program = program
 
 
 def alone(options: argparse.Namespace) -> int:
@@ -434,10 +415,13 @@ def compiled(options: argparse.Namespace) -> int:
 def all_compiled(options: argparse.Namespace) -> None:
     """Every program that the sections need, each compiled in a process of its own, before anything is measured."""
     import importable  # noqa: F401
-    from programs import recorded, written
+    from programs import cubin_of, recorded, written
 
     with tempfile.TemporaryDirectory() as folder:
-        paths = written(recorded(options.sections, options.golden), Path(folder))
+        texts = recorded(options.sections, options.golden)
+        if options.cubins:
+            texts = [text for text in texts if not cubin_of(options.cubins, text[0]).exists()]
+        paths = written(texts, Path(folder))
         awaited([subprocess.Popen([*ME, "--compile", str(path)]) for path in paths], 90)
 
 
@@ -447,6 +431,8 @@ def everything(options: argparse.Namespace) -> int:
     if not options.stand_in:
         all_compiled(options)
     flags = [f"--{name}" for name in ("quick", "stand-in", "compiled") if getattr(options, name.replace("-", "_"))]
+    for name in ("cubins", "traces"):
+        flags += [f"--{name}", str(getattr(options, name))] if getattr(options, name) else []
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder, "rows")
         rows.touch()
@@ -496,6 +482,8 @@ def main() -> int:
     for flag in ("--quick", "--stand-in", "--compiled"):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--golden", type=Path, default=ROOT.parent / "shared" / "golden", metavar="FOLDER")
+    parser.add_argument("--cubins", type=Path, metavar="FOLDER", help="what programs.py has compiled")
+    parser.add_argument("--traces", type=Path, metavar="FOLDER", help="where `steps` leaves its clocks")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--seconds", type=float)
     for inner in ("--alone", "--rows", "--compile"):  # of the processes that this one starts

@@ -24,8 +24,8 @@ from tcinfer import kernels, memory
 from tcinfer.config import ModelConfig
 from tcinfer.kernels.cuda import Cuda, operators
 from tcinfer.kernels.cuda.packing import TILE_ROWS
-from tcinfer.kernels.cuda.plan import DESK, ONE, ROOM, Plan
-from tcinfer.kernels.cuda.program import ALONE_THREADS, source
+from tcinfer.kernels.cuda.plan import ONE, Plan
+from tcinfer.kernels.cuda.program import source
 from tcinfer.kernels.reference.quants import Kind, Matrix
 from tcinfer.memory import tensor
 from tcinfer.memory.state import State
@@ -329,70 +329,24 @@ class Bench:
         return 2 * n**3 / float(np.median(times[3:]))
 
 
-# A token as a graph
-
-
-def steps_alone(b: Bench, model: Any) -> Callable[[int], None]:
-    """Launches every step of a single token by itself, with so many blocks for each multiprocessor."""
-    plan, address = model._engine._plan, model._engine._pass.address
-    kinds = {step.operator.kind for step in plan.steps if step.operator.kind}
-    program = b.device.program(source(True, kinds).replace("EACH_TOGETHER(X)", "EACH_ALONE(X)", 1))
-    steps = [step for step in plan.steps if step.when & ONE]
-    kernels = {name: program.kernel(f"step_{name}") for name in {step.operator.full for step in steps}}
-    launches = []
-    for step in steps:
-        arguments = list(step.arguments or [0])
-        if step.operator.name == "linear_one":
-            arguments[-1] = 1  # FRESH: shared memory holds nothing of the launch before
-        room = ROOM[step.operator.name](arguments, ALONE_THREADS // 32) if step.operator.name in ROOM else 0
-        launches.append((kernels[step.operator.full], plan.upload(np.array(arguments, np.int64)), DESK + room))
-
-    def launch(blocks: int) -> None:
-        for kernel, arguments, shared in launches:
-            b.device.launch(kernel, arguments, address, blocks * b.device.multiprocessors, ALONE_THREADS, shared)
-
-    return launch
-
-
-def captured(b: Bench, launch: Callable[[], None]) -> Callable[[int, int], None]:
-    """In place of Plan.run_pass: the same launches as a CUDA graph."""
-    if b.cupy is None:
-        return lambda kind, address: launch()
-    launch()  # modules are loaded, and leave for shared memory is given
-    b.device.wait()
-    stream = b.cupy.cuda.Stream(non_blocking=True)
-    with stream:
-        stream.begin_capture()
-        launch()
-        made = stream.end_capture()
-    return lambda kind, address: made.launch()
-
-
 # Where the time goes
 
 
 def traced(b: Bench, model: Any) -> Callable[[Session], list[str]]:
     """A token's launch that writes down when each block begins to wait after each step, and when it goes on."""
-    plan, width = model._engine._plan, 1 + 3 * sum(1 for step in model._engine._plan.steps if step.when & ONE)
-    kinds = {step.operator.kind for step in plan.steps if step.operator.kind}
-    text = source(True, kinds)
-    stamp = "if (threadIdx.x == 0) stamps[(2 * i + {}) * gridDim.x + blockIdx.x] = clock64();"
-    begin, block = (
-        "for (int64 i = 0; i < steps[0]; i++) {\n        Words step",
-        "if (step[STEP_WAIT] == WAIT_FOR_BLOCK)",
-    )
-    grid = "grid_barrier(arrivals, goal += gridDim.x);\n"
-    assert text.count(begin) == text.count(block) == text.count(grid) == 1
-    text = text.replace(begin, f"int64 *stamps = (int64 *)steps[1 + STEP_WORDS * steps[0]];\n    {begin}")
-    text = text.replace(block, f"if (step[STEP_WAIT]) __syncthreads();\n        {stamp.format(0)}\n        {block}")
-    text = text.replace(grid, f"{grid}        {stamp.format(1)}\n")
+    plan = model._engine._plan
+    one, blocks = [step for step in plan.steps if step.when & ONE], b.device.multiprocessors
+    text = source(True, {step.operator.kind for step in plan.steps if step.operator.kind})
+    stamp = "if (thread() == 0) ((int64 *)plan[PLAN_FIELDS + 1])[(2 * i + {}) * gridDim.x + blockIdx.x] = clock64();\n"
+    first, last = "        if (more) record(i + 1)", "            block_barrier();\n    }\n}"
+    assert text.count(first) == text.count(last) == 1
+    text = text.replace(first, f"        if (step[STEP_WAIT]) block_barrier();\n        {stamp.format(0)}{first}")
+    text = text.replace(last, f"            block_barrier();\n        {stamp.format(1)}    }}\n}}")
     kernel = b.device.program(text, together=True).kernel("together")
 
     def run(session: Session) -> list[str]:
-        one, blocks = [step for step in plan.steps if step.when & ONE], b.device.multiprocessors
-        told = b.device.get(plan._steps, np.empty(width, np.int64))
         room = b.device.zeros(16 * len(one) * blocks)
-        plain = plan._together, plan._steps
+        plain, told = (plan._together, plan._steps), b.device.get(plan._steps, np.empty(8, np.int64))
         plan._together, plan._steps = kernel, plan.keep(np.append(told, room.address))
         step, taken = stepping(session), []
         try:
@@ -404,16 +358,20 @@ def traced(b: Bench, model: Any) -> Callable[[Session], list[str]]:
         times = np.array(taken[-8:], np.float64)  # [tokens, steps, 2, blocks]
         work = times[:, :, 0] - np.concatenate([times[:, :1, 0], times[:, :-1, 1]], 1)
         wait = times[:, :, 1] - times[:, :, 0]
-        whole = float(np.median(times[:, -1, 1].max(-1) - times[:, 0, 0].min(-1)))
+        whole = float(np.median((times[:, -1, 1] - times[:, 0, 0]).max(-1)))
         found: dict[str, list[np.ndarray]] = {}
         for i, s in enumerate(one):
             row = np.median([work[:, i].max(-1), work[:, i].mean(-1), wait[:, i].min(-1)], 1)
-            shape = f" {s.arguments[5]}x{32 * s.arguments[4]}" if s.operator.name == "linear_one" else ""
+            shape = f" {s.arguments[4]}x{32 * s.arguments[1]}" if s.operator.name == "linear_one" else ""
             found.setdefault(s.operator.full + shape, []).append(row)
         lines = [f"{whole:,.0f} cycles from the first step's end, slower by the stamps"]
         for name, rows in sorted(found.items(), key=lambda item: -np.sum(item[1])):
             slowest, mean, meeting = np.mean(rows, 0)
             lines.append(f"{name} x{len(rows)}: {slowest:,.0f} (mean {mean:,.0f}) and {meeting:,.0f} to meet")
+        if b.options.traces:
+            names = np.array([s.operator.full for s in one])
+            path = b.options.traces / f"{len(list(b.options.traces.iterdir()))}.npz"
+            np.savez_compressed(path, times=times[-3:].astype(np.int64), names=names)
         return lines
 
     return run
@@ -424,7 +382,7 @@ def by_operator(b: Bench, model: Any, run: Run) -> list[str]:
     plan, launch, found = model._engine._plan, b.device.launch, {}
     names = {}
     for (_, at, *_), step in zip(plan._launches, [step for step in plan.steps if step.when & ~ONE], strict=True):
-        shape = f" {step.arguments[5]}x{32 * step.arguments[4]}" if step.operator.name == "linear_many" else ""
+        shape = f" {step.arguments[4]}x{32 * step.arguments[1]}" if step.operator.name == "linear_many" else ""
         names[at] = step.operator.full + shape
 
     def timed(kernel: Any, a: int, *rest: Any, **named: Any) -> None:
@@ -432,11 +390,13 @@ def by_operator(b: Bench, model: Any, run: Run) -> list[str]:
         found.setdefault(names[a], []).append(seconds)
 
     run()
-    b.device.launch = timed
+    plain = plan.run_pass
+    b.device.launch, plan.run_pass = timed, lambda *pass_: plan.launches(*pass_)()
     try:
         run(), run()
     finally:
         del b.device.launch
+        plan.run_pass = plain
     total = sum(map(sum, found.values())) / 2
     rows = sorted(found.items(), key=lambda item: -sum(item[1]))
     return [f"{1e3 * total:.2f} ms in launches"] + [

@@ -1,22 +1,22 @@
-"""The texts that measure_gpu.py's models are compiled from, and CuPy's cache of them, made where there is no GPU.
+"""The texts that measure_gpu.py's models are compiled from, and what they compile to, made where there is no GPU.
 
     python tests/gpu/programs.py FOLDER [SECTION ...]
 
-fills FOLDER, so that a GPU of compute capability 9.0 whose CuPy and NVRTC are of the versions installed here compiles
-nothing when CUPY_CACHE_DIR names it. Time on a lent GPU is short. Needs cupy-cuda13x and nvidia-cuda-nvrtc.
+compiles them for compute capability 9.0 into FOLDER, which measure_gpu.py takes as --cubins: time on a lent GPU is
+short, and compiling takes most of a minute of it. Needs cupy-cuda13x and nvidia-cuda-nvrtc.
 """
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-
-import numpy as np
 
 
 class Recorder:
@@ -65,7 +65,7 @@ def recorded(sections: Iterable[str], golden: Path) -> list[tuple[str, bool]]:
 
     device = Recorder()
     cupy = SimpleNamespace(RawKernel=lambda *a: None, cuda=SimpleNamespace(Event=lambda: None))
-    bench = Small(Namespace(seconds=3600, quick=False, golden=golden), device, cupy)
+    bench = Small(Namespace(seconds=3600, quick=False, golden=golden, traces=None), device, cupy)
     for name in sections:
         SECTIONS[name].models(bench)
     return list(device.texts)
@@ -79,16 +79,23 @@ def written(texts: Sequence[tuple[str, bool]], folder: Path) -> list[Path]:
     return paths
 
 
-def compiled_here(text: str) -> int:
-    """Compile a text for sm_90 into CuPy's cache; its size in bytes. CuPy asks a GPU for what is said here instead."""
+def cubin_of(folder: Path, text: str) -> Path:
+    """Where a text's machine code is kept."""
+    return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.cubin"
+
+
+def compiled_here(folder: Path, text: str) -> None:
+    """Compile a text for sm_90 as CuPy would, if it is not there yet. CuPy asks a GPU for what is said here instead."""
     from cupy.cuda import compiler, function
 
-    module = SimpleNamespace(load=lambda cubin: None, _set_mapping=lambda mapping: None)
+    to = cubin_of(folder, text)
+    if to.exists():
+        return
+    module = SimpleNamespace(load=to.write_bytes, _set_mapping=lambda mapping: None)
     function.Module = lambda: module
     compiler._get_arch = lambda: "90"
     compiler._get_arch_for_options_for_nvrtc = lambda arch=None: ("-arch=sm_90", "cubin")
     compiler._compile_module_with_cache(text, ("-std=c++17",), backend="nvrtc")
-    return len(text)
 
 
 def main() -> None:
@@ -96,17 +103,14 @@ def main() -> None:
     from measure_gpu import SECTIONS
 
     folder, sections = Path(sys.argv[1]), sys.argv[2:] or list(SECTIONS)
+    folder.mkdir(parents=True, exist_ok=True)
     texts = [text for text, _ in recorded(sections, importable.ROOT.parent / "shared" / "golden")]
-    with ProcessPoolExecutor(initializer=keep_in, initargs=(str(folder),)) as pool:
-        for done, _ in enumerate(pool.map(compiled_here, texts), 1):
+    with ProcessPoolExecutor() as pool:
+        for done, _ in enumerate(pool.map(partial(compiled_here, folder), texts), 1):
             print(f"{done} of {len(texts)}", flush=True)
-    print(f"{folder}: {np.sum([p.stat().st_size for p in folder.glob('*.cubin')]) / 1e6:.0f} MB")
-
-
-def keep_in(folder: str) -> None:
-    import os
-
-    os.environ["CUPY_CACHE_DIR"] = folder
+    for other in set(folder.glob("*.cubin")) - {cubin_of(folder, text) for text in texts}:
+        other.unlink()
+    print(f"{folder}: {sum(path.stat().st_size for path in folder.iterdir()) / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":

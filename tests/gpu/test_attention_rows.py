@@ -16,7 +16,7 @@ from tcinfer.kernels.cpu import plan as words
 from tcinfer.kernels.cuda import packing
 from tcinfer.kernels.cuda.operators import form_of
 from tcinfer.kernels.cuda.plan import DESK, ROOM
-from tcinfer.kernels.cuda.program import constants
+from tcinfer.kernels.cuda.program import PART_END, constants
 
 F = np.float32
 CUDA = Path(packing.__file__).parent
@@ -116,7 +116,7 @@ class Case:
         p[[words.ROWS, words.SEQUENCES]] = self.rows, len(self.table)
         p[[words.TABLE, words.SEQUENCE_OF]] = put(self.table), put(self.sequence_of.astype(np.int64))
         address, out = put(p), np.full((self.rows, H, D), np.nan, F)
-        to, parts = put(out), put(np.full((self.rows, H, splits, D + 2), np.nan, F))
+        to, parts = put(out), put(np.full((self.rows, H, splits, D + PART_END), np.nan, F))
         a = [put(self.q), put(self.q_far) if self.far else 0, 4 * H * D, K_FIELD, V_FIELD, *map(put, self.fresh)]
         a += [H, G, D, window, sinks, to, splits, parts if splits > 1 else 0]
         name = "attend_splits" if splits > 1 else "attend_rows"

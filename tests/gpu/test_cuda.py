@@ -305,3 +305,17 @@ def test_a_model_that_is_dropped_gives_its_memory_back_at_once(device: HostDevic
         assert len(device.buffers) == before
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("window", [200, 1000], ids=["put together by the product", "by a step"])
+@pytest.mark.parametrize("memory", ["sinks", "infini-delta"])
+@pytest.mark.parametrize("cache_type", ["f16", "f32"])
+def test_keys_of_a_token_are_divided_among_blocks(backend: str, memory: str, window: int, cache_type: str) -> None:  # noqa: F811
+    config = replace(config_of(memory), window=window, cache_type=cache_type)
+    want, got = (build(config, b, weights_of(config)).session() for b in ("numpy", backend))
+    ids = np.resize(np.arange(50), window + 31)
+    for session in (want, got):
+        session.feed(ids)
+    for token in range(5):
+        a, b = (session.feed([token]) for session in (want, got))
+        assert np.abs(a - b).max() < (1e-4 if cache_type == "f32" else 2e-3) * np.abs(a).max()
