@@ -275,8 +275,17 @@ template <class F> FUNCTION void attend_rows(Words a, Words p, Work work) {
             }
 }
 
-// The same with the parts of a row and head in several blocks.
-template <class F> FUNCTION void attend_splits(Words a, Words p, Work work) { attend_rows<F>(a, p, work); }
+// The same with the parts of a row in several blocks, and so, if the form has fewer, with heads that share a key head.
+template <class F> FUNCTION void attend_splits(Words a, Words p, Work work) {
+    int each = ((int)(a[7] / a[8]) + F::HEADS - 1) / F::HEADS, D = a[9], width = sharers_of<F::HALF ? 8 : 4>(D) * (F::HALF ? 8 : 4);
+    for (int i = work.block; i < (int)(p[ROWS] * a[8] * a[13]) * each; i += work.blocks)
+        for (int c0 = 0; c0 < (F::PLAIN ? 1 : D); c0 += width) {
+            block_barrier();  // nobody reads what lay there
+            attend_keys<F::HALF, F::HEADS, F::PLAIN>(a, p, i / each, i % each * F::HEADS, c0);
+            block_barrier();
+            attend_end(a, i / each, i % each * F::HEADS, F::HEADS, c0, width);
+        }
+}
 
 // Puts together what the splits of a row's keys have found, a warp 32 channels of a head.  a: parts [rows, H, splits,
 // D + PART_END], out, stride, H, D, splits.

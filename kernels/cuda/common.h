@@ -32,7 +32,8 @@ FUNCTION int warp() { return threadIdx.x / 32; }
 FUNCTION int lane() { return threadIdx.x % 32; }
 
 // The first DESK bytes of shared memory: block-wide sums, and what else is said below. An operator's own room is behind.
-const int DESK_PARTS = 256, DESK_BEGUN = 512, DESK_STREAM = 528, DESK_RECORDS = 1024, DESK_PASS = DESK_RECORDS + 2 * 8 * RECORD;
+const int DESK_PARTS = 256, DESK_BEGUN = 512, DESK_STREAM = 528, DESK_RECORDS = 576;
+const int RECORDS = 4, DESK_PASS = DESK_RECORDS + RECORDS * 8 * RECORD;
 FUNCTION char *room() { return shared_memory() + DESK; }
 
 // The sum over all threads of the block, in all of them; in an order that depends on the block's size alone.
@@ -73,7 +74,10 @@ FUNCTION int64 position(Words p, int64 row) {
     return s[FIRST] + row - s[ROW];
 }
 
+// a % b of numbers that are not negative: mostly small ones, which divide ten times faster.
+FUNCTION int64 rest_of(int64 a, int64 b) { return (a | b) >> 32 ? a % b : (unsigned)a % (unsigned)b; }
+
 // Where a position is kept: sinks in front, then the ring.
 FUNCTION int64 slot_of(int64 at, int64 window, int64 sinks) {
-    return window == 0 || at < sinks ? at : sinks + (at - sinks) % window;
+    return window == 0 || at < sinks ? at : sinks + rest_of(at - sinks, window);
 }

@@ -380,6 +380,7 @@ FUNCTION int64 clock64() {
 }
 FUNCTION double __longlong_as_double(int64 x) { return std::bit_cast<double>(x); }
 FUNCTION int64 __double_as_longlong(double x) { return std::bit_cast<int64>(x); }
+FUNCTION int __float2int_rn(float x) { return (int)rintf(x); }
 FUNCTION int __ffs(int x) { return __builtin_ffs(x); }
 FUNCTION int __popc(unsigned x) { return std::popcount(x); }
 FUNCTION int __clz(int x) { return std::countl_zero((unsigned)x); }
@@ -484,6 +485,11 @@ FUNCTION unsigned to_halves(float low, float high) { return to_half(low) | (unsi
 FUNCTION uint4 load_weights(const void *p) {
     host::want_aligned(p, false, "load_weights of an address that is no multiple of 16");
     return *(const uint4 *)p;
+}
+
+FUNCTION int add_products(int a, int b, int c) {
+    for (int i = 0; i < 32; i += 8) c += (signed char)(a >> i) * (signed char)(b >> i);
+    return c;
 }
 
 FUNCTION float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }

@@ -4,7 +4,8 @@
 // a chunk has first the 16-byte loads of its runs, the first load of all runs, then the second, so that a warp reads 512
 // bytes in one piece; then the bits above the fourth (HIGH bytes a run), then scales (D bytes for each D_RUNS runs, and
 // S bytes a run). A kind says how many loads its run takes (LOADS), the integers or floats of the run (`values`), and
-// what each half of the run is multiplied by and what is added (`scales`): value = d q + m.
+// what each half of the run is multiplied by and what is added (`scales`, the same for both halves unless HALVED, m none unless ADDED):
+// value = d q + m. `integers` are the run's as bytes, four a word.
 
 struct Matrix {
     const char *chunks;
@@ -37,6 +38,15 @@ FUNCTION void nibbles(const uint4 *low, int q[32]) {
         unsigned word = word_of(low, i / 4);
         q[i] = (word >> (8 * (i % 4))) & 15;
         q[16 + i] = (word >> (8 * (i % 4) + 4)) & 15;
+    }
+}
+
+// The same four in a word, as bytes.
+FUNCTION void nibbles_in_bytes(const uint4 *low, int q[8]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        q[i] = word_of(low, i) & 0x0f0f0f0f;
+        q[4 + i] = word_of(low, i) >> 4 & 0x0f0f0f0f;
     }
 }
 
@@ -74,7 +84,11 @@ struct BF16 : Float16<true> {};
 
 struct Q8_0 {
     static const int ROWS = 4, LOADS = 2, HIGH = 0, D = 2, D_RUNS = 1, S = 0;
-    static const bool SCALED = true;
+    static const bool SCALED = true, HALVED = false, ADDED = false;
+    static MEMBER void integers(const uint4 *low, uint64, int q[8]) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) q[i] = (int)word_of(low, i);
+    }
     static MEMBER void values(const uint4 *low, uint64, float out[32]) {
 #pragma unroll
         for (int i = 0; i < 32; i++) out[i] = (float)(signed char)(word_of(low, i / 4) >> (8 * (i % 4)));
@@ -85,7 +99,14 @@ struct Q8_0 {
 // Integers of 4 bits, and of 5 with one more bit each.
 template <int BITS> struct Nibbles {
     static const int ROWS = 4, LOADS = 1, HIGH = BITS == 5 ? 4 : 0;
-    static const bool SCALED = true;
+    static const bool SCALED = true, HALVED = false, ADDED = true;
+    static MEMBER void integers(const uint4 *low, uint64 high, int q[8]) {
+        nibbles_in_bytes(low, q);
+        if (BITS == 5) {
+#pragma unroll
+            for (int i = 0; i < 8; i++) q[i] |= ((unsigned)high >> 4 * i & 15) * 0x02040810 & 0x10101010;  // a bit a byte
+        }
+    }
     static MEMBER void values(const uint4 *low, uint64 high, float out[32]) {
         int q[32];
         nibbles(low, q);
@@ -133,7 +154,16 @@ struct Q5_K : Blocked<5> {};
 // (q - 32) (scale d), a signed byte of scale for 16 columns, d of eight runs.
 struct Q6_K {
     static const int ROWS = 4, LOADS = 1, HIGH = 8, D = 2, D_RUNS = 8, S = 2;
-    static const bool SCALED = true;
+    static const bool SCALED = true, HALVED = true, ADDED = true;
+    static MEMBER void integers(const uint4 *low, uint64 high, int q[8]) {
+        nibbles_in_bytes(low, q);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            unsigned pairs = (unsigned)(high >> 8 * i) & 255;
+            pairs = (pairs | pairs << 12) & 0x000f000f;
+            q[i] |= ((pairs | pairs << 6) & 0x03030303) << 4;
+        }
+    }
     static MEMBER void values(const uint4 *low, uint64 high, float out[32]) {
         int q[32];
         nibbles(low, q);

@@ -47,6 +47,13 @@ FUNCTION uint4 load_weights(const void *p) {
     return v;
 }
 
+// c + the products of four pairs of signed bytes.
+FUNCTION int add_products(int a, int b, int c) {
+    int d;
+    asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
 // One lane's value in all lanes of the warp; all 32 must come.
 FUNCTION float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 
@@ -120,10 +127,15 @@ FUNCTION void mbarrier_arrive_copied(uint64 *at) {
     unsigned where = (unsigned)__cvta_generic_to_shared(at);
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(where) : "memory");
 }
-// Until the phase of this parity has ended; the one before the first has.
+// Until the phase of this parity has ended; the one before the first has. Who waits may be one phase behind, no more.
+#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
+#define WAIT_A_WHILE "try_wait"
+#else
+#define WAIT_A_WHILE "test_wait"
+#endif
 FUNCTION void mbarrier_wait(uint64 *at, unsigned parity) {
     unsigned where = (unsigned)__cvta_generic_to_shared(at), done;
-    do asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+    do asm volatile("{ .reg .pred p; mbarrier." WAIT_A_WHILE ".parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
                     : "=r"(done)
                     : "r"(where), "r"(parity)
                     : "memory");

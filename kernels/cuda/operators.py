@@ -16,16 +16,16 @@ from numpy.typing import NDArray
 from tcinfer.kernels.cpu import plan as cpu
 from tcinfer.kernels.cpu.ring import Entering, Geometry
 from tcinfer.kernels.cpu.rows import angles
-from tcinfer.kernels.cuda.packing import RUN, TILE_ROWS, packed
+from tcinfer.kernels.cuda.packing import BYTES, RUN, TILE_ROWS, packed
 from tcinfer.kernels.cuda.plan import ONE, PROMPT, SESSIONS, Plan
 from tcinfer.kernels.cuda.program import GELU, LAYER_NORM, MERGED_PARTS, PART_END, PLAIN, RMS_NORM, SWIGLU, Named
 from tcinfer.kernels.reference.quants import Matrix
 
 __all__ = ["angles", "attention", "embed", "gelu", "linear", "norm", "small", "stored", "swiglu"]
 
-SPLIT = 96  # keys of a head that a block takes, of a token's
+SPLIT = 32  # keys of a head that a block takes at least, of a token's
 MERGED = 8  # parts up to which a product puts them together as it reads them
-LONG_SPLIT, MOST_SPLITS = 256, 64  # where there are more
+LONG_SPLIT, MOST_SPLITS = 256, 64  # the same for a key head, where there are more keys
 LARGEST_HEAD = 256  # that attend_many has room for
 
 
@@ -158,8 +158,9 @@ def _since(plan: Plan, x: cpu.Rows, w: Weights, y: int) -> tuple[int, bool]:
         return last.arguments[SHIFT], True
     if last.wait:
         return 0, True
-    staged = cpu.as_words(_made(x))
-    return last.arguments[SHIFT] + -(-outputs // rows), last.arguments[FIRST_MADE:-1] != staged
+    floats = [Kind[last.operator.kind] in BYTES, w.kind in BYTES]  # how x is staged
+    again = last.arguments[FIRST_MADE:-1] != cpu.as_words(_made(x)) or floats[0] != floats[1]
+    return last.arguments[SHIFT] + -(-outputs // rows), again
 
 
 def _made(x: cpu.Rows) -> tuple[int | float, ...]:
@@ -195,12 +196,12 @@ def attention(plan: Plan, geometry: Geometry, new: Entering, k_field: int, v_fie
     keys = window + sinks if window else LONG_SPLIT * MOST_SPLITS
     tensor_cores = half and D % 2 == 0 and D <= LARGEST_HEAD
     by_itself = SESSIONS if tensor_cores else SESSIONS | PROMPT
-    splits = -(-keys // SPLIT)
-    if splits > MERGED:
-        splits = max(MERGED, min(MOST_SPLITS, keys // LONG_SPLIT))
+    splits, split_form = max(1, min(MERGED, keys // SPLIT, plan.device.multiprocessors // H)), form_of(half, 1, D)
+    if keys > LONG_SPLIT * MERGED:
+        splits, split_form = min(MOST_SPLITS, keys // LONG_SPLIT), form
     parts = plan.room(4 * H * splits * (D + PART_END))
     if splits > 1:
-        plan.step(Named("attend_splits", form), *common, splits, parts, when=ONE)
+        plan.step(Named("attend_splits", split_form), *common, splits, parts, when=ONE)
     plan.step(Named("attend_rows", form), *common, 1, 0, when=by_itself if splits > 1 else by_itself | ONE)
     if tensor_cores:
         plan.step(Named("attend_many"), *common, when=PROMPT)

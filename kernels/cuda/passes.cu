@@ -3,15 +3,22 @@
 
 #ifdef EACH_TOGETHER
 // What the launch is given: how many steps and where their records are, the same of streams (stream.h); where in shared
-// memory the ring of chunks begins, how many slots it has and of how many bytes; how many fields a session's state has.
-enum { PLAN_STEPS, PLAN_RECORDS, PLAN_STREAMS, PLAN_STREAM, PLAN_RING, PLAN_SLOTS, PLAN_SLOT_BYTES, PLAN_FIELDS };
+// memory the ring of chunks begins, how many slots it has (log2) and of how many bytes; how many fields a session's state has.
+enum { PLAN_STEPS, PLAN_RECORDS, PLAN_STREAMS, PLAN_STREAM, PLAN_RING, PLAN_TURNS, PLAN_SLOT_BYTES, PLAN_FIELDS };
 enum { STEP_OPERATOR, STEP_WAIT, STEP_ARGUMENTS };  // of a record of RECORD words
 
 #define NAMED(name, blocks) OP_##name,
 enum { EACH_TOGETHER(NAMED) OPERATORS };
 #undef NAMED
 
-FUNCTION int64 *record(int64 step) { return (int64 *)(shared_memory() + DESK_RECORDS) + RECORD * (step & 1); }
+// Where a step's record is put, some steps before it is needed.
+FUNCTION int64 *record(int step) { return (int64 *)(shared_memory() + DESK_RECORDS) + RECORD * (step % RECORDS); }
+
+FUNCTION void ask_for_record(Words records, int step, int steps) {
+    int piece = 2 * thread();
+    if (step < steps && piece < RECORD) copy_later(record(step) + piece, records + RECORD * step + piece);
+    end_group();
+}
 
 // The pass's words in shared memory, its one sequence and the addresses of its state with them, if there is room.
 FUNCTION Words pass_at_hand(Words p, int64 fields) {
@@ -27,8 +34,8 @@ FUNCTION Words pass_at_hand(Words p, int64 fields) {
 
 // Cooperative, every block at once on the device; one warp more than those that compute.
 KERNEL(TOGETHER_THREADS + 32, 1) together(const int64 *plan, const int64 *pass) {
-    const Stream stream = {plan[PLAN_SLOTS], plan[PLAN_SLOT_BYTES], shared_memory() + plan[PLAN_RING]};
-    for (int i = threadIdx.x; i < stream.slots; i += blockDim.x)
+    const Stream stream = {(int)plan[PLAN_TURNS], (int)plan[PLAN_SLOT_BYTES], shared_memory() + plan[PLAN_RING]};
+    for (int i = threadIdx.x; i < stream.slots(); i += blockDim.x)
         mbarrier_init(stream.full(i), 32), mbarrier_init(stream.empty(i), 1);
     __syncthreads();
     if (threadIdx.x >= TOGETHER_THREADS) {
@@ -36,16 +43,17 @@ KERNEL(TOGETHER_THREADS + 32, 1) together(const int64 *plan, const int64 *pass) 
         return;
     }
     Words p = pass_at_hand(pass, plan[PLAN_FIELDS]), records = words(plan[PLAN_RECORDS]);
-    if (thread() < RECORD) record(0)[thread()] = records[thread()];
     if (thread() == 0) *(int *)(shared_memory() + DESK_BEGUN) = 0, stream_at_hand() = stream;
+    int steps = (int)plan[PLAN_STEPS];
+    for (int i = 0; i < RECORDS - 1; i++) ask_for_record(records, i, steps);
+    wait_for_groups<RECORDS - 2>();
     block_barrier();
     Work work = {(int)blockIdx.x, (int)gridDim.x, true};
     unsigned *arrivals = (unsigned *)(pass + ARRIVALS), goal = 0;
-    int64 steps = plan[PLAN_STEPS];
-    for (int64 i = 0; i < steps; i++) {
+    for (int i = 0; i < steps; i++) {
         Words step = record(i), a = step + STEP_ARGUMENTS;
-        bool more = i + 1 < steps && thread() < RECORD;
-        int64 next = more ? records[RECORD * (i + 1) + thread()] : 0;  // comes while this step is done
+        int wait = (int)step[STEP_WAIT];
+        ask_for_record(records, i + RECORDS - 1, steps);  // where the step before this one had its own
         switch (step[STEP_OPERATOR]) {
 #define CASE(name, blocks)    \
     case OP_##name:           \
@@ -54,8 +62,8 @@ KERNEL(TOGETHER_THREADS + 32, 1) together(const int64 *plan, const int64 *pass) 
             EACH_TOGETHER(CASE)
 #undef CASE
         }
-        if (more) record(i + 1)[thread()] = next;
-        if (step[STEP_WAIT] == WAIT_FOR_GRID)
+        wait_for_groups<RECORDS - 2>();  // that of the next step is there
+        if (wait == WAIT_FOR_GRID)
             grid_barrier(arrivals, goal += gridDim.x, threads());
         else
             block_barrier();

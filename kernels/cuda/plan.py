@@ -42,7 +42,7 @@ ALWAYS = ONE | PROMPT | SESSIONS
 BLOCKS = 4  # of a launch, for each multiprocessor
 STREAM = 8  # words of a stream (stream.h), of which:
 _, _, TILE, CHUNK = range(4)
-MOST_SLOTS = 64
+LEAST_SLOTS, MOST_SLOTS = 16, 64  # at least as many as a block has warps
 LARGE = ("linear_many", "attend_many", "scan_many")  # have one, which fills it
 
 # Operators that do in one block what belongs to a row and a key head.
@@ -67,7 +67,7 @@ def _scan_many_room(a: Sequence[int], warps: int) -> int:
 
 # Bytes of shared memory beside the desk, by a step's arguments and the warps of a block.
 ROOM: dict[str, Room] = {
-    "linear_one": lambda a, warps: 16 * 8 * 33 * -(-a[1] // 32),
+    "linear_one": lambda a, warps: 16 * 8 * 33 * -(-a[1] // 32),  # of floats; as bytes less
     "attend_rows": _attention_room,
     "attend_splits": _attention_room,
     "scan": lambda a, warps: 4 * 32 * (a[4] + 1 + 8 * warps),
@@ -146,9 +146,9 @@ class Plan(cpu.Plan):
             record[:2] = numbers[step.operator], wait
             record[2 : 2 + len(step.arguments)] = step.arguments
         streams = np.array([(*s, *[0] * (STREAM - len(s))) for s in self.streams], np.int64).reshape(-1, STREAM)
-        ring, slots, size = self._ring(one)
+        ring, turns, size = self._ring(one)
         words = np.array(
-            [len(one), self.keep(records), len(streams), self.keep(streams), ring, slots, size, self.fields], np.int64
+            [len(one), self.keep(records), len(streams), self.keep(streams), ring, turns, size, self.fields], np.int64
         )
         self._steps = self.keep(words)
         self._together = self.device.program(source(True, kinds), together=True).kernel("together")
@@ -162,13 +162,14 @@ class Plan(cpu.Plan):
             self._launches.append((kernels[step.operator], at[id(step)], shared, blocks, step.when))
 
     def _ring(self, steps: Sequence[cpu.Step]) -> tuple[int, int, int]:
-        """Of a token's launch: where in shared memory the chunks of weights go, how many have room, of which size."""
+        """Of a token's launch: where in shared memory the chunks of weights go, of how many there is
+        room (log2), of which size."""
         start = -(-self._shared(steps, TOGETHER_THREADS) // 16) * 16
         size = max((min(stream[CHUNK], stream[TILE]) for stream in self.streams), default=16)
         slots = min((self.device.shared_bytes - start) // (size + 16), MOST_SLOTS)
-        if slots < 2:
-            self._refuse(start + 2 * (size + 16))
-        return start, 1 << (slots.bit_length() - 1), size
+        if slots < LEAST_SLOTS:
+            self._refuse(start + LEAST_SLOTS * (size + 16))
+        return start, slots.bit_length() - 1, size
 
     def _shared(self, steps: Sequence[cpu.Step], threads: int) -> int:
         """Bytes of shared memory that any of some steps needs. Raises UnavailableError where a block has less."""

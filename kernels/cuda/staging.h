@@ -84,12 +84,65 @@ FUNCTION Row row_at(Words a, int64 row) {
     return r;
 }
 
-// The pass's one row into shared memory, zeros behind its end up to a whole run.
-FUNCTION void stage(Words a) {
+// A run of the row in 24 bits each for products with integers: x = scale (65536 high + 256 middle + low), as signed
+// bytes of four columns a word. The largest keeps all the bits of its float.
+struct Bytes {
+    int high[8], middle[8], low[8];
+    float scale, sums[2];  // sums: of x over each half
+};
+
+const float MOST_24 = 127 * 65536;  // and a little more: what rounds up still has 127 as its high byte
+
+// Where: of every 32 runs, 16 bytes of each run side by side: two of high, of middle, of low, then scale and sums.
+FUNCTION uint4 *place_of_bytes(int run, int piece) { return (uint4 *)room() + 32 * (7 * (run / 32) + piece) + run % 32; }
+
+FUNCTION Bytes bytes_of(int run) {
+    uint4 v[7];
+#pragma unroll
+    for (int i = 0; i < 7; i++) v[i] = *place_of_bytes(run, i);
+    Bytes x;
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        x.high[i] = (int)word_of(v, i), x.middle[i] = (int)word_of(v + 2, i), x.low[i] = (int)word_of(v + 4, i);
+    x.scale = __uint_as_float(v[6].x), x.sums[0] = __uint_as_float(v[6].y), x.sums[1] = __uint_as_float(v[6].z);
+    return x;
+}
+
+// Eight threads of a warp have four columns each of a run.
+FUNCTION void put_bytes(int run, int quarter, float4 v, bool there) {
+    float most = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+    for (int apart = 1; apart < 8; apart *= 2) most = fmaxf(most, shuffle(most, lane() ^ apart));
+    float by = most > 1e-30f ? MOST_24 / most : 0.0f, x[4] = {v.x, v.y, v.z, v.w}, sum = v.x + v.y + (v.z + v.w);
+    unsigned high = 0, middle = 0, low = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        int q = __float2int_rn(x[i] * by), last = (signed char)q, rest = (q - last) >> 8, next = (signed char)rest;
+        high |= (unsigned)((rest - next) >> 8 & 255) << 8 * i, middle |= (unsigned)(next & 255) << 8 * i;
+        low |= (unsigned)(last & 255) << 8 * i;
+    }
+    sum += shuffle(sum, lane() ^ 1), sum += shuffle(sum, lane() ^ 2);
+    if (!there) return;
+    int half = quarter / 4, word = quarter % 4;
+    ((unsigned *)place_of_bytes(run, half))[word] = high;
+    ((unsigned *)place_of_bytes(run, 2 + half))[word] = middle;
+    ((unsigned *)place_of_bytes(run, 4 + half))[word] = low;
+    float *rest = (float *)place_of_bytes(run, 6);
+    if (quarter == 0) rest[0] = most / MOST_24;
+    if (word == 0) rest[1 + half] = sum;
+}
+
+// The pass's one row into shared memory, zeros behind its end up to a whole run; as floats, or as bytes.
+FUNCTION void stage(Words a, bool bytes) {
     if (!a[FRESH]) return;
     Row r = row_at(a, 0);
     int runs = (r.columns + 31) / 32;
     float4 *out = (float4 *)room();
-    for (int i = thread(); i < 8 * runs; i += threads()) out[place_of(i / 8, i % 8)] = r.four(4 * i);
+    for (int i = thread(); i < (8 * runs + 31) / 32 * 32; i += threads()) {
+        float4 v = r.four(4 * i);
+        if (bytes)
+            put_bytes(i / 8, i % 8, v, i < 8 * runs);
+        else if (i < 8 * runs)
+            out[place_of(i / 8, i % 8)] = v;
+    }
     block_barrier();
 }

@@ -8,37 +8,59 @@
 enum { STREAM_CHUNKS, STREAM_RUNS, STREAM_TILE, STREAM_CHUNK, STREAM_TILES, STREAM_SHIFT, STREAM_HEAD, STREAM_WORDS = 8 };
 
 struct Stream {
-    int64 slots;  // a power of two
-    int64 bytes;  // of a slot
+    int turns;  // log2 of the slots
+    int bytes;  // of a slot
     char *at;
 
-    MEMBER uint64 *full(unsigned n) const { return (uint64 *)at + (n & (slots - 1)); }
-    MEMBER uint64 *empty(unsigned n) const { return full(n) + slots; }
-    MEMBER char *slot(unsigned n) const { return at + 16 * slots + bytes * (n & (slots - 1)); }
+    MEMBER int slots() const { return 1 << turns; }
+    MEMBER uint64 *full(unsigned n) const { return (uint64 *)at + (n & (slots() - 1)); }
+    MEMBER uint64 *empty(unsigned n) const { return full(n) + slots(); }
+    MEMBER char *slot(unsigned n) const { return at + 16 * slots() + bytes * (n & (slots() - 1)); }
     // Which use of its slot the n-th chunk is, as the parity of that phase.
-    MEMBER unsigned turn(unsigned n) const { return (unsigned)(n / slots) & 1; }
+    MEMBER unsigned turn(unsigned n) const { return n >> turns & 1; }
 };
 
 FUNCTION Stream &stream_at_hand() { return *(Stream *)(shared_memory() + DESK_STREAM); }
 
-// The first of a block's tiles. shift: tiles of steps that nobody waited for, so that other blocks go first.
-FUNCTION int first_tile(int64 shift, int block, int blocks) { return (block + blocks - (int)(shift % blocks)) % blocks; }
+// A block's part of a stream. Its warps take `together` tiles at a time: where there are few, `sharers` of them share
+// each, and a warp takes every so-manieth of its chunks. Chunks come in the order in which the warps then ask for them,
+// tile after tile of the first column of chunks, then of the next: so no warp waits for one that is `warps` or more
+// behind another that has come.
+struct Share {
+    int first, tiles, chunks;  // its first tile; how many tiles, of so many chunks
+    int sharers, together;
+
+    MEMBER int at_once(int tile) const { return min(together, tiles - tile); }
+};
+
+// shift: tiles of steps that nobody waited for, so that other blocks go first.
+FUNCTION Share share_of(int tiles, int chunks, int shift, int warps, int block, int blocks) {
+    int first = (block + blocks - shift % blocks) % blocks, own = first < tiles ? (tiles - first + blocks - 1) / blocks : 0;
+    int sharers = own && own < warps ? min(chunks, warps / own) : 1;
+    return {first, own, chunks, sharers, warps / sharers};
+}
 
 // Of the warp that copies: all that this block will need of `count` streams.
 FUNCTION void bring(const Stream &stream, Words of, int64 count, Words p, int block, int blocks) {
     unsigned n = 0;
     for (int64 i = 0; i < count; i++, of += STREAM_WORDS) {
         if (of[STREAM_HEAD] && !p[OUT_ROWS]) continue;
-        int64 tile_bytes = of[STREAM_TILE], chunk_bytes = of[STREAM_CHUNK], tiles = of[STREAM_TILES];
+        int64 tile_bytes = of[STREAM_TILE];
+        int chunk_bytes = (int)of[STREAM_CHUNK], chunks = ((int)of[STREAM_RUNS] + 31) / 32;
+        int last_bytes = (int)tile_bytes - (chunks - 1) * chunk_bytes;
         const char *from = (const char *)of[STREAM_CHUNKS] + 16 * lane();
-        for (int64 tile = first_tile(of[STREAM_SHIFT], block, blocks); tile < tiles; tile += blocks)
-            for (int64 start = 0; start < tile_bytes; start += chunk_bytes, n++) {
-                int bytes = (int)min(chunk_bytes, tile_bytes - start);
-                const char *chunk = from + tile * tile_bytes + start;
-                char *to = stream.slot(n) + 16 * lane();
-                mbarrier_wait(stream.empty(n), stream.turn(n) ^ 1);
-                for (int b = 16 * lane(), i = 0; b < bytes; b += 512, i += 512) copy_later(to + i, chunk + i);
-                mbarrier_arrive_copied(stream.full(n));
+        Share share = share_of(of[STREAM_TILES], chunks, of[STREAM_SHIFT], TOGETHER_THREADS / 32, block, blocks);
+        for (int tile = 0; tile < share.tiles; tile += share.together)
+            for (int c = 0; c < chunks; c++) {
+                int bytes = c + 1 < chunks ? chunk_bytes : last_bytes;
+                for (int j = 0; j < share.at_once(tile); j++, n++) {
+                    const char *chunk = from + (share.first + (int64)(tile + j) * blocks) * tile_bytes + c * chunk_bytes;
+                    char *to = stream.slot(n) + 16 * lane();
+                    mbarrier_wait(stream.empty(n), stream.turn(n) ^ 1);
+#pragma unroll 4
+                    for (int b = 0; b < bytes - 16 * lane(); b += 512) copy_later(to + b, chunk + b);
+                    mbarrier_arrive_copied(stream.full(n));
+                }
             }
     }
     end_group();

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import SHAKESPEARE, SMALL, build
-from host_device import HostDevice, backend, device  # noqa: F401
+from host_device import HostDevice, backend, device, host_device  # noqa: F401
 from plans import normal, random_matrix
 from test_engine import at_many_positions, other_shape
 from test_memory import config_of, difference, feed, weights_of
@@ -307,15 +307,32 @@ def test_a_model_that_is_dropped_gives_its_memory_back_at_once(device: HostDevic
         gc.enable()
 
 
-@pytest.mark.parametrize("window", [200, 1000], ids=["put together by the product", "by a step"])
+@pytest.mark.parametrize("window", [200, 2600], ids=["put together by the product", "by a step"])
 @pytest.mark.parametrize("memory", ["sinks", "infini-delta"])
 @pytest.mark.parametrize("cache_type", ["f16", "f32"])
-def test_keys_of_a_token_are_divided_among_blocks(backend: str, memory: str, window: int, cache_type: str) -> None:  # noqa: F811
+def test_keys_of_a_token_are_divided_among_blocks(
+    memory: str, window: int, cache_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = host_device()
+    other.multiprocessors = 13
+    monkeypatch.setattr(kernels, "_cuda", lambda: Cuda(other))
     config = replace(config_of(memory), window=window, cache_type=cache_type)
-    want, got = (build(config, b, weights_of(config)).session() for b in ("numpy", backend))
+    want, got = (build(config, b, weights_of(config)).session() for b in ("numpy", "cuda"))
     ids = np.resize(np.arange(50), window + 31)
     for session in (want, got):
         session.feed(ids)
     for token in range(5):
         a, b = (session.feed([token]) for session in (want, got))
         assert np.abs(a - b).max() < (1e-4 if cache_type == "f32" else 2e-3) * np.abs(a).max()
+
+
+def test_more_weights_for_a_block_than_its_shared_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On its way every chunk comes when its warp asks for it, none in the place of another that nobody has read."""
+    other = host_device(seed=3)
+    other.multiprocessors, other.shared_bytes = 1, 100_000
+    monkeypatch.setattr(kernels, "_cuda", lambda: Cuda(other))
+    config = replace(SMALL, d_model=64, head_dim=16, rope_dim=16, d_ff=4096, vocab_size=301)
+    want, got = (build(config, b, kind=Kind.Q8_0).session() for b in ("numpy", "cuda"))
+    for token in range(4):
+        a, b = (session.feed([token]) for session in (want, got))
+        assert np.abs(a - b).max() < 1e-5 * np.abs(a).max()
