@@ -31,9 +31,7 @@ FUNCTION int warps() { return threads() / 32; }
 FUNCTION int warp() { return threadIdx.x / 32; }
 FUNCTION int lane() { return threadIdx.x % 32; }
 
-// The first DESK bytes of shared memory: block-wide sums, and what else is said below. An operator's own room is behind.
-const int DESK_PARTS = 256, DESK_BEGUN = 512, DESK_STREAM = 528, DESK_RECORDS = 576;
-const int RECORDS = 4, DESK_PASS = DESK_RECORDS + RECORDS * 8 * RECORD;
+// The first DESK bytes of shared memory: block-wide sums, and what stream.h has there. An operator's own room is behind.
 FUNCTION char *room() { return shared_memory() + DESK; }
 
 // The sum over all threads of the block, in all of them; in an order that depends on the block's size alone.

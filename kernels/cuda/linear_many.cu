@@ -137,122 +137,226 @@ template <class K, int EIGHTS, int TILES> OPERATOR void linear_few(Words a, Word
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Many rows: a tile of ROWS x OUTPUTS, RUNS runs of columns at a time. A thread unpacks a run of W a step, which it has
-// loaded two steps before; rows of x come in the background, three steps of them having room.
+// Many rows: a tile of HIGH x OUTPUTS, RUNS runs of columns a step. A thread unpacks a run of W a step into shared
+// memory; it has loaded it STAGES - 1 steps before. STAGES steps of x are there or on their way.
 
-template <int HIGH, int RUNS> struct ManyShape {
+template <int HIGH> struct ManyShape {
+    static const int RUNS = HIGH == 32 ? 4 : 2, STAGES = HIGH < 128 ? 4 : 2;
     static const int OUTPUTS = MANY_THREADS / RUNS;
+    static const int WARPS_DOWN = HIGH == 256 ? 4 : 2, WARPS_ACROSS = MANY_WARPS / WARPS_DOWN;
+    static const int DOWN = HIGH / WARPS_DOWN / 16, ACROSS = OUTPUTS / WARPS_ACROSS / 16;  // of a warp, 16 x 16 each
     static const int PIECES = 4 * RUNS;  // of 16 bytes in a row of the step
-    static const int STAGES = 3;
+    static const int APART = MANY_THREADS / PIECES;  // rows between those that a thread fetches a piece of
     static const int W_BYTES = 16 * PIECES * OUTPUTS, X_BYTES = 16 * PIECES * HIGH;
     static const int BYTES = 2 * W_BYTES + STAGES * X_BYTES;
 };
 
 // Where a piece of a row lies: 8 neighbouring rows, read together, have the same piece in different banks.
-template <int PIECES> FUNCTION char *many_piece(char *at, int row, int piece) {
-    return at + 16 * (PIECES * row + (piece ^ (row % 8)));
+template <int PIECES> FUNCTION int many_piece(int row, int piece) { return 16 * (PIECES * row + (piece ^ (row % 8))); }
+
+// Where a tile begins, and what a thread brings of its rows of x: a piece of every APART-th row from its first on, of
+// which `left` rows are there.
+struct ManyTile {
+    int row, output, left;
+    const char *x;
+};
+
+template <int HIGH> FUNCTION ManyTile many_tile(const Many &m, int item) {
+    typedef ManyShape<HIGH> Shape;
+    const int BAND = 8;  // tiles of rows: blocks at work together share rows of x and of W in the second cache
+    int high = (m.rows + HIGH - 1) / HIGH, wide = (m.outputs + Shape::OUTPUTS - 1) / Shape::OUTPUTS;
+    int band = item / (BAND * wide), in_band = min(BAND, high - BAND * band), within = item - BAND * wide * band;
+    int first = HIGH * (BAND * band + within % in_band), own = first + thread() / Shape::PIECES;
+    return {first, within / in_band * Shape::OUTPUTS, m.rows - own, m.x + own * m.x_stride};
 }
 
-template <int HIGH, int RUNS> FUNCTION void fetch_many(const Many &m, int first, int step, char *to) {
-    const int PIECES = 4 * RUNS;
-    for (int i = thread(); i < HIGH * PIECES; i += MANY_THREADS) {
-        int row = i / PIECES, piece = i % PIECES;
-        // Beyond the last row and column anything will do that is a number: the row is not wanted, the weights are 0.
-        int64 of = min(first + row, m.rows - 1), at = min(PIECES * step + piece, 4 * m.w.runs - 1);
-        copy_later(many_piece<PIECES>(to, row, piece), m.x + of * m.x_stride + 16 * at);
+// A row beyond the last stays what it was, as nobody wants its sums. Of columns beyond the last anything will do that is
+// a number: the weights are 0.
+template <int HIGH> FUNCTION void fetch_many(const Many &m, const ManyTile &tile, int step, int steps, char *to) {
+    typedef ManyShape<HIGH> Shape;
+    const int PIECES = Shape::PIECES, APART = Shape::APART;
+    int piece = thread() % PIECES, left = step < steps ? tile.left : 0;
+    unsigned apart = APART * (unsigned)m.x_stride;
+    const char *from = tile.x + (unsigned)(16 * min(PIECES * step + piece, 4 * m.w.runs - 1));
+    to += many_piece<PIECES>(thread() / PIECES, piece);
+#pragma unroll
+    for (int i = 0; i < HIGH / APART; i++)
+        if (APART * i < left) copy_later(to + 16 * PIECES * APART * i, from + apart * i);
+    end_group();
+}
+
+// A kind whose scales stay the bits that they are until they are used: nobody waits for them as they are loaded.
+template <class K> struct AsLoaded : K {
+    static MEMBER Scales scales(const char *d, const char *s) {
+        unsigned of_d = K::D == 4 ? word_at(d) : K::D == 2 ? short_at(d) : 0, of_s = K::S ? short_at(s) : 0;
+        return {{__uint_as_float(of_d), __uint_as_float(of_s)}, {0, 0}};
     }
+};
+
+template <class K> FUNCTION void unpack_loaded(const Run<AsLoaded<K>> &r, float out[32]) {
+    Run<K> run;
+#pragma unroll
+    for (int i = 0; i < K::LOADS; i++) run.low[i] = r.low[i];
+    run.high = r.high;
+    unsigned d = __float_as_uint(r.by.d[0]), s = __float_as_uint(r.by.d[1]);
+    run.by = K::scales((const char *)&d, (const char *)&s);
+    unpack(run, out);
 }
 
 // 8 values of a thread's run, unpacked, to their place.
-template <int PIECES>
-FUNCTION void put_weights(const float v[32], bool there, int quarter, char *to, int row, int run) {
+template <int HIGH, class K> FUNCTION void put_weights(const Run<AsLoaded<K>> &r, bool there, int quarter, char *to) {
+    typedef ManyShape<HIGH> Shape;
+    float v[32];
     unsigned pair[4];
+    unpack_loaded(r, v);
 #pragma unroll
     for (int i = 0; i < 4; i++) pair[i] = there ? to_halves(v[8 * quarter + 2 * i], v[8 * quarter + 2 * i + 1]) : 0;
-    *(uint4 *)many_piece<PIECES>(to, row, 4 * run + quarter) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+    int at = many_piece<Shape::PIECES>(thread() / Shape::RUNS, 4 * (thread() % Shape::RUNS) + quarter);
+    *(uint4 *)(to + at) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
 }
 
-template <class K, int HIGH, int RUNS> OPERATOR void linear_tiles(Words a, Words p, Work work) {
-    typedef ManyShape<HIGH, RUNS> Shape;
-    const int OUTPUTS = Shape::OUTPUTS, PIECES = Shape::PIECES, STAGES = Shape::STAGES, BAND = 8;
-    const int DOWN = HIGH / 32, ACROSS = OUTPUTS / 32;  // tiles of 16 x 8 of a warp; 2 x 4 warps
-    Many m = many_at(a, p);
+// What becomes of a tile's sums, with the same rounding in every tile: of every 8th row and every 4th pair of outputs
+// from here on.
+template <int HIGH, class Shape = ManyShape<HIGH>>
+FUNCTION void put_sums(const Many &m, int row, int output, float sums[Shape::DOWN][2 * Shape::ACROSS][4]) {
+    const int ROWS = 2 * Shape::DOWN, PAIRS = 2 * Shape::ACROSS;
+    bool whole = output / Shape::OUTPUTS * Shape::OUTPUTS + Shape::OUTPUTS <= m.outputs;
+    float factors[ROWS], gates[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        bool there = row + 8 * r < m.rows;
+        factors[r] = m.factors && there ? m.factors[row + 8 * r] : 1.0f;
+        gates[r] = m.gate && there ? m.gate[row + 8 * r] : 1.0f;
+    }
+#pragma unroll
+    for (int j = 0; j < 2 * PAIRS; j++) {
+        int at = output + 8 * (j / 2) + j % 2;
+        float bias = m.bias && at < m.outputs ? m.bias[at] : 0.0f;
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            float &sum = sums[r / 2][j / 2][r % 2 * 2 + j % 2];
+            sum = fmaf(factors[r], sum, bias);
+        }
+    }
+    float *first = m.y + row * m.y_stride + output;
+    if (!whole || m.y_stride % 2 || (int64)m.y % 8) {
+#pragma unroll
+        for (int i = 0; i < 2 * ROWS * PAIRS; i++) {
+            int r = i / 2 / PAIRS, j = i / 2 % PAIRS, c = i % 2;
+            float *y = first + 8 * r * m.y_stride + 8 * j + c;
+            if (row + 8 * r < m.rows && output + 8 * j + c < m.outputs)
+                *y = fmaf(gates[r], sums[r / 2][j][r % 2 * 2 + c], m.add ? *y : 0.0f);
+        }
+        return;
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        float2 *y = (float2 *)(first + 8 * r * m.y_stride), old[PAIRS];
+        bool there = row + 8 * r < m.rows;
+#pragma unroll
+        for (int j = 0; j < PAIRS; j++) old[j] = make_float2(0, 0);
+        if (m.add && there) {
+#pragma unroll
+            for (int j = 0; j < PAIRS; j++) old[j] = y[4 * j];
+        }
+#pragma unroll
+        for (int j = 0; j < PAIRS; j++) {
+            const float *sum = sums[r / 2][j] + r % 2 * 2;
+            if (there) y[4 * j] = make_float2(fmaf(gates[r], sum[0], old[j].x), fmaf(gates[r], sum[1], old[j].y));
+        }
+    }
+}
+
+template <class K, int HIGH> OPERATOR void linear_tiles(Words a, Words p, Work work) {
+    typedef ManyShape<HIGH> Shape;
+    const int RUNS = Shape::RUNS, PIECES = Shape::PIECES, STAGES = Shape::STAGES, LAST = 2 * RUNS - 1;
+    const int DOWN = Shape::DOWN, ACROSS = Shape::ACROSS, HALF = ACROSS > 1 ? ACROSS / 2 : 1;
+    Many all = many_at(a, p);
     char *weights = room(), *rows = weights + 2 * Shape::W_BYTES;
-    int high = (m.rows + HIGH - 1) / HIGH, wide = (m.outputs + OUTPUTS - 1) / OUTPUTS;
-    int steps = (m.w.runs + RUNS - 1) / RUNS;
-    int own_row = thread() / RUNS, own_run = thread() % RUNS;
-    int down = warp() / 4 * (HIGH / 2), across = warp() % 4 * (OUTPUTS / 4);
-    for (int item = work.block; item < high * wide; item += work.blocks) {
-        // In bands of a few tiles of rows: blocks at work together share rows of x and of W in the second cache.
-        int band = item / (BAND * wide), in_band = min(BAND, high - BAND * band), within = item - BAND * wide * band;
-        int first = HIGH * (BAND * band + within % in_band), output = within / in_band * OUTPUTS;
-        int64 row = min(output + own_row, m.outputs - 1);
+    int tiles = ((all.rows + HIGH - 1) / HIGH) * ((all.outputs + Shape::OUTPUTS - 1) / Shape::OUTPUTS);
+    int steps = (all.w.runs + RUNS - 1) / RUNS, own_run = thread() % RUNS;
+    int down = warp() / Shape::WARPS_ACROSS * (16 * DOWN), across = warp() % Shape::WARPS_ACROSS * (16 * ACROSS);
+    // A lane's row of each 16 x 16, and which half of a pair of pieces it names: of the k-th pair, at ^ 32 k.
+    int x_at = many_piece<PIECES>(down + lane() % 16, lane() / 16);
+    int w_at = many_piece<PIECES>(across + lane() / 16 * 8 + lane() % 8, lane() / 8 % 2);
 
-        float sums[DOWN][ACROSS][4], v[32];
-#pragma unroll
-        for (int i = 0; i < DOWN * ACROSS * 4; i++) sums[i / (ACROSS * 4)][i / 4 % ACROSS][i % 4] = 0;
+    for (int item = work.block; item < tiles; item += work.blocks) {
         block_barrier();  // nobody multiplies the tile before any more
-        fetch_many<HIGH, RUNS>(m, first, 0, rows);
-        end_group();
-        if (steps > 1) fetch_many<HIGH, RUNS>(m, first, 1, rows + Shape::X_BYTES);
-        end_group();
-        Run<K> next = load_run<K>(m.w, row, min(own_run, m.w.runs - 1)), after;
-        unpack(next, v);
+        Many m = many_at(a, p);  // each time: there is no register to keep in what comes of it
+        ManyTile tile = many_tile<HIGH>(m, item);
+        int64 row = min(tile.output + thread() / RUNS, m.outputs - 1);
+        Run<AsLoaded<K>> runs[STAGES];
+        float sums[DOWN][2 * ACROSS][4];
+        unsigned A[2][DOWN][4], B[2][ACROSS][4];  // of the products that are made, and of the next ones
 #pragma unroll
-        for (int i = 0; i < 4; i++) put_weights<PIECES>(v, own_run < m.w.runs, i, weights, own_row, own_run);
-        next = load_run<K>(m.w, row, min(RUNS + own_run, m.w.runs - 1));
+        for (int i = 0; i < STAGES; i++) {
+            fetch_many<HIGH>(m, tile, i, steps, rows + i * Shape::X_BYTES);
+            runs[i] = load_run<AsLoaded<K>>(m.w, row, min(RUNS * i + own_run, m.w.runs - 1));
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) put_weights<HIGH, K>(runs[0], own_run < m.w.runs, i, weights);
+        runs[0] = load_run<AsLoaded<K>>(m.w, row, min(RUNS * STAGES + own_run, m.w.runs - 1));
+        put_weights<HIGH, K>(runs[1], RUNS + own_run < m.w.runs, 0, weights + Shape::W_BYTES);
+#pragma unroll
+        for (int i = 0; i < DOWN * ACROSS * 8; i++) sums[i / (ACROSS * 8)][i / 4 % (2 * ACROSS)][i % 4] = 0;
+        wait_for_groups<STAGES - 1>();
+        block_barrier();
+#pragma unroll
+        for (int i = 0; i < DOWN; i++) load_matrices(A[0][i], rows + 256 * PIECES * i + x_at);
+#pragma unroll
+        for (int j = 0; j < ACROSS; j++) load_matrices(B[0][j], weights + 256 * PIECES * j + w_at);
 
-        for (int step = 0; step < steps; step++) {
-            char *x = rows + step % STAGES * Shape::X_BYTES, *w = weights + step % 2 * Shape::W_BYTES;
-            char *w_next = weights + (step + 1) % 2 * Shape::W_BYTES;
-            bool there = RUNS * (step + 1) + own_run < m.w.runs;
-            wait_for_groups<1>();
-            block_barrier();  // what this step multiplies is there, and what the one before did is free
-            if (step + 2 < steps) {
-                after = load_run<K>(m.w, row, min(RUNS * (step + 2) + own_run, m.w.runs - 1));
-                fetch_many<HIGH, RUNS>(m, first, step + 2, rows + (step + 2) % STAGES * Shape::X_BYTES);
-            }
-            end_group();
-            unpack(next, v);
+        for (int from = 0; from < steps; from += STAGES) {
 #pragma unroll
-            for (int k = 0; k < 2 * RUNS; k++) {
-                unsigned A[DOWN][4], B[ACROSS / 2][4];
+            for (int s = 0; s < STAGES; s++) {
+                int step = from + s;
+                if (step >= steps) break;
+                char *w_now = weights + s % 2 * Shape::W_BYTES, *w_next = weights + (s + 1) % 2 * Shape::W_BYTES;
+                char *x_now = rows + s * Shape::X_BYTES, *x_next = rows + (s + 1) % STAGES * Shape::X_BYTES;
 #pragma unroll
-                for (int i = 0; i < DOWN; i++)
-                    load_matrices(A[i], many_piece<PIECES>(x, down + 16 * i + lane() % 16, 2 * k + lane() / 16));
+                for (int k = 0; k <= LAST; k++) {
+                    // Between products, which leave the other units idle: operands of the next ones, and unpacking.
+                    const char *x = k < LAST ? x_now + (x_at ^ 32 * (k + 1)) : x_next + x_at;
+                    const char *w = k < LAST ? w_now + (w_at ^ 32 * (k + 1)) : w_next + w_at;
 #pragma unroll
-                for (int j = 0; j < ACROSS / 2; j++) {
-                    int of = across + 16 * j + lane() / 16 * 8 + lane() % 8;
-                    load_matrices(B[j], many_piece<PIECES>(w, of, 2 * k + lane() / 8 % 2));
-                }
+                    for (int j = 0; j < ACROSS; j++) {
 #pragma unroll
-                for (int i = 0; i < DOWN; i++) {
+                        for (int i = 0; i < DOWN; i++) {
+                            multiply(sums[i][2 * j], A[k % 2][i], B[k % 2][j]);
+                            multiply(sums[i][2 * j + 1], A[k % 2][i], B[k % 2][j] + 2);
+                        }
+                        if (j == 0 && k == LAST) {
+                            wait_for_groups<STAGES - 2>();
+                            block_barrier();  // what the next step multiplies is there, and what this one did is free
+                            fetch_many<HIGH>(m, tile, step + STAGES, steps, x_now);
+                            int run = RUNS * (step + 1 + STAGES) + own_run;
+                            runs[(s + 1) % STAGES] = load_run<AsLoaded<K>>(m.w, row, min(run, m.w.runs - 1));
+                        }
 #pragma unroll
-                    for (int j = 0; j < ACROSS; j++) multiply(sums[i][j], A[i], B[j / 2] + j % 2 * 2);
-                }
-                // Between products, which leave the other units idle.
-                if (k < 4) put_weights<PIECES>(v, there, k, w_next, own_row, own_run);
-            }
-            next = after;
-        }
-#pragma unroll
-        for (int i = 0; i < DOWN; i++) {
-#pragma unroll
-            for (int j = 0; j < ACROSS; j++) {
-#pragma unroll
-                for (int c = 0; c < 4; c++) {
-                    int r = first + down + 16 * i + lane() / 4 + c / 2 * 8;
-                    put_sum(m, r, output + across + 8 * j + lane() % 4 * 2 + c % 2, sums[i][j][c]);
+                        for (int i = 0; i < DOWN; i++)
+                            if (i * HALF / DOWN == j) load_matrices(A[(k + 1) % 2][i], x + 256 * PIECES * i);
+                        load_matrices(B[(k + 1) % 2][j], w + 256 * PIECES * j);
+                        if (j == 0 && (k < 3 || k == LAST)) {
+                            int ahead = k == LAST ? 2 : 1;  // the next one's last quarters, the first of the one behind
+                            bool there = RUNS * (step + ahead) + own_run < m.w.runs;
+                            char *to = k == LAST ? w_now : w_next;
+                            put_weights<HIGH, K>(runs[(s + ahead) % STAGES], there, (k + 1) % (LAST + 1), to);
+                        }
+                    }
                 }
             }
         }
+        Many again = many_at(a, p);
+        ManyTile same = many_tile<HIGH>(again, item);
+        put_sums<HIGH>(again, same.row + down + lane() / 4, same.output + across + lane() % 4 * 2, sums);
     }
 }
 
 // About how long the tiles take: a step of one costs what its products cost and, for 64 rows' worth, unpacking.
-FUNCTION int tiles_cost(const Many &m, Work work, int high, int wide) {
-    int tiles = ((m.rows + high - 1) / high) * ((m.outputs + wide - 1) / wide);
-    return (tiles + work.blocks - 1) / work.blocks * wide * (high + 64);
+template <int HIGH> FUNCTION int tiles_cost(const Many &m, Work work) {
+    const int WIDE = ManyShape<HIGH>::OUTPUTS;
+    int tiles = ((m.rows + HIGH - 1) / HIGH) * ((m.outputs + WIDE - 1) / WIDE);
+    return (tiles + work.blocks - 1) / work.blocks * WIDE * (HIGH + 64);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -308,10 +412,18 @@ OPERATOR void linear_exact(Words a, Words p, Work work) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 
+// A block on GPUs of compute capability 8.6, 8.9 and 12 has 99 KB of shared memory: too little for the largest tiles.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+const int HIGHEST = 128;
+#else
+const int HIGHEST = 256;
+#endif
+
 // Bytes of shared memory behind the desk: the most that any form needs.
-const int MANY_BYTES = ManyShape<128, 2>::BYTES;
+const int EXACT_BYTES = 4 * 2 * EXACT * EXACT_PITCH;
+const int MANY_BYTES = ManyShape<HIGHEST>::BYTES > EXACT_BYTES ? ManyShape<HIGHEST>::BYTES : EXACT_BYTES;
+static_assert(MANY_BYTES >= ManyShape<32>::BYTES && MANY_BYTES >= ManyShape<64>::BYTES);
 static_assert(MANY_BYTES >= 4 * MANY_WARPS * FEW_ROWS * FewShape<Q4_0, 2>::PITCH);
-static_assert(MANY_BYTES >= 4 * 2 * EXACT * EXACT_PITCH);
 
 // a: W, its outputs; x: rows of halves, zeros behind their end up to a whole run (of floats, without them, for weights
 // of 32 bits), their stride in bytes, and what each row is to be multiplied by (0: nothing); y (0: the pass's logits),
@@ -329,13 +441,15 @@ template <class K> FUNCTION void linear_many(Words a, Words p, Work work) {
         else
             m.rows <= 8 ? linear_few<K, 1, TILES>(a, p, work) : linear_few<K, 2, TILES>(a, p, work);
     } else {
-        int narrow = tiles_cost(m, work, 32, 64), middle = tiles_cost(m, work, 64, 128);
-        int large = tiles_cost(m, work, 128, 128);
-        if (narrow <= middle && narrow <= large)
-            linear_tiles<K, 32, 4>(a, p, work);
-        else if (middle <= large)
-            linear_tiles<K, 64, 2>(a, p, work);
-        else
-            linear_tiles<K, 128, 2>(a, p, work);
+        int narrow = tiles_cost<32>(m, work), middle = tiles_cost<64>(m, work), large = tiles_cost<128>(m, work);
+        int largest = HIGHEST == 256 ? tiles_cost<256>(m, work) : large + 1;
+        if (narrow <= min(middle, min(large, largest)))
+            linear_tiles<K, 32>(a, p, work);
+        else if (middle <= min(large, largest))
+            linear_tiles<K, 64>(a, p, work);
+        else if (large <= largest)
+            linear_tiles<K, 128>(a, p, work);
+        else if constexpr (HIGHEST == 256)
+            linear_tiles<K, 256>(a, p, work);
     }
 }

@@ -3,28 +3,29 @@
 
 #ifdef EACH_TOGETHER
 // What the launch is given: how many steps and where their records are, the same of streams (stream.h); where in shared
-// memory the ring of chunks begins, how many slots it has (log2) and of how many bytes; how many fields a session's state has.
-enum { PLAN_STEPS, PLAN_RECORDS, PLAN_STREAMS, PLAN_STREAM, PLAN_RING, PLAN_TURNS, PLAN_SLOT_BYTES, PLAN_FIELDS };
+// memory they are at hand and the ring of chunks behind, how many slots it has (log2), of how many bytes; how many fields a session's state has.
+enum { PLAN_STEPS, PLAN_RECORDS, PLAN_STREAMS, PLAN_STREAM, PLAN_HAND, PLAN_TURNS, PLAN_SLOT_BYTES, PLAN_FIELDS };
 enum { STEP_OPERATOR, STEP_WAIT, STEP_ARGUMENTS };  // of a record of RECORD words
 
 #define NAMED(name, blocks) OP_##name,
 enum { EACH_TOGETHER(NAMED) OPERATORS };
 #undef NAMED
 
-// Where a step's record is put, some steps before it is needed.
-FUNCTION int64 *record(int step) { return (int64 *)(shared_memory() + DESK_RECORDS) + RECORD * (step % RECORDS); }
+// Where a step's record is put, some steps before it is needed. hand: HAND bytes of shared memory for records and pass.
+const int RECORDS = 4;
+FUNCTION int64 *record(char *hand, int step) { return (int64 *)hand + RECORD * (step % RECORDS); }
 
-FUNCTION void ask_for_record(Words records, int step, int steps) {
+FUNCTION void ask_for_record(char *hand, Words records, int step, int steps) {
     int piece = 2 * thread();
-    if (step < steps && piece < RECORD) copy_later(record(step) + piece, records + RECORD * step + piece);
+    if (step < steps && piece < RECORD) copy_later(record(hand, step) + piece, records + RECORD * step + piece);
     end_group();
 }
 
 // The pass's words in shared memory, its one sequence and the addresses of its state with them, if there is room.
-FUNCTION Words pass_at_hand(Words p, int64 fields) {
-    int64 *own = (int64 *)(shared_memory() + DESK_PASS), *table = own + PASS, *zero = table + SEQUENCE, *at = zero + 1;
+FUNCTION Words pass_at_hand(char *hand, Words p, int64 fields) {
+    int64 *own = (int64 *)hand + RECORDS * RECORD, *table = own + PASS, *zero = table + SEQUENCE, *at = zero + 1;
     Words of = words(p[TABLE]);
-    bool fits = (char *)(at + fields) <= shared_memory() + DESK;
+    bool fits = (char *)(at + fields) <= hand + HAND;
     for (int i = thread(); i < PASS; i += threads()) own[i] = i == TABLE ? (int64)table : i == SEQUENCE_OF ? (int64)zero : p[i];
     for (int i = thread(); i < SEQUENCE; i += threads()) table[i] = i == FIELDS && fits ? (int64)at : of[i];
     if (thread() == 0) *zero = 0;
@@ -34,7 +35,7 @@ FUNCTION Words pass_at_hand(Words p, int64 fields) {
 
 // Cooperative, every block at once on the device; one warp more than those that compute.
 KERNEL(TOGETHER_THREADS + 32, 1) together(const int64 *plan, const int64 *pass) {
-    const Stream stream = {(int)plan[PLAN_TURNS], (int)plan[PLAN_SLOT_BYTES], shared_memory() + plan[PLAN_RING]};
+    const Stream stream = {(int)plan[PLAN_TURNS], (int)plan[PLAN_SLOT_BYTES], shared_memory() + plan[PLAN_HAND] + HAND};
     for (int i = threadIdx.x; i < stream.slots(); i += blockDim.x)
         mbarrier_init(stream.full(i), 32), mbarrier_init(stream.empty(i), 1);
     __syncthreads();
@@ -42,18 +43,19 @@ KERNEL(TOGETHER_THREADS + 32, 1) together(const int64 *plan, const int64 *pass) 
         bring(stream, words(plan[PLAN_STREAM]), plan[PLAN_STREAMS], pass, blockIdx.x, gridDim.x);
         return;
     }
-    Words p = pass_at_hand(pass, plan[PLAN_FIELDS]), records = words(plan[PLAN_RECORDS]);
+    char *hand = shared_memory() + plan[PLAN_HAND];
+    Words p = pass_at_hand(hand, pass, plan[PLAN_FIELDS]), records = words(plan[PLAN_RECORDS]);
     if (thread() == 0) *(int *)(shared_memory() + DESK_BEGUN) = 0, stream_at_hand() = stream;
     int steps = (int)plan[PLAN_STEPS];
-    for (int i = 0; i < RECORDS - 1; i++) ask_for_record(records, i, steps);
+    for (int i = 0; i < RECORDS - 1; i++) ask_for_record(hand, records, i, steps);
     wait_for_groups<RECORDS - 2>();
     block_barrier();
     Work work = {(int)blockIdx.x, (int)gridDim.x, true};
     unsigned *arrivals = (unsigned *)(pass + ARRIVALS), goal = 0;
     for (int i = 0; i < steps; i++) {
-        Words step = record(i), a = step + STEP_ARGUMENTS;
+        Words step = record(hand, i), a = step + STEP_ARGUMENTS;
         int wait = (int)step[STEP_WAIT];
-        ask_for_record(records, i + RECORDS - 1, steps);  // where the step before this one had its own
+        ask_for_record(hand, records, i + RECORDS - 1, steps);  // where the step before this one had its own
         switch (step[STEP_OPERATOR]) {
 #define CASE(name, blocks)    \
     case OP_##name:           \

@@ -21,6 +21,7 @@ from tcinfer.kernels.cuda.program import (
     ALONE_THREADS,
     CHOICES,
     DESK,
+    HAND,
     HOW,
     HOW_MANY,
     KEY_HEADS,
@@ -75,7 +76,7 @@ ROOM: dict[str, Room] = {
     "writes": lambda a, warps: 4 * a[7],
     "mix": lambda a, warps: 8 * a[5],
     "choose": lambda a, warps: 24720,
-    "linear_many": lambda a, warps: 81920,
+    "linear_many": lambda a, warps: 98304,
     "attend_many": lambda a, warps: 512 * max(32, 1 << (a[9] - 1).bit_length()) if a[9] <= 128 else 98304,
 }
 
@@ -146,9 +147,9 @@ class Plan(cpu.Plan):
             record[:2] = numbers[step.operator], wait
             record[2 : 2 + len(step.arguments)] = step.arguments
         streams = np.array([(*s, *[0] * (STREAM - len(s))) for s in self.streams], np.int64).reshape(-1, STREAM)
-        ring, turns, size = self._ring(one)
+        hand, turns, size = self._ring(one)
         words = np.array(
-            [len(one), self.keep(records), len(streams), self.keep(streams), ring, turns, size, self.fields], np.int64
+            [len(one), self.keep(records), len(streams), self.keep(streams), hand, turns, size, self.fields], np.int64
         )
         self._steps = self.keep(words)
         self._together = self.device.program(source(True, kinds), together=True).kernel("together")
@@ -162,14 +163,15 @@ class Plan(cpu.Plan):
             self._launches.append((kernels[step.operator], at[id(step)], shared, blocks, step.when))
 
     def _ring(self, steps: Sequence[cpu.Step]) -> tuple[int, int, int]:
-        """Of a token's launch: where in shared memory the chunks of weights go, of how many there is
-        room (log2), of which size."""
-        start = -(-self._shared(steps, TOGETHER_THREADS) // 16) * 16
+        """Of a token's launch: where in shared memory what it is told goes, and then chunks of weights; for how many
+        of them (log2), of which size."""
+        hand = -(-self._shared(steps, TOGETHER_THREADS) // 16) * 16
+        start = hand + HAND
         size = max((min(stream[CHUNK], stream[TILE]) for stream in self.streams), default=16)
         slots = min((self.device.shared_bytes - start) // (size + 16), MOST_SLOTS)
         if slots < LEAST_SLOTS:
             self._refuse(start + LEAST_SLOTS * (size + 16))
-        return start, slots.bit_length() - 1, size
+        return hand, slots.bit_length() - 1, size
 
     def _shared(self, steps: Sequence[cpu.Step], threads: int) -> int:
         """Bytes of shared memory that any of some steps needs. Raises UnavailableError where a block has less."""

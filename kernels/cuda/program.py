@@ -24,7 +24,8 @@ SOURCES = (
 )
 TOGETHER_THREADS, ALONE_THREADS = 480, 256  # of a block
 LOADER_THREADS = 32  # more, of a token's launch (stream.h)
-DESK = 4096  # bytes of a block's shared memory in front of an operator's own (common.h)
+DESK = 1024  # bytes of a block's shared memory in front of an operator's own (common.h)
+HAND = 3072  # more, of a token's launch, for what it is told (passes.cu)
 RECORD = 48  # words of a step of a token's launch: its operator, what it ends with, its arguments
 HOW_MANY = 5  # numbers that say how a row's next id is chosen: temperature, top_k, top_p, min_p, a draw from [0, 1)
 # What a row is made into on its way into a product (staging.h).
@@ -35,21 +36,9 @@ NO_WAIT, WAIT_FOR_BLOCK, WAIT_FOR_GRID = range(3)  # what a step ends with (pass
 # Words of a pass beyond those of kernels.cpu.plan. The last one is no argument: blocks count there how many have come.
 KEY_HEADS, CHOICES, HOW, ARRIVALS, PASS = range(words.PASS, words.PASS + 5)
 SHARED = (
-    *("KEY_HEADS", "CHOICES", "HOW", "ARRIVALS", "TOGETHER_THREADS", "ALONE_THREADS", "DESK", "HOW_MANY"),
-    *(
-        "PLAIN",
-        "RMS_NORM",
-        "LAYER_NORM",
-        "SWIGLU",
-        "GELU",
-        "MERGED_PARTS",
-        "PART_END",
-        "RECORD",
-        "PASS",
-        "NO_WAIT",
-        "WAIT_FOR_BLOCK",
-        "WAIT_FOR_GRID",
-    ),
+    *("KEY_HEADS", "CHOICES", "HOW", "ARRIVALS", "PASS", "TOGETHER_THREADS", "ALONE_THREADS", "HOW_MANY"),
+    *("PLAIN", "RMS_NORM", "LAYER_NORM", "SWIGLU", "GELU", "MERGED_PARTS", "PART_END"),
+    *("NO_WAIT", "WAIT_FOR_BLOCK", "WAIT_FOR_GRID", "DESK", "HAND", "RECORD"),
 )
 
 # The operators: of both kinds of program, of a token's one launch, of longer passes. Those of weights have a kind each.

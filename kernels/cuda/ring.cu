@@ -1,5 +1,5 @@
 // The first level: what enters the ring, what leaves it, what stays (tcinfer/memory/local.py, kernels/cpu/ring.py).
-// One block does what belongs to one row and one key head.
+// In a token's launch one block does what belongs to one row and one key head.
 
 // A channel's part in a rotation: which pair it belongs to, the pair's two channels, and whether it is the upper one.
 struct Turn {
@@ -24,50 +24,102 @@ FUNCTION float keep(char *to, int i, float x, bool half) {
     return from_half(h);
 }
 
+// What `push` is told; a 0 where something is not asked for.
+struct Pushing {
+    const char *q, *k, *v;
+    int64 q_stride, kv_stride, new_stride, last_field;
+    int G, D, R, pairs;  // R: query heads of a key head; pairs of channels of a head
+    bool half, interleaved;
+    const float *c, *s, *c_far, *s_far, *taps;
+    char *q_out, *q_far, *k_new, *v_new, *k_out, *v_out, *k_plain;
+};
+
+FUNCTION Pushing pushing_at(Words a) {
+    int H = a[5], G = a[6], D = a[7];
+    return {(char *)a[0], (char *)a[2], (char *)a[3], a[1], a[4], a[18], a[23], G, D, H / G, (D + 1) / 2, a[8] != 0,
+            a[9] != 0, floats(a[10]), floats(a[11]), floats(a[12]), floats(a[13]), floats(a[22]), (char *)a[14],
+            (char *)a[15], (char *)a[16], (char *)a[17], (char *)a[19], (char *)a[20], (char *)a[21]};
+}
+
+// Two channels of a head that turn together, all that is needed of them loaded.
+struct Pushed {
+    bool there, key, two;  // two: the second channel is there
+    int row, head, first, second;
+    float low, high, c, s, c_far, s_far, v_low, v_high;
+};
+
+// The i-th pair of an item, the key's behind those of its queries.
+FUNCTION Pushed load_pair(const Pushing &m, Words p, unsigned item, unsigned i, bool there) {
+    Pushed t = {};
+    t.there = there;
+    if (!there) return t;
+    int of = i / (unsigned)m.pairs, pair = i % (unsigned)m.pairs, row = item / (unsigned)m.G, g = item % (unsigned)m.G;
+    t.row = row, t.key = of == m.R, t.head = t.key ? g : g * m.R + of;
+    t.first = m.interleaved ? 2 * pair : pair, t.second = m.interleaved ? t.first + 1 : pair + m.pairs;
+    t.two = t.second < m.D;
+    const float *x = (const float *)(t.key ? m.k + row * m.kv_stride : m.q + row * m.q_stride) + m.D * t.head;
+    t.low = x[t.first], t.high = t.two ? x[t.second] : 0.0f;
+    if (m.c) {
+        int64 angle = (int64)m.pairs * row + pair;
+        t.c = m.c[angle], t.s = m.s[angle];
+        if (m.q_far && !t.key) t.c_far = m.c_far[angle], t.s_far = m.s_far[angle];
+    }
+    if (!t.key) return t;
+    const float *v = (const float *)(m.v + row * m.kv_stride) + m.D * g;
+    t.v_low = v[t.first], t.v_high = t.two ? v[t.second] : 0.0f;
+    if (m.taps) {  // k'_t = w_0 k_t + w_1 k_{t-1}
+        const float *now = m.taps + m.D * g, *then = now + m.D * m.G;
+        const float *before = (const float *)(m.k + (row - 1) * m.kv_stride);
+        Words of_row = sequence_of(p, row);
+        if (row == of_row[ROW]) before = floats(words(of_row[FIELDS])[m.last_field]);
+        before += m.D * g;
+        t.low = now[t.first] * t.low + then[t.first] * before[t.first];
+        if (t.two) t.high = now[t.second] * t.high + then[t.second] * before[t.second];
+    }
+    return t;
+}
+
+FUNCTION void put_pair(char *rows, int64 stride, const Pushed &t, int D, float low, float high) {
+    float *y = (float *)(rows + t.row * stride) + D * t.head;
+    y[t.first] = low;
+    if (t.two) y[t.second] = high;
+}
+
+FUNCTION void push_pair(const Pushing &m, const Pushed &t) {
+    if (!t.there) return;
+    float low = m.c ? t.low * t.c - t.high * t.s : t.low, high = m.c ? t.low * t.s + t.high * t.c : t.high;
+    if (!t.key) {
+        put_pair(m.q_out, m.q_stride, t, m.D, low, high);
+        low = t.low * t.c_far - t.high * t.s_far, high = t.low * t.s_far + t.high * t.c_far;
+        if (m.c && m.q_far) put_pair(m.q_far, m.q_stride, t, m.D, low, high);
+        return;
+    }
+    if (m.k_plain) put_pair(m.k_plain, m.kv_stride, t, m.D, t.low, t.high);
+    int64 head = t.row * m.new_stride + (m.half ? 2 : 4) * m.D * t.head;
+    char *to_k = m.k_new + head, *to_v = m.v_new + head;
+    float k_low = keep(to_k, t.first, low, m.half), v_low = keep(to_v, t.first, t.v_low, m.half);
+    float k_high = 0, v_high = 0;
+    if (t.two) k_high = keep(to_k, t.second, high, m.half), v_high = keep(to_v, t.second, t.v_high, m.half);
+    if (!m.k_out) return;
+    put_pair(m.k_out, m.kv_stride, t, m.D, k_low, k_high);
+    put_pair(m.v_out, m.kv_stride, t, m.D, v_low, v_high);
+}
+
+// A thread takes pairs of channels; in a launch of its own, of any row and head, and two of them at a time.
 OPERATOR void push(Words a, Words p, Work work) {
-    int64 q_stride = a[1], kv_stride = a[4], new_stride = a[18], last_field = a[23];
-    int H = a[5], G = a[6], D = a[7], R = H / G;
-    bool half = a[8], interleaved = a[9], turns = a[10] != 0;
-    for (int64 item = work.block; item < p[ROWS] * G; item += work.blocks) {
-        int64 row = item / G;
-        int g = item % G;
-        const float *c = floats(a[10]) + D / 2 * row, *s = floats(a[11]) + D / 2 * row;
-        const float *c_far = floats(a[12]) + D / 2 * row, *s_far = floats(a[13]) + D / 2 * row;
-        for (int i = thread(); i < R * D; i += threads()) {  // each thread one channel of a pair
-            int h = g * R + i / D, channel = i % D;
-            const float *x = floats(a[0] + row * q_stride) + D * h;
-            float *y = floats(a[14] + row * q_stride) + D * h;
-            if (!turns) {
-                y[channel] = x[channel];
-                continue;
-            }
-            Turn t = turn_of(channel, D, interleaved);
-            y[channel] = t.of(x[t.first], x[t.second], c[t.pair], s[t.pair]);
-            if (a[15])
-                (floats(a[15] + row * q_stride) + D * h)[channel] =
-                    t.of(x[t.first], x[t.second], c_far[t.pair], s_far[t.pair]);
-        }
-        const float *x = floats(a[2] + row * kv_stride) + D * g, *v = floats(a[3] + row * kv_stride) + D * g;
-        const float *now = 0, *then = 0, *before = 0;
-        if (a[22]) {  // k'_t = w_0 k_t + w_1 k_{t-1}
-            Words of = sequence_of(p, row);
-            now = floats(a[22]) + D * g, then = floats(a[22]) + D * (G + g);
-            before = row > of[ROW] ? floats(a[2] + (row - 1) * kv_stride) + D * g : floats(words(of[FIELDS])[last_field]) + D * g;
-        }
-        char *to_k = (char *)(a[16] + row * new_stride) + (half ? 2 : 4) * D * g;
-        char *to_v = (char *)(a[17] + row * new_stride) + (half ? 2 : 4) * D * g;
-        float *k_out = a[19] ? floats(a[19] + row * kv_stride) + D * g : 0;
-        float *v_out = a[20] ? floats(a[20] + row * kv_stride) + D * g : 0;
-        float *plain = a[21] ? floats(a[21] + row * kv_stride) + D * g : 0;
-        for (int channel = thread(); channel < D; channel += threads()) {
-            Turn t = turns ? turn_of(channel, D, interleaved) : Turn{0, channel, channel, false};
-            float low = now ? now[t.first] * x[t.first] + then[t.first] * before[t.first] : x[t.first];
-            float high = now ? now[t.second] * x[t.second] + then[t.second] * before[t.second] : x[t.second];
-            if (plain) plain[channel] = t.upper ? high : low;
-            float turned = turns ? t.of(low, high, c[t.pair], s[t.pair]) : low;
-            float k_kept = keep(to_k, channel, turned, half), v_kept = keep(to_v, channel, v[channel], half);
-            if (k_out) k_out[channel] = k_kept, v_out[channel] = v_kept;
-        }
+    const Pushing m = pushing_at(a);
+    unsigned items = p[ROWS] * m.G, each = (m.R + 1) * m.pairs;
+    if (work.by_head) {
+        for (unsigned item = work.block; item < items; item += work.blocks)
+            for (unsigned i = thread(); i < each; i += threads()) push_pair(m, load_pair(m, p, item, i, true));
+        return;
+    }
+    unsigned apart = work.blocks * threads(), count = items * each;
+    for (unsigned i = work.block * threads() + thread(); i < count; i += 2 * apart) {
+        unsigned j = i + apart;
+        Pushed one = load_pair(m, p, i / each, i % each, true), other = load_pair(m, p, j / each, j % each, j < count);
+        push_pair(m, one);
+        push_pair(m, other);
     }
 }
 
@@ -88,17 +140,40 @@ OPERATOR void take(Words a, Words p, Work work) {
     }
 }
 
-// The rows that stay, into their slots; a key head's part of `size` bytes.
+// What `insert` is told. A row is moved in units: 16 bytes, where they lie so, or 2.
+struct Inserting {
+    int64 field, from, stride, size, window, sinks;
+    bool wide;
+};
+
+FUNCTION void insert_unit(const Inserting &m, Words p, int64 row, unsigned unit) {
+    const char *from = (const char *)m.from + row * m.stride;
+    uint4 sixteen = {};
+    unsigned short two = 0;
+    if (m.wide) sixteen = ((const uint4 *)from)[unit];
+    else two = ((const unsigned short *)from)[unit];
+    Words of = sequence_of(p, row);
+    int64 first = of[FIRST], at = first + row - of[ROW];
+    if (m.window && at >= m.sinks && at < first + of[COUNT] - m.window) return;
+    char *to = (char *)words(of[FIELDS])[m.field] + slot_of(at, m.window, m.sinks) * m.size;
+    if (m.wide) ((uint4 *)to)[unit] = sixteen;
+    else ((unsigned short *)to)[unit] = two;
+}
+
+// The rows that stay, into their slots; in a token's launch a key head's part of `size` bytes by its block.
 OPERATOR void insert(Words a, Words p, Work work) {
-    int64 field = a[0], stride = a[2], size = a[3], window = a[4], sinks = a[5];
-    int64 G = p[KEY_HEADS], part = size / 2 / G;  // in units of 2 bytes
-    for (int64 item = work.block; item < p[ROWS] * G; item += work.blocks) {
-        int64 row = item / G, first = item % G * part, at = position(p, row);
-        Words of = sequence_of(p, row);
-        if (window != 0 && at >= sinks && at < of[FIRST] + of[COUNT] - window) continue;
-        unsigned short *to = (unsigned short *)(words(of[FIELDS])[field] + slot_of(at, window, sinks) * size);
-        for (int64 i = first + thread(); i < first + part; i += threads()) to[i] = shorts(a[1] + row * stride)[i];
+    Inserting m = {a[0], a[1], a[2], a[3], a[4], a[5], false};
+    int G = p[KEY_HEADS], rows = p[ROWS];
+    unsigned part = (unsigned)m.size / G;
+    m.wide = part % 16 == 0 && (m.from | m.stride) % 16 == 0;
+    unsigned units = part / (m.wide ? 16 : 2), each = units * G;
+    if (work.by_head) {
+        for (unsigned item = work.block; item < (unsigned)rows * G; item += work.blocks)
+            for (unsigned i = thread(); i < units; i += threads()) insert_unit(m, p, item / G, item % G * units + i);
+        return;
     }
+    for (unsigned i = work.block * threads() + thread(); i < rows * each; i += work.blocks * threads())
+        insert_unit(m, p, i / each, i % each);
 }
 
 // The last row of each sequence into a field of its state.

@@ -36,9 +36,95 @@ FUNCTION float factor_of(float most) {
     return exponent < -100 || exponent > 100 ? 1.0f : __uint_as_float((unsigned)(127 + exponent) << 23);
 }
 
+// Four columns of a prepared row: as float32, or times `by` as halves.
+FUNCTION void put_four(char *row, int c, float4 v, bool halves, float by) {
+    if (halves)
+        ((uint2 *)row)[c / 4] = make_uint2(to_halves(v.x * by, v.y * by), to_halves(v.z * by, v.w * by));
+    else
+        ((float4 *)row)[c / 4] = v;
+}
+
+FUNCTION float largest_of_four(float4 v) { return fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))); }
+
+template <int MAKE, int QUADS> FUNCTION void make_held(Row r, float4 v[QUADS], const float4 w[QUADS]) {
+    r.make = MAKE;  // told apart once, not for each value
+#pragma unroll
+    for (int q = 0; q < QUADS; q++) {
+        int c = 4 * (thread() + q * threads());
+        float4 b = make_float4(0, 0, 0, 0), x = v[q], of = w[q];
+        if (c >= r.columns) continue;
+        if (MAKE == LAYER_NORM && r.bias) b = *(const float4 *)(r.bias + c);
+        v[q].x = r.made(x.x, of.x, b.x), v[q].y = r.made(x.y, of.y, b.y);
+        v[q].z = r.made(x.z, of.z, b.z), v[q].w = r.made(x.w, of.w, b.w);
+    }
+}
+
+// Rows whose values a block's registers hold, QUADS times four of each thread: memory is read once.
+template <int QUADS> FUNCTION void prepare_held(Words a, Words p, Work work) {
+    Words to = a + STAGED;
+    const int64 out = to[0], out_stride = to[1], x = a[X], weight = a[WEIGHT], x_stride = a[X_STRIDE];
+    float *factors = floats(to[2]);
+    int rows = to[3] ? p[OUT_ROWS] : p[ROWS], first = to[3] ? p[OUT_FIRST] : 0;
+    Row r = {};
+    r.make = a[MAKE], r.columns = a[COLUMNS], r.bias = floats(a[BIAS]);
+    float epsilon = (float)number(a[EPSILON]), part = 1.0f / (float)r.columns;
+    bool normed = r.make == RMS_NORM || r.make == LAYER_NORM;
+    for (int i = work.block; i < rows; i += work.blocks) {
+        char *own = (char *)(out + i * out_stride);
+        float4 v[QUADS], w[QUADS];
+        r.x = floats(x + (first + i) * x_stride);
+        r.weight = floats(r.make == SWIGLU ? weight + (first + i) * x_stride : weight);
+#pragma unroll
+        for (int q = 0; q < QUADS; q++) {
+            int c = 4 * (thread() + q * threads());
+            v[q] = w[q] = make_float4(0, 0, 0, 0);
+            if (c < r.columns) v[q] = *(const float4 *)(r.x + c);
+            if (c < r.columns && r.weight) w[q] = *(const float4 *)(r.weight + c);
+        }
+        r.mean = 0, r.scale = 1;
+        if (normed) {
+            float sum = 0, squares = 0;
+            if (r.make == LAYER_NORM) {
+#pragma unroll
+                for (int q = 0; q < QUADS; q++) sum += v[q].x + v[q].y + v[q].z + v[q].w;  // zeros behind the end
+                r.mean = block_sum(sum) * part;
+            }
+#pragma unroll
+            for (int q = 0; q < QUADS; q++) {
+                float4 d = make_float4(v[q].x - r.mean, v[q].y - r.mean, v[q].z - r.mean, v[q].w - r.mean);
+                bool there = 4 * (thread() + q * threads()) < r.columns;
+                squares += there ? d.x * d.x + d.y * d.y + d.z * d.z + d.w * d.w : 0.0f;
+            }
+            r.scale = 1.0f / sqrtf(block_sum(squares) * part + epsilon);
+        }
+        if (r.make == RMS_NORM) make_held<RMS_NORM, QUADS>(r, v, w);
+        if (r.make == LAYER_NORM) make_held<LAYER_NORM, QUADS>(r, v, w);
+        if (r.make == SWIGLU) make_held<SWIGLU, QUADS>(r, v, w);
+        if (r.make == GELU) make_held<GELU, QUADS>(r, v, w);
+        float most = 0;
+#pragma unroll
+        for (int q = 0; q < QUADS; q++) most = fmaxf(most, largest_of_four(v[q]));
+        float factor = factors ? factor_of(block_max(most)) : 1.0f, by = 1.0f / factor;
+        int end = factors ? (r.columns + 31) / 32 * 32 : r.columns;
+#pragma unroll
+        for (int q = 0; q < QUADS; q++) {
+            int c = 4 * (thread() + q * threads());
+            if (c < end) put_four(own, c, v[q], factors, by);
+        }
+        if (factors && thread() == 0) factors[i] = factor;
+    }
+}
+
 // Staged rows (staging.h) written out: as float32, or divided by a factor each as halves, zeros up to a whole run.
 // a: what they are, then rows out, their stride in bytes, the factors (0: float32), whether for the head alone.
 OPERATOR void prepare(Words a, Words p, Work work) {
+#ifndef EACH_TOGETHER  // there it is one row, seldom
+    int64 columns = a[COLUMNS];
+    if (columns % 4 == 0 && a[MAKE] != MERGED_PARTS && columns <= 32 * threads()) {
+        columns <= 8 * threads() ? prepare_held<2>(a, p, work) : prepare_held<8>(a, p, work);
+        return;
+    }
+#endif
     Words to = a + STAGED;
     int64 rows = to[3] ? p[OUT_ROWS] : p[ROWS], first = to[3] ? p[OUT_FIRST] : 0;
     for (int64 i = work.block; i < rows; i += work.blocks) {
@@ -49,12 +135,10 @@ OPERATOR void prepare(Words a, Words p, Work work) {
             continue;
         }
         float most = 0;
-        for (int c = thread(); c < r.columns; c += threads()) most = fmaxf(most, fabsf(r.at(c)));
+        for (int c = 4 * thread(); c < r.columns; c += 4 * threads()) most = fmaxf(most, largest_of_four(r.four(c)));
         float factor = factor_of(block_max(most)), by = 1.0f / factor;
-        for (int c = 2 * thread(); c < (r.columns + 31) / 32 * 32; c += 2 * threads()) {
-            float first_of_two = c < r.columns ? r.at(c) * by : 0.0f, second = c + 1 < r.columns ? r.at(c + 1) * by : 0.0f;
-            ((unsigned *)out)[c / 2] = to_halves(first_of_two, second);
-        }
+        int end = (r.columns + 31) / 32 * 32;
+        for (int c = 4 * thread(); c < end; c += 4 * threads()) put_four(out, c, r.four(c), true, by);
         if (thread() == 0) floats(to[2])[i] = factor;
     }
 }

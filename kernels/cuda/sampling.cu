@@ -44,37 +44,94 @@ FUNCTION uint64 largest(uint64 key) {
     return most;
 }
 
-// All keys of a row, spread over the block: 16 bytes at a time, and several such before any is looked at.
-template <class Visit> FUNCTION void each_key(const float *row, int size, Visit visit) {
+// Integers in the order of the floats with these bits, finite ones, in few instructions; -0 is 0.
+FUNCTION int order_of(unsigned bits) {
+    unsigned negative = (unsigned)((int)bits >> 31);
+    return (int)(((bits & 0x7fffffffu) ^ negative) - negative);
+}
+FUNCTION int order_of_key(uint64 key) {
+    unsigned place = (unsigned)(key >> ID_BITS);
+    return order_of(place >> 31 ? place & 0x7fffffffu : ~place);
+}
+
+// A row, spread over the block: 16 bytes at a time, and several such before any is looked at.
+struct Logits {
+    const unsigned *bits;
+    const uint4 *body;  // its aligned part, `quads` of them, begins behind `head` logits
+    int size, head, quads;
+
+    // A thread's logit before or behind those, if it has one.
+    MEMBER int edge() const { return thread() < head ? thread() : thread() + 4 * quads; }
+};
+
+FUNCTION Logits logits_of(const float *row, int size) {
     const unsigned *bits = (const unsigned *)row;
-    int head = min(size, (int)((0 - (uint64)row) / 4 % 4)), quads = (size - head) / 4;
-    const uint4 *body = (const uint4 *)(bits + head);
-    for (int first = thread(); first < quads; first += 4 * threads()) {
-        uint4 v[4];
+    int head = min(size, (int)((0 - (uint64)row) / 4 % 4));
+    return {bits, (const uint4 *)(bits + head), size, head, (size - head) / 4};
+}
+
+// The largest key of a thread's own; above all where one of them is not finite.
+FUNCTION uint64 largest_own(const Logits &of) {
+    const int FLIGHT = 8;
+    int best = 0, at = -1;
+    unsigned tallest = 0;
+    for (int first = thread(); first < of.quads; first += FLIGHT * threads()) {
+        uint4 v[FLIGHT];
 #pragma unroll
-        for (int j = 0; j < 4; j++) v[j] = body[min(first + j * threads(), quads - 1)];
+        for (int j = 0; j < FLIGHT; j++) v[j] = of.body[min(first + j * threads(), of.quads - 1)];
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            int i = first + j * threads(), id = head + 4 * i;
-            if (i >= quads) break;
-            visit(key_of(v[j].x, id)), visit(key_of(v[j].y, id + 1));
-            visit(key_of(v[j].z, id + 2)), visit(key_of(v[j].w, id + 3));
+        for (int j = 0; j < FLIGHT; j++) {
+            int i = first + j * threads();
+            int most = max(max(order_of(v[j].x), order_of(v[j].y)), max(order_of(v[j].z), order_of(v[j].w)));
+            tallest = max(tallest, max(max(v[j].x & 0x7fffffffu, v[j].y & 0x7fffffffu),
+                                       max(v[j].z & 0x7fffffffu, v[j].w & 0x7fffffffu)));
+            if (i < of.quads && (at < 0 || most > best)) best = most, at = i;  // of equal ones the first stays
         }
     }
-    int id = thread() < head ? thread() : thread() + 4 * quads;  // before and behind the aligned ones
-    if (id < size) visit(key_of(bits[id], id));
+    uint64 own = 0;
+    if (at >= 0) {
+        uint4 v = of.body[at];
+        unsigned bits[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int c = 0; c < 4; c++) own = max(own, key_of(bits[c], of.head + 4 * at + c));
+    }
+    int edge = of.edge();
+    if (edge < of.size) own = max(own, key_of(of.bits[edge], edge));
+    return tallest >= 0x7f800000u ? LARGEST_KEY : own;
+}
+
+// Keys of a row of finite logits: at least those that reach `least`, and few others.
+template <class Visit> FUNCTION void each_key(const Logits &of, uint64 least, Visit visit) {
+    const int FLIGHT = 4;
+    int goal = order_of_key(least);
+    for (int first = thread(); first < of.quads; first += FLIGHT * threads()) {
+        uint4 v[FLIGHT];
+#pragma unroll
+        for (int j = 0; j < FLIGHT; j++) v[j] = of.body[min(first + j * threads(), of.quads - 1)];
+#pragma unroll
+        for (int j = 0; j < FLIGHT; j++) {
+            int i = first + j * threads(), id = of.head + 4 * i;
+            if (i >= of.quads) break;
+            if (order_of(v[j].x) >= goal) visit(key_of(v[j].x, id));
+            if (order_of(v[j].y) >= goal) visit(key_of(v[j].y, id + 1));
+            if (order_of(v[j].z) >= goal) visit(key_of(v[j].z, id + 2));
+            if (order_of(v[j].w) >= goal) visit(key_of(v[j].w, id + 3));
+        }
+    }
+    int edge = of.edge();
+    if (edge < of.size) visit(key_of(of.bits[edge], edge));
 }
 
 // A key that at least k and at most GATHERED_KEYS of a row reach, of which the largest is `most`, and `floor` one that
 // k reach. Keys from the floor on are counted in bins; the bin that holds the k-th is divided again until it is small.
-FUNCTION uint64 threshold(Choosing &on, const float *row, int size, int k, uint64 floor, uint64 most) {
+FUNCTION uint64 threshold(Choosing &on, const Logits &of, int k, uint64 floor, uint64 most) {
     int width = 0, above = 0, reached;  // bits of what a key in question is above the floor; keys above all of those
     while ((most - floor) >> width) width++;
     do {
         int shift = max(width - DIGIT, 0), group = BINS / GROUP - 1, bin;
         for (int i = thread(); i < BINS; i += threads()) on.bins[i] = 0;
         block_barrier();
-        each_key(row, size, [&](uint64 key) {
+        each_key(of, floor, [&](uint64 key) {
             if (!((key - floor) >> width)) atomicAdd(on.bins + ((key - floor) >> shift), 1u);
         });
         block_barrier();
@@ -109,6 +166,29 @@ FUNCTION void sort_keys(Choosing &on) {
             block_barrier();
         }
     }
+}
+
+// The keys that reach `floor`, if they are no more than there is room for; how many there are.
+FUNCTION int gather(Choosing &on, const Logits &of, uint64 floor) {
+    block_barrier();  // nobody reads what is there
+    if (thread() == 0) on.count = 0;
+    block_barrier();
+    each_key(of, floor, [&](uint64 key) {
+        if (key < floor) return;
+        unsigned at = atomicAdd(&on.count, 1u);
+        if (at < GATHERED_KEYS) on.keys[at] = key;
+    });
+    block_barrier();
+    return on.count;
+}
+
+// The k-th largest of what each thread brings: k keys reach it, and of a large row few more. For k up to the threads.
+FUNCTION uint64 kth_largest(Choosing &on, uint64 own, int k) {
+    on.keys[thread()] = own;
+    if (thread() == 0) on.count = threads();
+    block_barrier();
+    sort_keys(on);
+    return on.keys[k - 1];
 }
 
 // shares = softmax(logits / t) of the first n keys. One thread adds, in their order, here and below: as NumPy's cumsum.
@@ -165,25 +245,15 @@ OPERATOR void choose(Words a, Words p, Work work) {
     Choosing &on = *(Choosing *)room();
     int size = a[0];
     for (int64 item = work.block; item < p[OUT_ROWS]; item += work.blocks) {
-        const float *row = floats(p[LOGITS]) + size * item;
+        Logits of = logits_of(floats(p[LOGITS]) + size * item, size);
         const double *how = (const double *)p[HOW] + HOW_MANY * item;
-        uint64 own = 0, floor = 0;
-        each_key(row, size, [&](uint64 key) { own = max(own, key); });
-        uint64 most = largest(own);
+        uint64 own = largest_own(of), most = largest(own);
         int id = is_finite(most) ? id_of(most) : -1;
         if (is_finite(most) && how[0] != 0) {
             int k = min(how[1] >= 1 && how[1] < size ? (int)how[1] : size, MOST_CHOICES);
-            if (size > GATHERED_KEYS) {
-                // Each thread's best key: the least of them is a floor for as many, which most of a large row miss.
-                if (k <= threads()) floor = LARGEST_KEY - largest(LARGEST_KEY - own);
-                floor = threshold(on, row, size, k, floor, most);
-            }
-            if (thread() == 0) on.count = 0;
-            block_barrier();
-            each_key(row, size, [&](uint64 key) {
-                if (key >= floor) on.keys[atomicAdd(&on.count, 1u)] = key;
-            });
-            block_barrier();
+            uint64 floor = size > GATHERED_KEYS && k <= threads() ? kth_largest(on, own, k) : 0;
+            if (size > GATHERED_KEYS && k > threads()) floor = threshold(on, of, k, 0, most);
+            if (gather(on, of, floor) > GATHERED_KEYS) gather(on, of, threshold(on, of, k, floor, most));
             sort_keys(on);
             id = draw(on, min_p(on, top_p(on, k, how[2]), how[3]), how[0], how[4]);
         }

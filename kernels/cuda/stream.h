@@ -5,6 +5,9 @@
 // A stream is a matrix of which each block takes every so-manieth tile (ROWS rows). Its chunks come one after the other,
 // each into the next slot of a ring; `full` and `empty` of a slot are barriers in shared memory.
 
+// On the desk: parts of sums, how many chunks have come before the present step, the stream itself; in bytes.
+enum { DESK_PARTS = 256, DESK_BEGUN = 512, DESK_STREAM = 528 };
+
 enum { STREAM_CHUNKS, STREAM_RUNS, STREAM_TILE, STREAM_CHUNK, STREAM_TILES, STREAM_SHIFT, STREAM_HEAD, STREAM_WORDS = 8 };
 
 struct Stream {

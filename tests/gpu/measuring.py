@@ -338,9 +338,9 @@ def traced(b: Bench, model: Any) -> Callable[[Session], list[str]]:
     one, blocks = [step for step in plan.steps if step.when & ONE], b.device.multiprocessors
     text = source(True, {step.operator.kind for step in plan.steps if step.operator.kind})
     stamp = "if (thread() == 0) ((int64 *)plan[PLAN_FIELDS + 1])[(2 * i + {}) * gridDim.x + blockIdx.x] = clock64();\n"
-    first, last = "        if (more) record(i + 1)", "            block_barrier();\n    }\n}"
+    first, last = "        wait_for_groups<RECORDS - 2>();  // that", "            block_barrier();\n    }\n}"
     assert text.count(first) == text.count(last) == 1
-    text = text.replace(first, f"        if (step[STEP_WAIT]) block_barrier();\n        {stamp.format(0)}{first}")
+    text = text.replace(first, f"        if (wait) block_barrier();\n        {stamp.format(0)}{first}")
     text = text.replace(last, f"            block_barrier();\n        {stamp.format(1)}    }}\n}}")
     kernel = b.device.program(text, together=True).kernel("together")
 

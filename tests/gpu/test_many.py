@@ -246,3 +246,16 @@ def test_attention_of_a_token_is_the_same_in_any_chunk() -> None:
     whole, _ = attended(0, 150, 2, 1, 8, 40, 3)
     last, _ = attended(131, 19, 2, 1, 8, 40, 3)
     np.testing.assert_array_equal(last, whole[131:])
+
+
+@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q6_K, Kind.F16], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    ("rows", "outputs", "columns"), [(512, 128, 256), (250, 128, 96), (256, 127, 160), (700, 256, 64)]
+)
+def test_products_in_the_largest_tiles(kind: Kind, rows: int, outputs: int, columns: int) -> None:
+    columns = 256 if kind == Kind.Q6_K else columns
+    large, want = product(kind, rows, outputs, columns, blocks=1, bias=True, gate=True, add=True)
+    assert error(large, want) < 1e-3
+    for blocks, seed in ((1, 1), (100, 2)):
+        again, _ = product(kind, rows, outputs, columns, blocks=blocks, seed=seed, bias=True, gate=True, add=True)
+        np.testing.assert_array_equal(again, large)
