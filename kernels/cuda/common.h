@@ -57,10 +57,7 @@ FUNCTION float block_max(float x) {
     return most;
 }
 
-FUNCTION float sigmoid(float x) {
-    float e = expf(-fabsf(x));
-    return (x >= 0 ? 1.0f : e) / (1.0f + e);
-}
+FUNCTION float sigmoid(float x) { return reciprocal(1.0f + expf(-x)); }
 
 // Of the sequence that a row belongs to: FIELDS, FIRST, ROW, COUNT.
 FUNCTION Words sequence(Words p, int64 i) { return words(p[TABLE]) + SEQUENCE * i; }

@@ -487,6 +487,8 @@ FUNCTION uint4 load_weights(const void *p) {
     return *(const uint4 *)p;
 }
 
+FUNCTION float reciprocal(float x) { return 1 / x; }
+
 FUNCTION int add_products(int a, int b, int c) {
     for (int i = 0; i < 32; i += 8) c += (signed char)(a >> i) * (signed char)(b >> i);
     return c;

@@ -59,25 +59,25 @@ struct Into {
     }
 };
 
-// a: W, its outputs; y (0: the pass's logits), bias, gate (0: none), whether to add to y; tiles that other blocks
-// go first by, the number of this stream of weights; then what x is (staging.h).
+// a: W, its outputs; y (0: the pass's logits), bias, gate (0: none), whether to add to y; the block's share and the number
+// of this stream of weights (stream.h); then what x is (staging.h).
 template <class K> FUNCTION void linear_one(Words a, Words p, Work work) {
     const Stream stream = stream_at_hand();
     Words to = a + MATRIX;
-    int outputs = to[0], shift = to[5], number = to[6];
+    int outputs = to[0], number = to[10];
     int *begun = (int *)(shared_memory() + DESK_BEGUN);  // chunks of the streams before, by turns
     unsigned n = begun[number & 1];
     bool wanted = to[1] || p[OUT_ROWS];
     Matrix w = matrix_at(a);
     int chunks = (w.runs + 31) / 32;
-    Share share = share_of((outputs + K::ROWS - 1) / K::ROWS, chunks, shift, warps(), work.block, work.blocks);
+    Share share = share_of(to + 5, work.block, work.blocks);
     if (thread() == 0) begun[(number + 1) & 1] = n + (wanted ? share.tiles * chunks : 0);
     if (!wanted) return;
     Into into = {floats(to[1] ? to[1] : p[LOGITS]), floats(to[2]), floats(to[3]), to[4] != 0};
-    stage(to + 7, K::SCALED);
+    stage(to + 11, K::SCALED);
 
     float *parts = (float *)(shared_memory() + DESK_PARTS);  // [warps, ROWS]
-    int own = warp() / share.sharers, part = warp() % share.sharers, sharers = share.sharers;
+    int sharers = share.sharers, own = warp() * share.inverse >> 12, part = warp() - own * sharers;
     if (own >= share.together) own = share.tiles;  // no work for this warp
     for (int tile = 0; tile + own < share.tiles; tile += share.together) {
         int beside = share.at_once(tile);

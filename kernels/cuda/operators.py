@@ -16,9 +16,19 @@ from numpy.typing import NDArray
 from tcinfer.kernels.cpu import plan as cpu
 from tcinfer.kernels.cpu.ring import Entering, Geometry
 from tcinfer.kernels.cpu.rows import angles
-from tcinfer.kernels.cuda.packing import BYTES, RUN, TILE_ROWS, packed
+from tcinfer.kernels.cuda.packing import BYTES, CHUNK_RUNS, RUN, TILE_ROWS, packed
 from tcinfer.kernels.cuda.plan import ONE, PROMPT, SESSIONS, Plan
-from tcinfer.kernels.cuda.program import GELU, LAYER_NORM, MERGED_PARTS, PART_END, PLAIN, RMS_NORM, SWIGLU, Named
+from tcinfer.kernels.cuda.program import (
+    GELU,
+    LAYER_NORM,
+    MERGED_PARTS,
+    PART_END,
+    PLAIN,
+    RMS_NORM,
+    SWIGLU,
+    TOGETHER_THREADS,
+    Named,
+)
 from tcinfer.kernels.reference.quants import Matrix
 
 __all__ = ["angles", "attention", "embed", "gelu", "linear", "norm", "small", "stored", "swiglu"]
@@ -131,15 +141,28 @@ def linear(
     after = (plan.keep(bias), gate.address if gate else 0, into is not None)
     shift, fresh = _since(plan, x, w, address)
     number = len(plan.streams)
-    plan.streams.append((*w.words, w.tiles, shift, head))
-    one = (*w.words, outputs, address, *after, shift, number, *_made(x), fresh)
+    share = _share(w, shift, plan.device.multiprocessors)
+    plan.streams.append((*w.words, head, *share))
+    one = (*w.words, outputs, address, *after, *share, number, *_made(x), fresh)
     plan.step(Named("linear_one", w.kind.name), *one, wait=wait, when=ONE)
     many = (*w.words, outputs, *_prepared(plan, x, w.kind, head), address, stride, *after, head, columns)
     plan.step(Named("linear_many", w.kind.name), *many, when=PROMPT | SESSIONS)
     return y
 
 
-OUTPUTS, Y, _, _, ADD, SHIFT, _, FIRST_MADE = range(4, 12)  # arguments of linear_one
+OUTPUTS, Y, _, _, ADD, SHIFT, *_, FIRST_MADE = range(4, 16)  # arguments of linear_one
+
+
+def _share(w: Weights, shift: int, blocks: int) -> tuple[int, ...]:
+    """Which tiles each block has, and how its warps share them: the words of a share in stream.h."""
+    warps, chunks = TOGETHER_THREADS // 32, -(-w.words[1] // CHUNK_RUNS)
+
+    def how(tiles: int) -> int:
+        sharers = min(chunks, warps // tiles) if 0 < tiles < warps else 1
+        return sharers | warps // sharers << 8 | -(-4096 // sharers) << 16
+
+    each, more = divmod(w.tiles, blocks)
+    return shift % blocks, each, more, how(each), how(each + 1)
 
 
 def _since(plan: Plan, x: cpu.Rows, w: Weights, y: int) -> tuple[int, bool]:

@@ -41,7 +41,7 @@ from tcinfer.kernels.errors import UnavailableError
 ONE, PROMPT, SESSIONS = 1, 2, 4  # kinds of pass: a token, many rows of a sequence, a row each of many
 ALWAYS = ONE | PROMPT | SESSIONS
 BLOCKS = 4  # of a launch, for each multiprocessor
-STREAM = 8  # words of a stream (stream.h), of which:
+STREAM = 10  # words of a stream (stream.h), of which:
 _, _, TILE, CHUNK = range(4)
 LEAST_SLOTS, MOST_SLOTS = 16, 64  # at least as many as a block has warps
 LARGE = ("linear_many", "attend_many", "scan_many")  # have one, which fills it

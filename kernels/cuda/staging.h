@@ -31,7 +31,7 @@ FUNCTION float4 merged(const float *parts, int D, int splits, int c) {
         if (k < splits) whole += by[k] * part[k * (D + PART_END) + D];
         sum.x += by[k] * v[k].x, sum.y += by[k] * v[k].y, sum.z += by[k] * v[k].z, sum.w += by[k] * v[k].w;
     }
-    float scale = 1.0f / whole;
+    float scale = reciprocal(whole);
     return make_float4(sum.x * scale, sum.y * scale, sum.z * scale, sum.w * scale);
 }
 
@@ -41,12 +41,19 @@ struct Row {
     float mean, scale;
     int D, splits;  // of parts
 
-    MEMBER float made(float v, float w, float b) const {
-        if (make == RMS_NORM) return v * scale * w;
-        if (make == LAYER_NORM) return (v - mean) * scale * w + b;
-        if (make == SWIGLU) return w * sigmoid(w) * v;
-        if (make == GELU) return 0.5f * v * (1.0f + erff(v * 0.70710678118654752f));
+    // What one value becomes.
+    template <int MAKE> MEMBER float made_as(float v, float w, float b) const {
+        if (MAKE == RMS_NORM) return v * scale * w;
+        if (MAKE == LAYER_NORM) return (v - mean) * scale * w + b;
+        if (MAKE == SWIGLU) return w * sigmoid(w) * v;
+        if (MAKE == GELU) return 0.5f * v * (1.0f + erff(v * 0.70710678118654752f));
         return v;
+    }
+    MEMBER float made(float v, float w, float b) const {
+        if (make == RMS_NORM) return made_as<RMS_NORM>(v, w, b);
+        if (make == LAYER_NORM) return made_as<LAYER_NORM>(v, w, b);
+        if (make == SWIGLU) return made_as<SWIGLU>(v, w, b);
+        return make == GELU ? made_as<GELU>(v, w, b) : v;
     }
     MEMBER float at(int c) const { return made(x[c], weight ? weight[c] : 0.0f, bias ? bias[c] : 0.0f); }
 
@@ -112,7 +119,7 @@ FUNCTION Bytes bytes_of(int run) {
 FUNCTION void put_bytes(int run, int quarter, float4 v, bool there) {
     float most = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
     for (int apart = 1; apart < 8; apart *= 2) most = fmaxf(most, shuffle(most, lane() ^ apart));
-    float by = most > 1e-30f ? MOST_24 / most : 0.0f, x[4] = {v.x, v.y, v.z, v.w}, sum = v.x + v.y + (v.z + v.w);
+    float by = most > 1e-30f ? MOST_24 * reciprocal(most) : 0.0f, x[4] = {v.x, v.y, v.z, v.w}, sum = v.x + v.y + (v.z + v.w);
     unsigned high = 0, middle = 0, low = 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -127,22 +134,93 @@ FUNCTION void put_bytes(int run, int quarter, float4 v, bool there) {
     ((unsigned *)place_of_bytes(run, 2 + half))[word] = middle;
     ((unsigned *)place_of_bytes(run, 4 + half))[word] = low;
     float *rest = (float *)place_of_bytes(run, 6);
-    if (quarter == 0) rest[0] = most / MOST_24;
+    if (quarter == 0) rest[0] = most * (1.0f / MOST_24);
     if (word == 0) rest[1 + half] = sum;
 }
 
-// The pass's one row into shared memory, zeros behind its end up to a whole run; as floats, or as bytes.
-FUNCTION void stage(Words a, bool bytes) {
-    if (!a[FRESH]) return;
-    Row r = row_at(a, 0);
-    int runs = (r.columns + 31) / 32;
-    float4 *out = (float4 *)room();
-    for (int i = thread(); i < (8 * runs + 31) / 32 * 32; i += threads()) {
-        float4 v = r.four(4 * i);
-        if (bytes)
-            put_bytes(i / 8, i % 8, v, i < 8 * runs);
-        else if (i < 8 * runs)
-            out[place_of(i / 8, i % 8)] = v;
+// Four columns of the row from c on as they are read, and of what they are made with; zeros behind the end.
+struct Four {
+    float4 v, w, b;
+};
+
+template <int MAKE> FUNCTION Four four_of(const Row &r, int c) {
+    float4 none = make_float4(0, 0, 0, 0);
+    Four f = {none, none, none};
+    if (c >= r.columns) return f;
+    if (MAKE == MERGED_PARTS) {
+        f.v = merged(r.x, r.D, r.splits, c);
+    } else if (r.columns % 4 == 0) {
+        f.v = *(const float4 *)(r.x + c);
+        if (MAKE == RMS_NORM || MAKE == LAYER_NORM || MAKE == SWIGLU) f.w = *(const float4 *)(r.weight + c);
+        if (MAKE == LAYER_NORM && r.bias) f.b = *(const float4 *)(r.bias + c);
+    } else {
+        for (int k = 0; k < 4 && c + k < r.columns; k++) {
+            ((float *)&f.v)[k] = r.x[c + k];
+            if (r.weight) ((float *)&f.w)[k] = r.weight[c + k];
+            if (r.bias) ((float *)&f.b)[k] = r.bias[c + k];
+        }
     }
+    return f;
+}
+
+const int HELD = 3;  // times four columns that a thread reads before it uses any
+
+// What a norm needs of the whole row, whose first columns are held.
+template <int MAKE> FUNCTION void measure(Row &r, const Four held[HELD], float epsilon) {
+    float part = 1.0f / (float)r.columns;
+    for (int moment = MAKE == LAYER_NORM ? 0 : 1; moment < 2; moment++) {
+        float sum = 0;
+        for (int c = 4 * thread(), j = 0; c < r.columns; c += 4 * threads(), j++) {
+            float4 v = j == 0 ? held[0].v : j == 1 ? held[1].v : j == 2 ? held[2].v : four_of<PLAIN>(r, c).v;
+            float x[4] = {v.x, v.y, v.z, v.w};
+            for (int k = 0; k < 4; k++) {
+                float d = x[k] - r.mean;
+                if (c + k < r.columns) sum += moment ? d * d : d;
+            }
+        }
+        sum = block_sum(sum) * part;
+        if (moment)
+            r.scale = rsqrtf(sum + epsilon);
+        else
+            r.mean = sum;
+    }
+}
+static_assert(HELD == 3);
+
+template <int MAKE> FUNCTION void stage_as(Words a, bool bytes) {
+    Row r = {MAKE, (int)a[COLUMNS], floats(a[X]), floats(a[WEIGHT]), floats(a[BIAS]), 0, 1, (int)a[X_STRIDE], (int)a[WEIGHT]};
+    float epsilon = (float)number(a[EPSILON]);
+    int runs = (r.columns + 31) / 32, all = (8 * runs + 31) / 32 * 32, first = thread();
+    float4 *out = (float4 *)room();
+    do {
+        Four held[HELD];
+#pragma unroll
+        for (int j = 0; j < HELD; j++) held[j] = four_of<MAKE>(r, 4 * (first + j * threads()));
+        if ((MAKE == RMS_NORM || MAKE == LAYER_NORM) && first == thread()) measure<MAKE>(r, held, epsilon);
+#pragma unroll
+        for (int j = 0; j < HELD; j++) {
+            int i = first + j * threads();
+            const float4 &v = held[j].v, &w = held[j].w, &b = held[j].b;
+            float4 y = make_float4(r.made_as<MAKE>(v.x, w.x, b.x), r.made_as<MAKE>(v.y, w.y, b.y),
+                                   r.made_as<MAKE>(v.z, w.z, b.z), r.made_as<MAKE>(v.w, w.w, b.w));
+            if (MAKE == LAYER_NORM && 4 * i >= r.columns) y = make_float4(0, 0, 0, 0);
+            if (i < all && bytes) put_bytes(i / 8, i % 8, y, i < 8 * runs);
+            if (i < 8 * runs && !bytes) out[place_of(i / 8, i % 8)] = y;
+        }
+        first += HELD * threads();
+    } while (first < all);
     block_barrier();
+}
+
+// The pass's one row into shared memory, zeros behind its end up to a whole run; as floats, or as bytes.
+OPERATOR void stage(Words a, bool bytes) {
+    if (!a[FRESH]) return;
+    switch (a[MAKE]) {
+    case PLAIN: return stage_as<PLAIN>(a, bytes);
+    case RMS_NORM: return stage_as<RMS_NORM>(a, bytes);
+    case LAYER_NORM: return stage_as<LAYER_NORM>(a, bytes);
+    case SWIGLU: return stage_as<SWIGLU>(a, bytes);
+    case GELU: return stage_as<GELU>(a, bytes);
+    case MERGED_PARTS: return stage_as<MERGED_PARTS>(a, bytes);
+    }
 }

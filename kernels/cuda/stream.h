@@ -8,7 +8,7 @@
 // On the desk: parts of sums, how many chunks have come before the present step, the stream itself; in bytes.
 enum { DESK_PARTS = 256, DESK_BEGUN = 512, DESK_STREAM = 528 };
 
-enum { STREAM_CHUNKS, STREAM_RUNS, STREAM_TILE, STREAM_CHUNK, STREAM_TILES, STREAM_SHIFT, STREAM_HEAD, STREAM_WORDS = 8 };
+enum { STREAM_CHUNKS, STREAM_RUNS, STREAM_TILE, STREAM_CHUNK, STREAM_HEAD, STREAM_SHARE, STREAM_WORDS = 10 };
 
 struct Stream {
     int turns;  // log2 of the slots
@@ -30,17 +30,24 @@ FUNCTION Stream &stream_at_hand() { return *(Stream *)(shared_memory() + DESK_ST
 // tile after tile of the first column of chunks, then of the next: so no warp waits for one that is `warps` or more
 // behind another that has come.
 struct Share {
-    int first, tiles, chunks;  // its first tile; how many tiles, of so many chunks
+    int first, tiles;  // its first tile, how many
     int sharers, together;
+    unsigned inverse;  // 4096 / sharers, rounded up
 
     MEMBER int at_once(int tile) const { return min(together, tiles - tile); }
 };
 
-// shift: tiles of steps that nobody waited for, so that other blocks go first.
-FUNCTION Share share_of(int tiles, int chunks, int shift, int warps, int block, int blocks) {
-    int first = (block + blocks - shift % blocks) % blocks, own = first < tiles ? (tiles - first + blocks - 1) / blocks : 0;
-    int sharers = own && own < warps ? min(chunks, warps / own) : 1;
-    return {first, own, chunks, sharers, warps / sharers};
+// Words of a share: by how many blocks the first tile is put off, since steps that nobody waited for have given those
+// something to do; how many tiles each block has, which ones have one more; and for both kinds of blocks sharers,
+// together, and 4096 / sharers rounded up, in 8, 8 and 16 bits.
+enum { SHARE_SHIFT, SHARE_EACH, SHARE_MORE, SHARE_LESS, SHARE_LARGER };
+
+FUNCTION Share share_of(Words a, int block, int blocks) {
+    int first = block - (int)a[SHARE_SHIFT];
+    if (first < 0) first += blocks;
+    bool larger = first < a[SHARE_MORE];
+    unsigned how = larger ? (unsigned)a[SHARE_LARGER] : (unsigned)a[SHARE_LESS];
+    return {first, (int)a[SHARE_EACH] + larger, (int)(how & 255), (int)(how >> 8 & 255), how >> 16};
 }
 
 // Of the warp that copies: all that this block will need of `count` streams.
@@ -52,7 +59,7 @@ FUNCTION void bring(const Stream &stream, Words of, int64 count, Words p, int bl
         int chunk_bytes = (int)of[STREAM_CHUNK], chunks = ((int)of[STREAM_RUNS] + 31) / 32;
         int last_bytes = (int)tile_bytes - (chunks - 1) * chunk_bytes;
         const char *from = (const char *)of[STREAM_CHUNKS] + 16 * lane();
-        Share share = share_of(of[STREAM_TILES], chunks, of[STREAM_SHIFT], TOGETHER_THREADS / 32, block, blocks);
+        Share share = share_of(of + STREAM_SHARE, block, blocks);
         for (int tile = 0; tile < share.tiles; tile += share.together)
             for (int c = 0; c < chunks; c++) {
                 int bytes = c + 1 < chunks ? chunk_bytes : last_bytes;

@@ -418,7 +418,7 @@ def all_compiled(options: argparse.Namespace) -> None:
     from programs import cubin_of, recorded, written
 
     with tempfile.TemporaryDirectory() as folder:
-        texts = recorded(options.sections, options.golden)
+        texts = recorded(options.sections, options.golden, options.quick)
         if options.cubins:
             texts = [text for text in texts if not cubin_of(options.cubins, text[0]).exists()]
         paths = written(texts, Path(folder))

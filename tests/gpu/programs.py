@@ -1,6 +1,6 @@
 """The texts that measure_gpu.py's models are compiled from, and what they compile to, made where there is no GPU.
 
-    python tests/gpu/programs.py FOLDER [SECTION ...]
+    python tests/gpu/programs.py [--quick] FOLDER [SECTION ...]
 
 compiles them for compute capability 9.0 into FOLDER, which measure_gpu.py takes as --cubins: time on a lent GPU is
 short, and compiling takes most of a minute of it. Needs cupy-cuda13x and nvidia-cuda-nvrtc.
@@ -50,7 +50,7 @@ class Recorder:
         return SimpleNamespace(kernel=lambda name: None)
 
 
-def recorded(sections: Iterable[str], golden: Path) -> list[tuple[str, bool]]:
+def recorded(sections: Iterable[str], golden: Path, quick: bool = False) -> list[tuple[str, bool]]:
     """The texts of some sections of measure_gpu.py, and whether each is a token's one launch."""
     from measure_gpu import SECTIONS
     from measuring import SHAPES, Bench, Shape
@@ -65,7 +65,7 @@ def recorded(sections: Iterable[str], golden: Path) -> list[tuple[str, bool]]:
 
     device = Recorder()
     cupy = SimpleNamespace(RawKernel=lambda *a: None, cuda=SimpleNamespace(Event=lambda: None))
-    bench = Small(Namespace(seconds=3600, quick=False, golden=golden, traces=None), device, cupy)
+    bench = Small(Namespace(seconds=3600, quick=quick, golden=golden, traces=None), device, cupy)
     for name in sections:
         SECTIONS[name].models(bench)
     return list(device.texts)
@@ -102,9 +102,11 @@ def main() -> None:
     import importable
     from measure_gpu import SECTIONS
 
-    folder, sections = Path(sys.argv[1]), sys.argv[2:] or list(SECTIONS)
+    quick = "--quick" in sys.argv
+    name, *sections = (argument for argument in sys.argv[1:] if argument != "--quick")
+    folder, sections = Path(name), sections or list(SECTIONS)
     folder.mkdir(parents=True, exist_ok=True)
-    texts = [text for text, _ in recorded(sections, importable.ROOT.parent / "shared" / "golden")]
+    texts = [text for text, _ in recorded(sections, importable.ROOT.parent / "shared" / "golden", quick)]
     with ProcessPoolExecutor() as pool:
         for done, _ in enumerate(pool.map(partial(compiled_here, folder), texts), 1):
             print(f"{done} of {len(texts)}", flush=True)
