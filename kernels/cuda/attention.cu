@@ -227,7 +227,9 @@ FUNCTION void attend_end(Words a, int item, int first, int heads, int c0, int wi
     for (int i = thread(); i < min(heads, R - first) * channels; i += threads()) {
         int r = i / channels, c = i % channels, h = g * R + first + r;
         float most = lowest(), sum = 0, whole = 0;
+#pragma unroll 5
         for (int w = 0; w < warps(); w++) most = fmaxf(most, found_by(w, r, heads, width)[width + 1]);
+#pragma unroll 5
         for (int w = 0; w < warps(); w++) {
             const float *part = found_by(w, r, heads, width);
             float by = part[width + 1] == lowest() ? 0.0f : expf(part[width + 1] - most);

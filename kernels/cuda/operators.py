@@ -34,7 +34,7 @@ from tcinfer.kernels.reference.quants import Matrix
 __all__ = ["angles", "attention", "embed", "gelu", "linear", "norm", "small", "stored", "swiglu"]
 
 SPLIT = 32  # keys of a head that a block takes at least, of a token's
-MERGED = 8  # parts up to which a product puts them together as it reads them
+MERGED = 4  # parts up to which a product puts them together as it reads them
 LONG_SPLIT, MOST_SPLITS = 256, 64  # the same for a key head, where there are more keys
 LARGEST_HEAD = 256  # that attend_many has room for
 
@@ -220,7 +220,7 @@ def attention(plan: Plan, geometry: Geometry, new: Entering, k_field: int, v_fie
     tensor_cores = half and D % 2 == 0 and D <= LARGEST_HEAD
     by_itself = SESSIONS if tensor_cores else SESSIONS | PROMPT
     splits, split_form = max(1, min(MERGED, keys // SPLIT, plan.device.multiprocessors // H)), form_of(half, 1, D)
-    if keys > LONG_SPLIT * MERGED:
+    if keys > 2 * LONG_SPLIT * MERGED:
         splits, split_form = min(MOST_SPLITS, keys // LONG_SPLIT), form
     parts = plan.room(4 * H * splits * (D + PART_END))
     if splits > 1:

@@ -37,10 +37,10 @@ FUNCTION Words pass_at_hand(char *hand, Words p, int64 fields) {
 KERNEL(TOGETHER_THREADS + 32, 1) together(const int64 *plan, const int64 *pass) {
     const Stream stream = {(int)plan[PLAN_TURNS], (int)plan[PLAN_SLOT_BYTES], shared_memory() + plan[PLAN_HAND] + HAND};
     for (int i = threadIdx.x; i < stream.slots(); i += blockDim.x)
-        mbarrier_init(stream.full(i), 32), mbarrier_init(stream.empty(i), 1);
+        mbarrier_init(stream.full(i), BRINGERS), mbarrier_init(stream.empty(i), 1);
     __syncthreads();
     if (threadIdx.x >= TOGETHER_THREADS) {
-        bring(stream, words(plan[PLAN_STREAM]), plan[PLAN_STREAMS], pass, blockIdx.x, gridDim.x);
+        bring(stream, words(plan[PLAN_STREAM]), (int)plan[PLAN_STREAMS], pass, blockIdx.x, gridDim.x);
         return;
     }
     char *hand = shared_memory() + plan[PLAN_HAND];

@@ -11,7 +11,7 @@ enum { MAKE, X, X_STRIDE, COLUMNS, WEIGHT, BIAS, EPSILON, FRESH, STAGED };
 // them apart while they are written, too.
 FUNCTION int place_of(int run, int quarter) { return 33 * (8 * (run / 32) + quarter) + run % 32; }
 
-const int MOST_MERGED = 8;  // parts
+const int MOST_MERGED = 4;  // parts
 
 // Four channels of a head, put together from what `splits` blocks have found of it.
 FUNCTION float4 merged(const float *parts, int D, int splits, int c) {
@@ -163,10 +163,8 @@ template <int MAKE> FUNCTION Four four_of(const Row &r, int c) {
     return f;
 }
 
-const int HELD = 3;  // times four columns that a thread reads before it uses any
-
 // What a norm needs of the whole row, whose first columns are held.
-template <int MAKE> FUNCTION void measure(Row &r, const Four held[HELD], float epsilon) {
+template <int MAKE> FUNCTION void measure(Row &r, const Four held[3], float epsilon) {
     float part = 1.0f / (float)r.columns;
     for (int moment = MAKE == LAYER_NORM ? 0 : 1; moment < 2; moment++) {
         float sum = 0;
@@ -185,9 +183,9 @@ template <int MAKE> FUNCTION void measure(Row &r, const Four held[HELD], float e
             r.mean = sum;
     }
 }
-static_assert(HELD == 3);
 
 template <int MAKE> FUNCTION void stage_as(Words a, bool bytes) {
+    const int HELD = MAKE == MERGED_PARTS ? 1 : 3;  // times four columns that a thread reads before it uses any
     Row r = {MAKE, (int)a[COLUMNS], floats(a[X]), floats(a[WEIGHT]), floats(a[BIAS]), 0, 1, (int)a[X_STRIDE], (int)a[WEIGHT]};
     float epsilon = (float)number(a[EPSILON]);
     int runs = (r.columns + 31) / 32, all = (8 * runs + 31) / 32 * 32, first = thread();
@@ -196,7 +194,8 @@ template <int MAKE> FUNCTION void stage_as(Words a, bool bytes) {
         Four held[HELD];
 #pragma unroll
         for (int j = 0; j < HELD; j++) held[j] = four_of<MAKE>(r, 4 * (first + j * threads()));
-        if ((MAKE == RMS_NORM || MAKE == LAYER_NORM) && first == thread()) measure<MAKE>(r, held, epsilon);
+        if constexpr (MAKE == RMS_NORM || MAKE == LAYER_NORM)
+            if (first == thread()) measure<MAKE>(r, held, epsilon);
 #pragma unroll
         for (int j = 0; j < HELD; j++) {
             int i = first + j * threads();

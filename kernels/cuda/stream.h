@@ -51,27 +51,28 @@ FUNCTION Share share_of(Words a, int block, int blocks) {
 }
 
 // Of the warp that copies: all that this block will need of `count` streams.
-FUNCTION void bring(const Stream &stream, Words of, int64 count, Words p, int block, int blocks) {
+FUNCTION void bring(const Stream &stream, Words of, int count, Words p, int block, int blocks) {
+    if (lane() >= BRINGERS) return;
+    bool head = p[OUT_ROWS] != 0;
     unsigned n = 0;
-    for (int64 i = 0; i < count; i++, of += STREAM_WORDS) {
-        if (of[STREAM_HEAD] && !p[OUT_ROWS]) continue;
-        int64 tile_bytes = of[STREAM_TILE];
-        int chunk_bytes = (int)of[STREAM_CHUNK], chunks = ((int)of[STREAM_RUNS] + 31) / 32;
-        int last_bytes = (int)tile_bytes - (chunks - 1) * chunk_bytes;
-        const char *from = (const char *)of[STREAM_CHUNKS] + 16 * lane();
+    for (int i = 0; i < count; i++, of += STREAM_WORDS) {
+        if (of[STREAM_HEAD] && !head) continue;
         Share share = share_of(of + STREAM_SHARE, block, blocks);
-        for (int tile = 0; tile < share.tiles; tile += share.together)
+        int chunk_bytes = (int)of[STREAM_CHUNK], chunks = ((int)of[STREAM_RUNS] + 31) / 32;
+        int64 tile_bytes = of[STREAM_TILE], apart = tile_bytes * blocks;  // from one tile of the block to its next
+        int last_bytes = (int)tile_bytes - (chunks - 1) * chunk_bytes;
+        const char *first = (const char *)of[STREAM_CHUNKS] + share.first * tile_bytes;
+        for (int tile = 0; tile < share.tiles; tile += share.together, first += share.together * apart) {
+            int beside = share.at_once(tile);
             for (int c = 0; c < chunks; c++) {
+                const char *from = first + c * chunk_bytes;
                 int bytes = c + 1 < chunks ? chunk_bytes : last_bytes;
-                for (int j = 0; j < share.at_once(tile); j++, n++) {
-                    const char *chunk = from + (share.first + (int64)(tile + j) * blocks) * tile_bytes + c * chunk_bytes;
-                    char *to = stream.slot(n) + 16 * lane();
+                for (int j = 0; j < beside; j++, n++, from += apart) {
                     mbarrier_wait(stream.empty(n), stream.turn(n) ^ 1);
-#pragma unroll 4
-                    for (int b = 0; b < bytes - 16 * lane(); b += 512) copy_later(to + b, chunk + b);
-                    mbarrier_arrive_copied(stream.full(n));
+                    bring_chunk(stream.slot(n), from, bytes, stream.full(n));
                 }
             }
+        }
     }
     end_group();
     wait_for_groups<0>();
