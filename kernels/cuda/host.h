@@ -630,13 +630,6 @@ FUNCTION void mbarrier_wait(uint64 *at, unsigned parity) {
     host::park();
 }
 
-// As GPUs before 9.0 do it. This cannot show a size or an address that the bulk copies of later ones refuse.
-const int BRINGERS = 32;
-FUNCTION void bring_chunk(char *to, const char *from, int bytes, uint64 *full) {
-    for (int b = 16 * (threadIdx.x % 32); b < bytes; b += 512) copy_later(to + b, from + b);
-    mbarrier_arrive_copied(full);
-}
-
 // Thread 0 always waits a round, so that blocks leave in the order of the seed too.
 FUNCTION void grid_barrier(unsigned *arrivals, unsigned goal, int threads) {
     first_threads_meet(threads);

@@ -124,9 +124,6 @@ FUNCTION void first_threads_meet(int threads) { asm volatile("bar.sync 1, %0;" :
 FUNCTION void mbarrier_init(uint64 *at, unsigned arrivals) {
     unsigned where = (unsigned)__cvta_generic_to_shared(at);
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(where), "r"(arrivals) : "memory");
-#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // bulk copies see it
-#endif
 }
 FUNCTION void mbarrier_arrive(uint64 *at) {
     unsigned where = (unsigned)__cvta_generic_to_shared(at);
@@ -151,26 +148,6 @@ FUNCTION void mbarrier_wait(uint64 *at, unsigned parity) {
                     : "memory");
     while (!done);
 }
-
-// A chunk of weights into shared memory, in the background, by BRINGERS threads of a warp; `full` has an arrival of each
-// to wait for, and ends its phase when all is there. Multiples of 16 bytes.
-#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
-const int BRINGERS = 1;
-FUNCTION void bring_chunk(char *to, const char *from, int bytes, uint64 *full) {
-    unsigned where = (unsigned)__cvta_generic_to_shared(to), barrier = (unsigned)__cvta_generic_to_shared(full);
-    asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(barrier), "r"(bytes)
-                 : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(where),
-                 "l"(from), "r"(bytes), "r"(barrier)
-                 : "memory");
-}
-#else
-const int BRINGERS = 32;
-FUNCTION void bring_chunk(char *to, const char *from, int bytes, uint64 *full) {
-    for (int b = 16 * (threadIdx.x % 32); b < bytes; b += 512) copy_later(to + b, from + b);
-    mbarrier_arrive_copied(full);
-}
-#endif
 
 // All blocks of a cooperative launch meet, their first `threads` threads; what each has written before is there for all
 // afterwards. `arrivals` counts from 0 at the launch and is never reset in it; `goal` is the count at which this meeting

@@ -33,11 +33,11 @@ FUNCTION Words pass_at_hand(char *hand, Words p, int64 fields) {
     return own;
 }
 
-// Cooperative, every block at once on the device; one warp more than those that compute.
-KERNEL(TOGETHER_THREADS + 32, 1) together(const int64 *plan, const int64 *pass) {
+// Cooperative, every block at once on the device; more threads than those that compute.
+KERNEL(TOGETHER_THREADS + LOADER_THREADS, 1) together(const int64 *plan, const int64 *pass) {
     const Stream stream = {(int)plan[PLAN_TURNS], (int)plan[PLAN_SLOT_BYTES], shared_memory() + plan[PLAN_HAND] + HAND};
     for (int i = threadIdx.x; i < stream.slots(); i += blockDim.x)
-        mbarrier_init(stream.full(i), BRINGERS), mbarrier_init(stream.empty(i), 1);
+        mbarrier_init(stream.full(i), LOADER_THREADS), mbarrier_init(stream.empty(i), 1);
     __syncthreads();
     if (threadIdx.x >= TOGETHER_THREADS) {
         bring(stream, words(plan[PLAN_STREAM]), (int)plan[PLAN_STREAMS], pass, blockIdx.x, gridDim.x);

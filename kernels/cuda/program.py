@@ -22,8 +22,8 @@ SOURCES = (
     "infini.cu",
     "sampling.cu",
 )
-TOGETHER_THREADS, ALONE_THREADS = 480, 256  # of a block
-LOADER_THREADS = 32  # more, of a token's launch (stream.h)
+TOGETHER_THREADS, ALONE_THREADS = 448, 256  # of a block
+LOADER_THREADS = 64  # more, of a token's launch (stream.h)
 DESK = 1024  # bytes of a block's shared memory in front of an operator's own (common.h)
 HAND = 3072  # more, of a token's launch, for what it is told (passes.cu)
 RECORD = 48  # words of a step of a token's launch: its operator, what it ends with, its arguments
@@ -36,7 +36,17 @@ NO_WAIT, WAIT_FOR_BLOCK, WAIT_FOR_GRID = range(3)  # what a step ends with (pass
 # Words of a pass beyond those of kernels.cpu.plan. The last one is no argument: blocks count there how many have come.
 KEY_HEADS, CHOICES, HOW, ARRIVALS, PASS = range(words.PASS, words.PASS + 5)
 SHARED = (
-    *("KEY_HEADS", "CHOICES", "HOW", "ARRIVALS", "PASS", "TOGETHER_THREADS", "ALONE_THREADS", "HOW_MANY"),
+    *(
+        "KEY_HEADS",
+        "CHOICES",
+        "HOW",
+        "ARRIVALS",
+        "PASS",
+        "TOGETHER_THREADS",
+        "ALONE_THREADS",
+        "LOADER_THREADS",
+        "HOW_MANY",
+    ),
     *("PLAIN", "RMS_NORM", "LAYER_NORM", "SWIGLU", "GELU", "MERGED_PARTS", "PART_END"),
     *("NO_WAIT", "WAIT_FOR_BLOCK", "WAIT_FOR_GRID", "DESK", "HAND", "RECORD"),
 )

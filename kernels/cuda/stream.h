@@ -1,12 +1,13 @@
-// Weights on their way: in a token's one launch a warp of each block does nothing but copy the weights that the block
-// will need into shared memory, chunk after chunk (kinds.h), as far ahead as there is room. It waits for nobody else, so
-// that memory is busy while blocks meet, attend or choose.
+// Weights on their way: in a token's one launch two warps of each block do nothing but copy the weights that the block
+// will need into shared memory, chunk after chunk (kinds.h), as far ahead as there is room. They wait for nobody else, so
+// that memory is busy while blocks meet, attend or choose. (One warp brings a chunk in some 450 cycles, of whatever size:
+// less than memory could. Bulk copies, tried on an H100, ended launches in a way that no tool explained.)
 //
 // A stream is a matrix of which each block takes every so-manieth tile (ROWS rows). Its chunks come one after the other,
 // each into the next slot of a ring; `full` and `empty` of a slot are barriers in shared memory.
 
 // On the desk: parts of sums, how many chunks have come before the present step, the stream itself; in bytes.
-enum { DESK_PARTS = 256, DESK_BEGUN = 512, DESK_STREAM = 528 };
+enum { DESK_PARTS = 256, DESK_BEGUN = 768, DESK_STREAM = 784 };
 
 enum { STREAM_CHUNKS, STREAM_RUNS, STREAM_TILE, STREAM_CHUNK, STREAM_HEAD, STREAM_SHARE, STREAM_WORDS = 10 };
 
@@ -50,9 +51,9 @@ FUNCTION Share share_of(Words a, int block, int blocks) {
     return {first, (int)a[SHARE_EACH] + larger, (int)(how & 255), (int)(how >> 8 & 255), how >> 16};
 }
 
-// Of the warp that copies: all that this block will need of `count` streams.
+// Of the LOADER_THREADS that copy, each a part of every chunk: all that this block will need of `count` streams.
 FUNCTION void bring(const Stream &stream, Words of, int count, Words p, int block, int blocks) {
-    if (lane() >= BRINGERS) return;
+    int own = 16 * ((int)threadIdx.x - TOGETHER_THREADS);
     bool head = p[OUT_ROWS] != 0;
     unsigned n = 0;
     for (int i = 0; i < count; i++, of += STREAM_WORDS) {
@@ -69,7 +70,10 @@ FUNCTION void bring(const Stream &stream, Words of, int count, Words p, int bloc
                 int bytes = c + 1 < chunks ? chunk_bytes : last_bytes;
                 for (int j = 0; j < beside; j++, n++, from += apart) {
                     mbarrier_wait(stream.empty(n), stream.turn(n) ^ 1);
-                    bring_chunk(stream.slot(n), from, bytes, stream.full(n));
+                    char *to = stream.slot(n);
+#pragma unroll 4
+                    for (int b = own; b < bytes; b += 16 * LOADER_THREADS) copy_later(to + b, from + b);
+                    mbarrier_arrive_copied(stream.full(n));
                 }
             }
         }
