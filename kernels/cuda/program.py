@@ -22,8 +22,8 @@ SOURCES = (
     "infini.cu",
     "sampling.cu",
 )
-TOGETHER_THREADS, ALONE_THREADS = 448, 256  # of a block
-LOADER_THREADS = 64  # more, of a token's launch (stream.h)
+TOGETHER_THREADS, ALONE_THREADS = 480, 256  # of a block
+LOADER_THREADS = 32  # more, of a token's launch (stream.h)
 DESK = 1024  # bytes of a block's shared memory in front of an operator's own (common.h)
 HAND = 3072  # more, of a token's launch, for what it is told (passes.cu)
 RECORD = 48  # words of a step of a token's launch: its operator, what it ends with, its arguments

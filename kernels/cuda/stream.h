@@ -1,7 +1,6 @@
-// Weights on their way: in a token's one launch two warps of each block do nothing but copy the weights that the block
-// will need into shared memory, chunk after chunk (kinds.h), as far ahead as there is room. They wait for nobody else, so
-// that memory is busy while blocks meet, attend or choose. (One warp brings a chunk in some 450 cycles, of whatever size:
-// less than memory could. Bulk copies, tried on an H100, ended launches in a way that no tool explained.)
+// Weights on their way: in a token's one launch a warp of each block does nothing but copy the weights that the block
+// will need into shared memory, chunk after chunk (kinds.h), as far ahead as there is room. It waits for nobody else, so
+// that memory is busy while blocks meet, attend or choose.
 //
 // A stream is a matrix of which each block takes every so-manieth tile (ROWS rows). Its chunks come one after the other,
 // each into the next slot of a ring; `full` and `empty` of a slot are barriers in shared memory.
@@ -28,8 +27,10 @@ FUNCTION Stream &stream_at_hand() { return *(Stream *)(shared_memory() + DESK_ST
 
 // A block's part of a stream. Its warps take `together` tiles at a time: where there are few, `sharers` of them share
 // each, and a warp takes every so-manieth of its chunks. Chunks come in the order in which the warps then ask for them,
-// tile after tile of the first column of chunks, then of the next: so no warp waits for one that is `warps` or more
-// behind another that has come.
+// tile after tile of the first column of chunks, then of the next. So when a warp waits for a chunk, one that is at most
+// `warps` before it has come, and with it all before that: there are more slots than warps, hence also the one that had
+// the slot before, which a phase's parity could not tell from the awaited one. Copies that may come in another order
+// than they were asked for (bulk copies) would need a bound on how many are on their way.
 struct Share {
     int first, tiles;  // its first tile, how many
     int sharers, together;

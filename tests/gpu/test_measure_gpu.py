@@ -13,7 +13,7 @@ from host_device import host_device
 from measure_gpu import ended
 
 SCRIPT = Path(__file__).with_name("measure_gpu.py")
-SECTIONS = ("golden", "decode", "graph", "sessions", "prompt", "torch", "long", "sanitize")
+SECTIONS = ("golden", "decode", "steps", "sessions", "prompt", "torch", "long", "sanitize")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
