@@ -1,6 +1,10 @@
 // The twin of machine.h on a CPU, for tests: a kernel runs thread by thread, each CUDA thread a fiber on the one thread
 // that calls launch(). Barriers and functions of a whole warp are the places where fibers wait for each other; from one
 // such place to the next a fiber runs alone, and a seed says who comes first. An answer that depends on it is a race.
+//
+// What it cannot show: how long anything takes (on an H100 64-bit divisions, conversions of bytes to floats, and code that
+// is run once cost more than the arithmetic around them); copies that come in another order than a thread asked for
+// them; and what CuPy does.
 #pragma once
 #undef _FORTIFY_SOURCE // its longjmp refuses to leave one stack for another
 

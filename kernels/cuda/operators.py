@@ -150,7 +150,7 @@ def linear(
     return y
 
 
-OUTPUTS, Y, _, _, ADD, SHIFT, *_, FIRST_MADE = range(4, 16)  # arguments of linear_one
+OUTPUTS, Y, ADD, SHIFT, FIRST_MADE = 4, 5, 8, 9, 15  # arguments of linear_one
 
 
 def _share(w: Weights, shift: int, blocks: int) -> tuple[int, ...]:

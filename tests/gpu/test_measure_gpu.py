@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from host_device import host_device
 from measure_gpu import ended
+from programs import cubin_of, recorded
 
 SCRIPT = Path(__file__).with_name("measure_gpu.py")
 SECTIONS = ("golden", "decode", "steps", "sessions", "prompt", "torch", "long", "sanitize")
@@ -58,3 +59,11 @@ def test_a_section_that_is_not_there() -> None:
     done = run("nothing")
     assert done.returncode == 2
     assert "no section nothing" in done.stderr
+
+
+def test_what_a_section_compiles_is_known_without_a_gpu(tmp_path: Path) -> None:
+    texts = recorded(["long"], tmp_path)
+    assert [together for _, together in texts] == [True, False]  # the bundled model's
+    assert all("KERNEL" in text for text, _ in texts)
+    assert len({cubin_of(tmp_path, text) for text, _ in texts}) == 2
+    assert set(texts) < set(recorded(["sessions", "long"], tmp_path))
