@@ -3,7 +3,8 @@
     python tests/gpu/measure_gpu.py [--quick] [--golden FOLDER] [--cubins FOLDER] [--json FILE] [SECTION ...]
 
 Sections, in this order: golden (answers, against the published checkpoints and the reference), decode, steps (where the
-time of a token and of a prompt goes), sessions, prompt, torch (PyTorch beside it), long (a million tokens), sanitize.
+time of a token and of a prompt goes), sessions, prompt, torch (PyTorch beside it), long (a million tokens), sanitize,
+profile (Nsight Compute).
 Each is a process of its own with its share of the time (--seconds), so that one that fails or hangs takes no other with
 it; the exit status is 1 if any did. --compiled: PyTorch's side through torch.compile. --stand-in: everything tiny, on
 CPU threads in place of a GPU, to test this script.
@@ -317,6 +318,48 @@ def kinds_models(b: Bench) -> None:
     bundled(b)
 
 
+def once(b: Bench) -> None:
+    """What `profile` looks at: some tokens of each shape."""
+    from measuring import Kind, filled, stepping
+
+    for shape, kind, memory, window in TRACED[:2]:
+        run = stepping(filled(b.random(shape, Kind[kind], memory, window)))
+        for _ in range(10):
+            run()
+
+
+def profile(b: Bench) -> None:
+    """Why the warps of a token's launch wait, by Nsight Compute; instruction by instruction in the traces' folder."""
+    command = shutil.which("ncu") or "/usr/local/cuda/bin/ncu"
+    if b.cupy is None or not Path(command).exists():
+        b.row("ncu", "none: needs a GPU" if b.cupy is None else "not found")
+        return
+    own = [*ME, "--alone", "once", "--seconds", str(b.left()), "--rows", os.devnull]
+    own += ["--cubins", str(b.options.cubins)] if b.options.cubins else []
+    report = Path(tempfile.mkdtemp(), "report")
+    what = [
+        "--metrics",
+        "group:smsp__pcsamp_warp_stall_reasons",
+        "--section",
+        "SourceCounters",
+        "--clock-control",
+        "none",
+    ]
+    which = ["--kernel-name", "together", "--launch-skip", "5", "--launch-count", "1"]
+    text, error = ended([command, *what, *which, "-f", "-o", str(report), *own], b.left() * 0.8, keep=True)
+    said, _ = ended([command, "-i", f"{report}.ncu-rep", "--page", "raw"], 20, keep=True)
+    found = [line.split() for line in said.splitlines() if "pcsamp_warps_issue_stalled" in line]
+    found = sorted(((float(words[-1].replace(",", "")), words[0]) for words in found if len(words) > 1), reverse=True)
+    for samples, name in found[:8]:
+        b.row(f"{TRACED[0][0]}: {name.removeprefix('smsp__pcsamp_warps_issue_stalled_')}", f"{samples:,.0f} samples")
+    if b.options.traces:
+        lines, _ = ended([command, "-i", f"{report}.ncu-rep", "--page", "source", "--csv"], 20, keep=True)
+        (b.options.traces / "stalls.csv").write_text(lines)
+    if error or not found:
+        b.row("ncu", f"FAILED: {error} {' '.join(text.split())[-200:]}")
+        b.failed = True
+
+
 class Section(NamedTuple):
     run: Callable[[Bench], None]
     share: float = 0  # of the time
@@ -332,8 +375,9 @@ SECTIONS = {
     "torch": Section(torch, 45, kinds_models),
     "long": Section(long, 100),
     "sanitize": Section(sanitize, 75, golden_models),
+    "profile": Section(profile, 30, traced_models),
 }
-HIDDEN = {"small": Section(small)}
+HIDDEN = {"small": Section(small), "once": Section(once)}
 ME = [sys.executable, __file__]
 
 

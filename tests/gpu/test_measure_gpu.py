@@ -14,7 +14,7 @@ from measure_gpu import ended
 from programs import cubin_of, recorded
 
 SCRIPT = Path(__file__).with_name("measure_gpu.py")
-SECTIONS = ("golden", "decode", "steps", "sessions", "prompt", "torch", "long", "sanitize")
+SECTIONS = ("golden", "decode", "steps", "sessions", "prompt", "torch", "long", "sanitize", "profile")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
