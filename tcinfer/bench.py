@@ -66,9 +66,9 @@ class Report:
 
     model: str
     memory: str
-    threads: int
-    tier: str
-    bandwidth: float  # bytes per second that this machine reads, median
+    threads: int  # 0 on a GPU
+    tier: str  # of the CPU's instructions, or the GPU's name
+    bandwidth: float  # bytes per second that this machine reads (a GPU reads and writes), median
     weight_bytes: int  # of the matrices that each token needs, as the file holds them
     prompt: int
     tokens: int
@@ -108,9 +108,10 @@ class Report:
             for name, cell in cells.items():
                 if cell is not None:
                     columns.setdefault(name, []).append(cell)
+        machine = f"{self.threads} threads, {self.tier}; reads" if self.threads else f"{self.tier}; copies"
         lines = [
-            f"{self.model}, {self.memory} memory, {self.threads} threads, {self.tier}; reads "
-            f"{self.bandwidth / 1e9:.1f} GB/s; {self.weight_bytes / 1e6:.1f} MB of weights a token",
+            f"{self.model}, {self.memory} memory, {machine} {self.bandwidth / 1e9:.1f} GB/s; "
+            f"{self.weight_bytes / 1e6:.1f} MB of weights a token",
             "",
             "| " + " | ".join(columns) + " |",
             "|---" + "|---:" * (len(columns) - 1) + "|",
@@ -225,11 +226,10 @@ def run(
     progress: Callable[[int], None] = lambda n: None,
 ) -> Report:
     """Measure reading a prompt and decoding at each depth, `rounds` times; progress is told of each figure."""
-    if model.bytes_per_token is None or model.ops.threads is None:
-        raise TcinferError("bench measures CPUs: use --backend numba (tests/gpu/measure_gpu.py measures a GPU)")
-    from tcinfer.kernels.cpu.bandwidth import Bandwidth
-    from tcinfer.kernels.cpu.simd import TIER
-
+    if model.bytes_per_token is None:
+        raise TcinferError("bench measures compiled backends: use --backend numba or cuda")
+    if peer and model.ops.threads is None:
+        raise TcinferError("--compare runs llama.cpp on the CPU: use --backend numba beside it")
     ids, reads = _ids(model), []
     runs: list[tuple[Runner, Measured]] = []
     for depth in depths:  # first, while this process holds nothing else
@@ -239,10 +239,11 @@ def run(
     for depth in depths if peer else ():
         for flash in (False, True) if depth <= DEEPEST_PEER else ():
             context = depth + max(prompt, tokens, WARMING) + 1
+            assert model.ops.threads is not None
             other = _LlamaCpp(path, context, model.ops.threads.count, flash, ids)
             other.start(depth)
             runs.append((other, Measured(other.name, depth)))
-    bandwidth = Bandwidth(model.ops.threads, model.bytes_per_token)
+    machine, bandwidth = _machine(model)
     for _ in range(rounds):
         reads.append(bandwidth.measure())
         for runner, row in runs:
@@ -254,14 +255,28 @@ def run(
     return Report(
         path,
         model.config.memory,
-        model.ops.threads.count,
-        TIER,
+        model.ops.threads.count if model.ops.threads else 0,
+        machine,
         float(np.median(reads)),
         model.bytes_per_token,
         prompt,
         tokens,
         sorted((row for _, row in runs), key=lambda row: row.depth),
     )
+
+
+def _machine(model: Model) -> tuple[str, Any]:
+    """What the model runs on, and what measures the bandwidth of its memory."""
+    if model.ops.threads is None:
+        from tcinfer.kernels.cuda.bandwidth import Bandwidth as Copies
+
+        device = model.ops.device  # type: ignore[attr-defined]
+        return device.name, Copies(device)
+    from tcinfer.kernels.cpu.bandwidth import Bandwidth
+    from tcinfer.kernels.cpu.simd import TIER
+
+    assert model.bytes_per_token is not None
+    return TIER, Bandwidth(model.ops.threads, model.bytes_per_token)
 
 
 def _round(runner: Runner, row: Measured, ids: NDArray[np.int64], prompt: int, tokens: int) -> None:

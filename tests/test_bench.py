@@ -61,7 +61,7 @@ def test_soak_streams_so_many_tokens_in_constant_state() -> None:
         (("--soak", "0"), "--soak"),
         (("-o", "xml"), "--output must be one of md, json"),
         (("--compare", "ollama"), "--compare must be one of"),
-        (("--backend", "numpy"), "bench measures CPUs: use --backend numba"),
+        (("--backend", "numpy"), "bench measures compiled backends: use --backend numba or cuda"),
         (("--cache-type", "f8"), "cache_type must be one of f16, f32"),
     ],
 )

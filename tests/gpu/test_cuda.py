@@ -16,7 +16,7 @@ from test_engine import at_many_positions, other_shape
 from test_memory import config_of, difference, feed, weights_of
 
 import tcinfer
-from tcinfer import device_engine, kernels
+from tcinfer import bench, device_engine, kernels
 from tcinfer.errors import TcinferError
 from tcinfer.kernels.cuda import Cuda, operators
 from tcinfer.kernels.cuda.plan import ONE, PROMPT, Pass, Plan
@@ -336,3 +336,18 @@ def test_more_weights_for_a_block_than_its_shared_memory_holds(monkeypatch: pyte
     for token in range(4):
         a, b = (session.feed([token]) for session in (want, got))
         assert np.abs(a - b).max() < 1e-5 * np.abs(a).max()
+
+
+def test_bench_measures_a_gpu_by_the_same_table(backend: str) -> None:  # noqa: F811
+    model = tcinfer.load(SHAKESPEARE, backend=backend)
+    report = bench.run("shakespeare", model, prompt=8, tokens=3, rounds=1)
+    assert report.threads == 0
+    assert report.tier == HostDevice.name
+    assert report.bandwidth > 0
+    assert report.rows[0].median("decode") > 0
+    head, *table = report.markdown().splitlines()
+    assert f"{HostDevice.name}; copies " in head
+    assert "threads," not in head
+    assert len(table) == 4
+    with pytest.raises(TcinferError, match="runs llama"):
+        bench.run("shakespeare", model, peer=True)
