@@ -98,7 +98,7 @@ struct Q8_0 {
 
 // Integers of 4 bits, and of 5 with one more bit each.
 template <int BITS> struct Nibbles {
-    static const int ROWS = 8, LOADS = 1, HIGH = BITS == 5 ? 4 : 0;
+    static const int ROWS = BITS == 4 ? 8 : 4, LOADS = 1, HIGH = BITS == 5 ? 4 : 0;
     static const bool SCALED = true, HALVED = false, ADDED = true;
     static MEMBER void integers(const uint4 *low, uint64 high, int q[8]) {
         nibbles_in_bytes(low, q);
@@ -131,7 +131,7 @@ struct Q5_0 : Centred<5> {};
 
 // q d + m
 template <int BITS> struct Raised : Nibbles<BITS> {
-    static const int D = 4, D_RUNS = 1, S = 0;
+    static const int ROWS = 4, D = 4, D_RUNS = 1, S = 0;
     static MEMBER Scales scales(const char *d, const char *) {
         unsigned pair = word_at(d);
         return both(low_half(pair), high_half(pair));
@@ -153,7 +153,7 @@ struct Q5_K : Blocked<5> {};
 
 // (q - 32) (scale d), a signed byte of scale for 16 columns, d of eight runs.
 struct Q6_K {
-    static const int ROWS = 8, LOADS = 1, HIGH = 8, D = 2, D_RUNS = 8, S = 2;
+    static const int ROWS = 4, LOADS = 1, HIGH = 8, D = 2, D_RUNS = 8, S = 2;
     static const bool SCALED = true, HALVED = true, ADDED = true;
     static MEMBER void integers(const uint4 *low, uint64 high, int q[8]) {
         nibbles_in_bytes(low, q);

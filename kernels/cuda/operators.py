@@ -1,8 +1,8 @@
 """The operators that a model's plan is made of, as steps for a GPU; the same names as in kernels/cpu/operators.py.
 
 What a norm or an activation makes of a row is not computed by itself: it is told to the products that read it, which
-compute it on the way in (staging.h). A token's products read float32 rows; those of many rows read halves that
-`prepare` has written, each row divided by a power of two that keeps it in their range.
+compute it on the way in (staging.h): for a token as whole numbers of 24 bits, or as floats where weights are; those of
+many rows read halves that `prepare` has written, each row divided by a power of two that keeps it in their range.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from tcinfer.kernels.cuda.program import (
     PLAIN,
     RMS_NORM,
     SWIGLU,
-    TOGETHER_THREADS,
     Named,
 )
 from tcinfer.kernels.reference.quants import Matrix
@@ -141,7 +140,7 @@ def linear(
     after = (plan.keep(bias), gate.address if gate else 0, into is not None)
     shift, fresh = _since(plan, x, w, address)
     number = len(plan.streams)
-    share = _share(w, shift, plan.device.multiprocessors)
+    share = _share(w, shift, plan.takers, plan.device.multiprocessors)
     plan.streams.append((*w.words, head, *share))
     one = (*w.words, outputs, address, *after, *share, number, *_made(x), fresh)
     plan.step(Named("linear_one", w.kind.name), *one, wait=wait, when=ONE)
@@ -153,9 +152,9 @@ def linear(
 OUTPUTS, Y, ADD, SHIFT, FIRST_MADE = 4, 5, 8, 9, 15  # arguments of linear_one
 
 
-def _share(w: Weights, shift: int, blocks: int) -> tuple[int, ...]:
+def _share(w: Weights, shift: int, warps: int, blocks: int) -> tuple[int, ...]:
     """Which tiles each block has, and how its warps share them: the words of a share in stream.h."""
-    warps, chunks = TOGETHER_THREADS // 32, -(-w.words[1] // CHUNK_RUNS)
+    chunks = -(-w.words[1] // CHUNK_RUNS)
 
     def how(tiles: int) -> int:
         sharers = min(chunks, warps // tiles) if 0 < tiles < warps else 1

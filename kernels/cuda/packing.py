@@ -129,5 +129,5 @@ BLOCKS: dict[Kind, tuple[np.dtype, Callable[[Any], Parts]]] = {
     Kind.Q5_K: (_dtype(("d", H), ("dmin", H), ("scales", "u1", 12), ("high", "u1", 32), ("q", "u1", 128)), _k_blocks),
     Kind.Q6_K: (_dtype(("q", "u1", 128), ("high", "u1", 64), ("scales", "u1", 16), ("d", H)), _q6_k),
 }
-# ROWS in kinds.h: so many that chunks of most kinds have some 4 KB.
-TILE_ROWS = {kind: 8 for kind in BLOCKS} | {Kind.Q8_0: 4, Kind.F16: 2, Kind.BF16: 2, Kind.F32: 1}
+# ROWS in kinds.h: so many that chunks have 3 to 5 KB.
+TILE_ROWS = {kind: 4 for kind in BLOCKS} | {Kind.Q4_0: 8, Kind.Q4_K: 8, Kind.F16: 2, Kind.BF16: 2, Kind.F32: 1}

@@ -43,7 +43,8 @@ ALWAYS = ONE | PROMPT | SESSIONS
 BLOCKS = 4  # of a launch, for each multiprocessor
 STREAM = 10  # words of a stream (stream.h), of which:
 _, _, TILE, CHUNK = range(4)
-LEAST_SLOTS, MOST_SLOTS = 16, 64  # at least as many as a block has warps
+MOST_SLOTS = 64
+ROOMY = 2**17  # bytes of a block's shared memory from which there is room for a chunk of each warp
 LARGE = ("linear_many", "attend_many", "scan_many")  # have one, which fills it
 
 # Operators that do in one block what belongs to a row and a key head.
@@ -91,6 +92,7 @@ class Plan(cpu.Plan):
         self.prepared: dict[tuple[int, bool, bool], tuple[Any, ...]] = {}  # what operators.py keeps of rows
         self.streams: list[tuple[int, ...]] = []  # weights of a token's products, in order (stream.h)
         self.fields = 0  # of a session's state
+        self.takers = TOGETHER_THREADS // 32 if device.shared_bytes >= ROOMY else 8  # warps that take chunks of weights
         self._uploads: dict[int, int] = {}
         self._captured: dict[int, Callable[[], None]] = {}  # by kind of pass
         self._buffers: list[Any] = []
@@ -169,8 +171,9 @@ class Plan(cpu.Plan):
         start = hand + HAND
         size = max((min(stream[CHUNK], stream[TILE]) for stream in self.streams), default=16)
         slots = min((self.device.shared_bytes - start) // (size + 16), MOST_SLOTS)
-        if slots < LEAST_SLOTS:
-            self._refuse(start + LEAST_SLOTS * (size + 16))
+        least = 1 << (self.takers - 1).bit_length()  # a power of two, and one for each taker
+        if slots < least:
+            self._refuse(start + least * (size + 16))
         return hand, slots.bit_length() - 1, size
 
     def _shared(self, steps: Sequence[cpu.Step], threads: int) -> int:

@@ -28,7 +28,7 @@ FUNCTION Stream &stream_at_hand() { return *(Stream *)(shared_memory() + DESK_ST
 // A block's part of a stream. Its warps take `together` tiles at a time: where there are few, `sharers` of them share
 // each, and a warp takes every so-manieth of its chunks. Chunks come in the order in which the warps then ask for them,
 // tile after tile of the first column of chunks, then of the next. So when a warp waits for a chunk, one that is at most
-// `warps` before it has come, and with it all before that: there are more slots than warps, hence also the one that had
+// `warps` before it has come, and with it all before that: there are as many slots as such warps, or more, hence also the one that had
 // the slot before, which a phase's parity could not tell from the awaited one. Copies that may come in another order
 // than they were asked for (bulk copies) would need a bound on how many are on their way.
 struct Share {

@@ -12,12 +12,14 @@ import pytest
 from conftest import SHAKESPEARE, SMALL, build
 from host_device import HostDevice, backend, device, host_device  # noqa: F401
 from plans import normal, random_matrix
+from programs import Recorder
 from test_engine import at_many_positions, other_shape
 from test_memory import config_of, difference, feed, weights_of
 
 import tcinfer
 from tcinfer import bench, device_engine, kernels
 from tcinfer.errors import TcinferError
+from tcinfer.kernels.cpu.plan import Rows
 from tcinfer.kernels.cuda import Cuda, operators
 from tcinfer.kernels.cuda.plan import ONE, PROMPT, Pass, Plan
 from tcinfer.kernels.reference import pointwise
@@ -351,3 +353,17 @@ def test_bench_measures_a_gpu_by_the_same_table(backend: str) -> None:  # noqa: 
     assert len(table) == 4
     with pytest.raises(TcinferError, match="runs llama"):
         bench.run("shakespeare", model, peer=True)
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if kind not in (Kind.F16, Kind.BF16)], ids=lambda kind: kind.name
+)
+def test_a_wide_model_has_room_on_a_small_card(kind: Kind) -> None:
+    """99 KB of shared memory for a block, as GPUs of 8.6 and 8.9 have, and rows of 14,336 columns."""
+    other = Recorder()
+    other.shared_bytes = 101_376
+    plan = Plan(1, other)
+    weights = random_matrix(kind, 16, 14336)
+    operators.linear(plan, Rows(plan, 14336), operators.stored(plan, weights))
+    plan.finish()
+    assert plan.takers == 8
