@@ -121,7 +121,7 @@ def _config(hf: dict[str, Any], memory: Mapping[str, Any] | None, name: str) -> 
     if memory is not None:
         known = {*source.MEMORY_ARGS, *source.TENSOR_ARGS, *source.TRAINING_ARGS}
         source.refuse_unknown(memory, known, "tensor_cache")
-        arch, own = "tcllama", source.memory_fields(memory)
+        arch, own = "tcllama", source.memory_fields(memory, count("num_hidden_layers"))
     config = ModelConfig(
         arch=arch,
         name=name,

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from tcinfer.config import ModelConfig
 from tcinfer.errors import FileError
-from tcinfer.memory import infini, tensor
+from tcinfer.format import top_layers
+from tcinfer.memory import infini, tensor_cache
 
 F32 = NDArray[np.float32]
 
@@ -50,10 +51,9 @@ class Source:
     packed: tuple[str, ...] = ()  # quantised kinds among the tensors
 
 
-# model_args of the memory (mechanisms.md 1.2, memory-that-works.md 4) -> field of tensor.Options
+# model_args of the memory (mechanisms.md 1.2, memory-that-works.md 4) -> field of tensor_cache.Options
 TENSOR_ARGS = {
     "tc_update_rule": "rule",
-    "tc_layers": "layers",
     "tc_write_on_evict": "write_on_evict",
     "tc_write_on_insert": "write_on_insert",
     "tc_write_then_read": "write_then_read",
@@ -79,6 +79,7 @@ MEMORY_ARGS = {
     "kv_num_sinks": 0,
     "tc_enabled": False,
     "infini_enabled": False,
+    "tc_layers": -1,
     "infini_update_rule": infini.Options.rule,
     "key_conv": 0,
 }
@@ -97,9 +98,9 @@ TRAINING_ARGS = {
 }
 
 
-def memory_fields(args: Mapping[str, Any]) -> dict[str, Any]:
+def memory_fields(args: Mapping[str, Any], n_layers: int) -> dict[str, Any]:
     """The memory of a model by the trainer's model_args, as arguments of ModelConfig. Raises FileError."""
-    defaults = {f.name: f.default for f in fields(tensor.Options)}
+    defaults = {f.name: f.default for f in fields(tensor_cache.Options)}
     wanted = MEMORY_ARGS | {arg: defaults[name] for arg, name in TENSOR_ARGS.items()}
     a = {name: typed(args, name, default) for name, default in wanted.items()}
     window = a["kv_window"] if a["use_kv_cache"] else 0
@@ -110,8 +111,11 @@ def memory_fields(args: Mapping[str, Any]) -> dict[str, Any]:
     if a["infini_enabled"]:  # wins over tc_enabled
         return {"memory": "infini", "options": infini.Options(rule=a["infini_update_rule"]), **shared}
     if a["tc_enabled"]:
-        options = tensor.Options(**{name: a[arg] for arg, name in TENSOR_ARGS.items()})
-        return {"memory": "tensor", "options": options, **shared}
+        options = tensor_cache.Options(**{name: a[arg] for arg, name in TENSOR_ARGS.items()})
+        modes = top_layers(a["tc_layers"], n_layers, shared["window"], shared["sinks"])
+        if type(modes) is tuple:
+            return {"memory": modes, "options": tuple(options if m == "tensor" else None for m in modes), **shared}
+        return {"memory": modes, "options": options, **shared}
     return {"memory": "sinks" if sinks else "window" if window else "full", **shared}
 
 
@@ -166,18 +170,17 @@ class Names:
 
 def take_memory(names: Names, config: ModelConfig, layer: int, prefix: str) -> None:
     """The memory's tensors of one layer, from the trainer's names below `prefix` (mechanisms.md 1.1)."""
-    out, blk = names.out, f"blk.{layer}."
-    if config.key_conv:
+    out, blk, own = names.out, f"blk.{layer}.", config.layers[layer]
+    if own.key_conv:
         out[blk + "attn_key_conv"] = names.take(prefix + "key_conv.weight")
-    if config.memory == "infini":
+    if own.memory == "infini":
         out[blk + "infini_beta"] = names.take(prefix + "infini.beta")
-    if config.memory != "tensor":
+    if own.memory != "tensor":
+        if any(other.memory == "tensor" for other in config.layers):
+            names.drop((prefix + "tc.", prefix + "tc_"))
         return
-    if not tensor.enabled(config, layer):
-        names.drop((prefix + "tc.", prefix + "tc_"))
-        return
-    o: tensor.Options = config.options
-    heads, width = (config.n_kv_heads,), config.d_model
+    o: tensor_cache.Options = own.options
+    heads, width = (own.n_kv_heads,), config.d_model
     for ours, theirs in (("tc_decay", "tc.logit_decay_"), ("tc_rate", "tc.logit_lr_")):
         speeds = [names.take(prefix + theirs + s).check(heads) for s in ("fast", "slow")[: o.timescales]]
         out[blk + ours] = Tensor(speeds[0].name, (len(speeds), *heads), partial(_stack, speeds))

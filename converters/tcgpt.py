@@ -100,7 +100,7 @@ def _config(args: Mapping[str, Any], name: str) -> ModelConfig:
         rope_base=a["rope_base"],
         rope_scaling="ntk" if scaled else "none",
         rope_factor=a["rope_scaling_factor"] if scaled else 1.0,
-        **source.memory_fields(args),
+        **source.memory_fields(args, a["n_layer"]),
     )
 
 
@@ -119,7 +119,7 @@ def _rename(config: ModelConfig, have: dict[str, Tensor], biases: bool) -> Names
             ("attn.c_proj", "attn_output"),
             ("mlp.fc", "ffn_up"),
             ("mlp.proj", "ffn_down"),
-            *((("mlp.gate", "ffn_gate"),) if config.block.mlp == "swiglu" else ()),
+            *((("mlp.gate", "ffn_gate"),) if config.arch == "tcllama" else ()),
         ):
             names.move(h + theirs, blk + ours)
         names.move(h + "attn.c_attn", blk + "attn_qkv")  # queries, keys and values in one

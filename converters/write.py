@@ -20,11 +20,14 @@ from tcinfer import format as schema
 from tcinfer.atomic import replacing
 from tcinfer.converters.source import F32, Source
 from tcinfer.errors import FileError, TcinferError
-from tcinfer.loader import bind, load, operators
-from tcinfer.memory.state import Spec
-from tcinfer.model import Model, tensors
+from tcinfer.engine import backend
+from tcinfer.loader import bind, load
+from tcinfer.memory_options import with_memory
+from tcinfer.model import Model
+from tcinfer.net import Spec
 from tcinfer.progress import bar
 from tcinfer.tokenizer import from_metadata
+from tcinfer.transformer import tensors
 
 OUTTYPES = {
     "f32": Kind.F32,
@@ -194,13 +197,13 @@ def verify(source: Source, path: Path) -> Verified:
     Raises FileError for a file that cannot be loaded, and for logits that are no numbers.
     """
     config = source.config
-    if config.window > VERIFY_WINDOW:  # the same weights in a smaller window: the memory is at work at once
-        config = replace(config, window=VERIFY_WINDOW)
+    window = config.widest.window
+    if window > VERIFY_WINDOW:  # the same weights in a smaller window: the memory is at work at once
+        window, config = VERIFY_WINDOW, with_memory(config, window=VERIFY_WINDOW)
     stored = {name: pack(name, tensor.load(), Kind.F32) for name, tensor in source.tensors.items()}
-    ops = operators("auto", None)
-    original = Model(config, bind(config, stored), from_metadata({}, config.vocab_size), ops)
-    written = load(path, window=config.window or None)
-    count = 2 * (config.sinks + VERIFY_WINDOW)
+    original = Model(config, bind(config, stored), from_metadata({}, config.vocab_size), backend())
+    written = load(path, window=window or None)
+    count = 2 * (config.widest.sinks + VERIFY_WINDOW)
     if config.learned_positions:
         count = min(count, config.context_length)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, count)

@@ -228,7 +228,7 @@ def run(
     """Measure reading a prompt and decoding at each depth, `rounds` times; progress is told of each figure."""
     if model.bytes_per_token is None:
         raise TcinferError("bench measures compiled backends: use --backend numba or cuda")
-    if peer and model.ops.threads is None:
+    if peer and model.threads is None:
         raise TcinferError("--compare runs llama.cpp on the CPU: use --backend numba beside it")
     ids, reads = _ids(model), []
     runs: list[tuple[Runner, Measured]] = []
@@ -239,8 +239,8 @@ def run(
     for depth in depths if peer else ():
         for flash in (False, True) if depth <= DEEPEST_PEER else ():
             context = depth + max(prompt, tokens, WARMING) + 1
-            assert model.ops.threads is not None
-            other = _LlamaCpp(path, context, model.ops.threads.count, flash, ids)
+            assert model.threads is not None
+            other = _LlamaCpp(path, context, model.threads.count, flash, ids)
             other.start(depth)
             runs.append((other, Measured(other.name, depth)))
     machine, bandwidth = _machine(model)
@@ -254,8 +254,8 @@ def run(
             progress(1)
     return Report(
         path,
-        model.config.memory,
-        model.ops.threads.count if model.ops.threads else 0,
+        model.config.memories,
+        model.threads.count if model.threads else 0,
         machine,
         float(np.median(reads)),
         model.bytes_per_token,
@@ -267,16 +267,16 @@ def run(
 
 def _machine(model: Model) -> tuple[str, Any]:
     """What the model runs on, and what measures the bandwidth of its memory."""
-    if model.ops.threads is None:
+    if model.threads is None:
         from tcinfer.kernels.cuda.bandwidth import Bandwidth as Copies
 
-        device = model.ops.device  # type: ignore[attr-defined]
+        device = model.backend.device  # type: ignore[attr-defined]
         return device.name, Copies(device)
     from tcinfer.kernels.cpu.bandwidth import Bandwidth
     from tcinfer.kernels.cpu.simd import TIER
 
     assert model.bytes_per_token is not None
-    return TIER, Bandwidth(model.ops.threads, model.bytes_per_token)
+    return TIER, Bandwidth(model.threads, model.bytes_per_token)
 
 
 def _round(runner: Runner, row: Measured, ids: NDArray[np.int64], prompt: int, tokens: int) -> None:

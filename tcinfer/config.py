@@ -1,11 +1,12 @@
-"""What a model is: its shape, its block, its memory. The only defaults and the only validation of them."""
+"""What a model is: its shape, its layers, their memory. The only defaults and the only validation of them."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
+from functools import cached_property
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any
 
 from tcinfer.errors import TcinferError
 
@@ -16,96 +17,143 @@ LARGEST_COUNT = 2**31 - 1  # of anything a file or an option may count
 LARGEST_FLOAT, SMALLEST_FLOAT = 3.4e38, 1.2e-38  # what a file's 32 bits hold
 
 
-class Architecture(NamedTuple):
-    """The parts in which one transformer block differs from another."""
-
-    norm: str  # "layer" (mean and variance) or "rms"
-    mlp: str  # "gelu" (up, exact-erf GELU, down) or "swiglu" (silu(gate) * up, down)
-    rotary: str  # which channels make a pair: "interleaved" (0,1)(2,3).. or "half" (0,D/2)(1,D/2+1)..
-    ours: bool  # written by this project's schema; others are plain GGUF models
-
-
-ARCHITECTURES = {
-    "tcgpt": Architecture(norm="layer", mlp="gelu", rotary="interleaved", ours=True),
-    "tcllama": Architecture(norm="rms", mlp="swiglu", rotary="half", ours=True),
-    "llama": Architecture(norm="rms", mlp="swiglu", rotary="interleaved", ours=False),
-    "qwen2": Architecture(norm="rms", mlp="swiglu", rotary="half", ours=False),
-}
+# Fields of ModelConfig that may differ from layer to layer: one value for all of them, or a tuple with one for each.
+LAYERED = (
+    *("n_heads", "n_kv_heads", "d_ff", "rope_dim", "rope_base", "rope_scaling", "rope_factor"),
+    *("memory", "window", "sinks", "sink_positions", "key_conv", "options"),
+)
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """Everything about a model that is not a weight. Sizes are counts of elements or tokens."""
+class LayerConfig:
+    """Everything about one layer that is not a weight: its heads, its rotation, its memory."""
 
-    arch: str
-    vocab_size: int
-    n_layers: int
     d_model: int
     n_heads: int
     n_kv_heads: int
     head_dim: int
     d_ff: int
-    context_length: int  # tokens of the training block; a hard limit only with learned positions
-    norm_eps: float = 1e-5
-    rope_dim: int = -1  # channels that rotate: head_dim, or 0 for learned positions; -1 means head_dim
-    rope_base: float = 10000.0
-    rope_scaling: str = "none"  # "linear": angles / factor; "ntk": base * factor^(D/(D-2)), D = head_dim
-    rope_factor: float = 1.0
-    memory: str = "full"  # MODE: full, window, sinks, infini, tensor
-    window: int = 0  # tokens in the ring; 0 is unbounded, the growing cache
-    sinks: int = 0  # first tokens that stay for ever, beside the window
-    sink_positions: str = "stored"  # or "in-cache": a sink's distance stops growing (StreamingLLM)
-    key_conv: int = 0  # taps of the causal convolution on the keys: 0 or 2
-    cache_type: str = "f16"  # elements of the ring: f16 or f32; keys and values are rounded to it as they arrive
-    options: Any = field(default=None)  # the mechanism's own frozen dataclass, or None
-    name: str = ""
+    norm_eps: float
+    rope_dim: int  # channels of a head that rotate, the first ones; 0: none
+    rope_base: float
+    rope_scaling: str  # "linear": angles / factor; "ntk": base * factor^(D/(D-2)), D = head_dim
+    rope_factor: float
+    memory: str  # a name of the registry in memory/
+    window: int  # tokens in the ring; 0 is unbounded, the growing cache
+    sinks: int  # first tokens that stay for ever, beside the window
+    sink_positions: str  # "stored", or "in-cache": a sink's distance stops growing (StreamingLLM)
+    key_conv: int  # taps of the causal convolution on the keys: 0 or 2
+    cache_type: str  # elements of the ring: f16 or f32; keys and values are rounded to it as they arrive
+    options: Any = None  # the mechanism's own frozen dataclass, or None
 
     def __post_init__(self) -> None:
-        if self.arch not in ARCHITECTURES:
-            known = ", ".join(ARCHITECTURES)
-            raise TcinferError(f"architecture {self.arch!r} is not supported; this version runs {known}")
-        if self.rope_dim == -1:
-            object.__setattr__(self, "rope_dim", self.head_dim)
-        for name in ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff"):
+        for name in ("n_heads", "n_kv_heads", "d_ff"):
             check_count(name, getattr(self, name), 1)
-        for name in ("context_length", "rope_dim", "window", "sinks"):
+        for name in ("rope_dim", "window", "sinks"):
             check_count(name, getattr(self, name), 0)
-        check_number("norm_eps", self.norm_eps, 0.0)
         check_number("rope_base", self.rope_base, 0.0, above=True)
         check_number("rope_factor", self.rope_factor, 0.0, above=True)
         check_choice("rope_scaling", self.rope_scaling, ("none", "linear", "ntk"))
         check_choice("sink_positions", self.sink_positions, ("stored", "in-cache"))
         check_choice("key_conv", self.key_conv, (0, 2))
-        check_choice("cache_type", self.cache_type, ("f16", "f32"))
         if self.sinks and not self.window:
             raise TcinferError("sinks stand beside a window, and this memory has none")
-        if self.memory == "full" and self.window:
-            raise TcinferError("full memory has no window")
-        if self.memory == "window" and self.sinks:
-            raise TcinferError("window memory has no sinks")
-        if self.memory in ("window", "sinks") and not self.window:
-            raise TcinferError(f"{self.memory} memory needs a window of at least 1 token")
         if self.n_heads % self.n_kv_heads:
             raise TcinferError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
-        if self.rope_dim not in (0, self.head_dim) or self.rope_dim % 2:
+        if self.rope_dim > self.head_dim or self.rope_dim % 2:
             raise TcinferError(
-                f"rope_dim {self.rope_dim} is not supported: the whole head of {self.head_dim} channels (an even "
-                "number) rotates, or none of it"
+                f"rope_dim {self.rope_dim} is not supported: an even number of channels rotates, at most the head's "
+                f"{self.head_dim}"
             )
         if self.rope_scaling == "ntk" and self.rope_dim == 2:
             raise TcinferError("rope_scaling 'ntk' is not defined for heads of 2 channels")
-
-    @property
-    def block(self) -> Architecture:
-        return ARCHITECTURES[self.arch]
 
     @property
     def cache_dtype(self) -> str:
         """NumPy's name of the ring's elements."""
         return {"f16": "float16", "f32": "float32"}[self.cache_type]
 
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything about a model that is not a weight. Sizes are counts of elements or tokens.
+
+    The fields in LAYERED have one value, or a tuple with one for each layer; `layers` has them layer by layer.
+    """
+
+    arch: str
+    vocab_size: int
+    n_layers: int
+    d_model: int
+    n_heads: int | tuple[int, ...]
+    n_kv_heads: int | tuple[int, ...]
+    head_dim: int
+    d_ff: int | tuple[int, ...]
+    context_length: int  # tokens of the training block; a hard limit only with learned positions
+    norm_eps: float = 1e-5
+    rope_dim: int | tuple[int, ...] = -1  # -1 means head_dim; 0 in all layers: see learned_positions
+    rope_base: float | tuple[float, ...] = 10000.0
+    rope_scaling: str | tuple[str, ...] = "none"
+    rope_factor: float | tuple[float, ...] = 1.0
+    rope_attention: float = 1.0  # by which cosines and sines are multiplied (YaRN, longrope)
+    memory: str | tuple[str, ...] = "full"
+    window: int | tuple[int, ...] = 0
+    sinks: int | tuple[int, ...] = 0
+    sink_positions: str | tuple[str, ...] = "stored"
+    key_conv: int | tuple[int, ...] = 0
+    cache_type: str = "f16"
+    attention_scale: float = 0.0  # of scores; 0: 1/√head_dim
+    softcap: float = 0.0  # of the logits, cap · tanh(x / cap); 0: none
+    options: Any = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_layers", "d_model", "head_dim"):
+            check_count(name, getattr(self, name), 1)
+        check_count("context_length", self.context_length, 0)
+        check_number("norm_eps", self.norm_eps, 0.0)
+        check_number("rope_attention", self.rope_attention, 0.0, above=True)
+        check_number("attention_scale", self.attention_scale, 0.0)
+        check_number("softcap", self.softcap, 0.0)
+        check_choice("cache_type", self.cache_type, ("f16", "f32"))
+        for name in LAYERED:
+            value = getattr(self, name)
+            if name == "rope_dim":  # -1 is the head
+                value = tuple(self.head_dim if v == -1 else v for v in value) if type(value) is tuple else value
+                value = self.head_dim if value == -1 else value
+            if type(value) is tuple:
+                if len(value) != self.n_layers:
+                    raise TcinferError(f"{name} has {len(value)} values, and the model {self.n_layers} layers")
+                value = value[0] if all(v == value[0] and type(v) is type(value[0]) for v in value) else value
+            object.__setattr__(self, name, value)
+        for i in range(self.n_layers if self._differ else 1):
+            self._layer(i)
+
+    @property
+    def _differ(self) -> bool:
+        return any(type(getattr(self, name)) is tuple for name in LAYERED)
+
+    @cached_property
+    def layers(self) -> tuple[LayerConfig, ...]:
+        return tuple(map(self._layer, range(self.n_layers))) if self._differ else (self._layer(0),) * self.n_layers
+
+    def _layer(self, i: int) -> LayerConfig:
+        values = {f.name: getattr(self, f.name) for f in fields(LayerConfig)}
+        return LayerConfig(**{n: v[i] if n in LAYERED and type(v) is tuple else v for n, v in values.items()})
+
+    @property
+    def widest(self) -> LayerConfig:
+        """The layer that sees farthest back exactly (the first of them); its window 0: unbounded."""
+        return max(self.layers, key=lambda layer: layer.window + layer.sinks if layer.window else math.inf)
+
+    @property
+    def memories(self) -> str:
+        """The memories of the layers, each once, as people read it."""
+        return ", ".join(dict.fromkeys(layer.memory for layer in self.layers))
+
     @property
     def learned_positions(self) -> bool:
+        """No layer rotates: positions are a table that is added to the embedding."""
         return self.rope_dim == 0
 
 

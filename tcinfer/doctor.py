@@ -69,16 +69,16 @@ def _compiled() -> tuple[str, dict[str, Any]]:
 
     Raises whatever importing Numba may raise.
     """
-    from tcinfer.kernels import cpu
+    from tcinfer.engine.compiled import operators as all_operators
+    from tcinfer.kernels.cpu.jit import cache_folder
     from tcinfer.kernels.cpu.simd import TIER
     from tcinfer.kernels.cpu.threads import _run
 
-    for name in cpu.MODULES:
-        importlib.import_module(f"tcinfer.kernels.cpu.{name}")
-    folder = cpu.cache_folder()
+    named = {made.file_name for made in all_operators()}
+    folder = cache_folder()
     operators: dict[str, Any] = {
         "cache": folder and _folder(folder),
-        "all": len(cpu.OPERATORS),
+        "all": len(named),
         "compiled": 0,
         "bytes": 0,
     }
@@ -86,7 +86,7 @@ def _compiled() -> tuple[str, dict[str, Any]]:
     for file in Path(_run.stats.cache_path).iterdir() if folder else ():
         with suppress(OSError):  # another process may be writing there
             operators["bytes"] += file.stat().st_size
-        operators["compiled"] += file.suffix == ".nbi" and file.stem in cpu.OPERATORS
+        operators["compiled"] += file.suffix == ".nbi" and file.stem in named
     return TIER, operators
 
 

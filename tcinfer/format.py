@@ -14,7 +14,10 @@ other runtimes refuse it; plain `llama` and `qwen2` files are read too, and then
 | `<arch>.rope.dimension_count`, `.freq_base`, `.scaling.type`, `.scaling.factor` | rotation; 0: learned positions |
 | `tcinfer.memory.mechanism` (string) | full, window, sinks, infini, tensor |
 | `tcinfer.memory.sinks` (u32), `.sink_positions` (string), `.key_conv` (u32) | first level |
-| `tcinfer.memory.<option>` | each option of the mechanism: the fields of `Options` in `memory/<mechanism>.py` |
+| `tcinfer.memory.<option>` | each option of the mechanism: the fields of `Options` in its room in `memory/` |
+
+Heads, `feed_forward_length`, `sliding_window`, rotation and everything below `tcinfer.memory.` are one value for all
+layers, or an array with one for each (an option that a layer's mechanism does not have is then ignored there).
 
 A `tcinfer.` key that this version does not know, or that the file's mechanism does not have, is refused by name.
 Tensors (NumPy order, [out, in]; matrices may be quantised, all else is float32 exactly as trained):
@@ -43,11 +46,13 @@ from typing import Any
 
 import numpy as np
 
-from tcinfer.config import ARCHITECTURES, ModelConfig
-from tcinfer.errors import FileError
-from tcinfer.memory import MODES
+from tcinfer import architectures
+from tcinfer.config import LAYERED, ModelConfig, check_count
+from tcinfer.errors import FileError, TcinferError
+from tcinfer.memory import MODES, room
 
 SCHEMA_VERSION = 1
+MOST_LAYERS = 2**16  # that an array may have values for
 SCHEMA_KEY = "tcinfer.schema_version"
 MEMORY = "tcinfer.memory."
 
@@ -93,27 +98,39 @@ UNSUPPORTED = {
 
 
 def to_metadata(config: ModelConfig) -> dict[str, Any]:
-    """The keys that describe `config`, in order: key -> bool, int, float or str (32-bit in the file)."""
-    arch = config.arch
+    """The keys that describe `config`, in order: key -> bool, int, float or str (32-bit in the file), or a list."""
+    arch, kind = config.arch, architectures.architecture(config.arch)
     out: dict[str, Any] = {"general.architecture": arch}
     if config.name:
         out["general.name"] = config.name
-    ours = config.block.ours
     for name, key in STANDARD.items():
         if name in ("rope_scaling", "rope_factor") and config.rope_scaling == "none":
             continue
-        if name == "window" and not (ours or config.window):  # a plain file says nothing where there is none
+        if name == "window" and not (kind.OURS or config.window):  # a plain file says nothing where there is none
             continue
         out[f"{arch}.{key}"] = getattr(config, name)
     out[f"{arch}.{VALUE_LENGTH}"] = config.head_dim
-    out[f"{arch}.{NORM_EPS[config.block.norm]}"] = config.norm_eps
-    if ours:
+    out[f"{arch}.{NORM_EPS[kind.NORM]}"] = config.norm_eps
+    if kind.OURS:
         out[SCHEMA_KEY] = SCHEMA_VERSION
         for name, key in FIRST_LEVEL.items():
             out[MEMORY + key] = getattr(config, name)
-        if config.options is not None:
-            for f in fields(config.options):
-                out[MEMORY + f.name] = getattr(config.options, f.name)
+        out |= _options(config)
+    if hasattr(kind, "write"):
+        out |= kind.write(config)
+    return {key: list(value) if type(value) is tuple else value for key, value in out.items()}
+
+
+def _options(config: ModelConfig) -> dict[str, Any]:
+    """The keys of the mechanisms' options: a layer that has no such option gets some other layer's."""
+    out: dict[str, Any] = {}
+    given = [layer.options for layer in config.layers]
+    names = {f.name: None for options in given if options is not None for f in fields(options)}
+    for name in names:
+        there = [getattr(options, name, None) for options in given]
+        first = next(value for value in there if value is not None)
+        values = tuple(first if value is None else value for value in there)
+        out[MEMORY + name] = first if len(set(values)) == 1 else values
     return out
 
 
@@ -124,31 +141,34 @@ def from_metadata(metadata: Mapping[str, Any], vocab_size: int, n_tensors: int) 
     TcinferError for values that no model can have.
     """
     arch = architecture(metadata)
-    ours = ARCHITECTURES[arch].ours
-    if ours:
+    kind = architectures.architecture(arch)
+    if kind.OURS:
         _check_schema(metadata)
     if _get(metadata, "split.count", int, 1) > 1:
         raise FileError("this is one part of a split model; join the parts first (llama-gguf-split --merge)")
     values: dict[str, Any] = {"arch": arch, "name": _get(metadata, "general.name", str, "")}
     for name, key in STANDARD.items():
-        default = _default(metadata, arch, name, vocab_size, ours)
-        kind = str if name == "rope_scaling" else float if name in ("rope_base", "rope_factor") else int
-        values[name] = _get(metadata, f"{arch}.{key}", kind, default)
-    values["norm_eps"] = _get(metadata, f"{arch}.{NORM_EPS[ARCHITECTURES[arch].norm]}", float)
+        default = _default(metadata, arch, name, vocab_size, kind.OURS)
+        type_ = str if name == "rope_scaling" else float if name in ("rope_base", "rope_factor") else int
+        values[name] = _get(metadata, f"{arch}.{key}", type_, default, layered=name in LAYERED)
+    values["norm_eps"] = _get(metadata, f"{arch}.{NORM_EPS[kind.NORM]}", float)
     if values["vocab_size"] != vocab_size:
         raise FileError(f"{arch}.vocab_size is {values['vocab_size']}, but the embedding has {vocab_size} rows")
     if values["n_layers"] > n_tensors:
         raise FileError(f"{arch}.block_count is {values['n_layers']}, but the file has {n_tensors} tensors")
     if _get(metadata, f"{arch}.{VALUE_LENGTH}", int, values["head_dim"]) != values["head_dim"]:
         raise FileError(f"{arch}.{VALUE_LENGTH} differs from the key length, which this version does not run")
-    if ours:
-        values |= _read_memory(metadata, arch)
+    if kind.OURS:
+        values |= _read_memory(metadata, arch, values["n_layers"])
     else:
         values["memory"] = "window" if values["window"] else "full"
+        handled = getattr(kind, "KEYS", ())
         for key, harmless in UNSUPPORTED.items():
             found = _get(metadata, f"{arch}.{key}", type(harmless), harmless)
-            if found != harmless:
+            if found != harmless and key not in handled:
                 raise FileError(f"{arch}.{key} = {found:g} is not supported by this version")
+    if hasattr(kind, "read"):
+        kind.read(values, lambda key, default: _get(metadata, f"{arch}.{key}", type(default), default, layered=True))
     return ModelConfig(**values)
 
 
@@ -157,8 +177,10 @@ def architecture(metadata: Mapping[str, Any]) -> str:
     arch = metadata.get("general.architecture")
     if not isinstance(arch, str):
         raise FileError("key 'general.architecture' is missing: this file is no model")
-    if arch not in ARCHITECTURES:
-        raise FileError(f"architecture {arch!r} is not supported; this version runs {', '.join(ARCHITECTURES)}")
+    try:
+        architectures.architecture(arch)
+    except TcinferError as e:
+        raise FileError(str(e)) from None
     return arch
 
 
@@ -174,15 +196,16 @@ def _check_schema(metadata: Mapping[str, Any]) -> None:
 def _default(metadata: Mapping[str, Any], arch: str, name: str, vocab_size: int, ours: bool) -> Any:
     """What a standard key means where it is absent; None where it must be there."""
 
-    def number(field: str) -> int:
-        return _get(metadata, f"{arch}.{STANDARD[field]}", int)
+    def number(field: str) -> Any:
+        return _get(metadata, f"{arch}.{STANDARD[field]}", int, layered=field in LAYERED)
 
     if name == "vocab_size":
         return vocab_size
     if name == "n_kv_heads":
         return number("n_heads")
     if name == "head_dim":
-        return number("d_model") // max(1, number("n_heads"))
+        heads = number("n_heads")
+        return number("d_model") // max(1, heads if type(heads) is int else max(heads, default=1))
     if name == "rope_factor":
         return 1.0 if ours else _get(metadata, f"{arch}.{OLD_FACTOR}", float, 1.0)
     if name == "rope_scaling":  # of a plain file that gives a factor alone, linear is meant
@@ -194,33 +217,70 @@ def _default(metadata: Mapping[str, Any], arch: str, name: str, vocab_size: int,
     return None
 
 
-def _read_memory(metadata: Mapping[str, Any], arch: str) -> dict[str, Any]:
+def _read_memory(metadata: Mapping[str, Any], arch: str, n_layers: int) -> dict[str, Any]:
     """The `tcinfer.memory.` keys as arguments of ModelConfig."""
     values = {
-        name: _get(metadata, MEMORY + key, int if name in ("sinks", "key_conv") else str)
+        name: _get(metadata, MEMORY + key, int if name in ("sinks", "key_conv") else str, layered=True)
         for name, key in FIRST_LEVEL.items()
     }
-    mode = values["memory"]
-    if mode not in MODES:
-        raise FileError(f"{MEMORY}mechanism {mode!r} is not known to this version, which has {', '.join(MODES)}")
+    named = values["memory"] if type(values["memory"]) is tuple else (values["memory"],)
     known = {SCHEMA_KEY, *(MEMORY + key for key in FIRST_LEVEL.values())}
-    options = MODES[mode].mechanism.Options
-    if options is not None:
-        chosen = {f.name: _get(metadata, MEMORY + f.name, type(f.default)) for f in fields(options)}
-        known |= {MEMORY + name for name in chosen}
-        values["options"] = options(**chosen)
+    chosen: dict[str, dict[str, Any]] = {}  # by mode: its options, one value or one for each layer
+    for mode in dict.fromkeys(named):
+        if mode not in MODES:
+            raise FileError(f"{MEMORY}mechanism {mode!r} is not known to this version, which has {', '.join(MODES)}")
+        made = room(mode).Options
+        if made is not None:
+            chosen[mode] = {
+                f.name: _get(metadata, MEMORY + f.name, type(f.default), layered=True) for f in fields(made)
+            }
+            known |= {MEMORY + name for name in chosen[mode]}
+    if MEMORY + "layers" in metadata and "tensor" in chosen:  # of files from before layers could differ: the top n
+        known.add(MEMORY + "layers")
+        values["memory"] = top_layers(_get(metadata, MEMORY + "layers", int), n_layers, values["window"], values["sinks"])
+    modes = values["memory"] if type(values["memory"]) is tuple else (values["memory"],) * n_layers
+    if any(type(value) is tuple and len(value) != n_layers for value in (modes, *values.values())):
+        raise FileError(f"an array below {MEMORY} has not one value for each of {n_layers} layers")
+    values["options"] = tuple(_chosen(mode, chosen.get(mode), i, n_layers) for i, mode in enumerate(modes))
     known |= {f"{arch}.{key}" for key in (*STANDARD.values(), *NORM_EPS.values(), VALUE_LENGTH)}
     for key in metadata:
         if key.startswith(("tcinfer.", f"{arch}.")) and key not in known:
-            raise FileError(f"key {key!r} is not known to this version of tcinfer (memory {mode}): update tcinfer")
+            modes_read = ", ".join(dict.fromkeys(modes))
+            raise FileError(f"key {key!r} is not known to this version of tcinfer (memory {modes_read}): update tcinfer")
     return values
 
 
-def _get(metadata: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
-    """metadata[key] as `kind` (whole numbers serve for floats); FileError if it is missing or of another kind."""
+def top_layers(top: int, n_layers: int, window: int, sinks: int) -> str | tuple[str, ...]:
+    """The memories of a Tensor Cache model whose top layers alone have a matrix; below 0: all of them have."""
+    plain = "sinks" if sinks else "window" if window else "full"
+    if not 0 <= top < n_layers:
+        return "tensor"
+    check_count("the number of layers", n_layers, 1, MOST_LAYERS)
+    return tuple("tensor" if i >= n_layers - top else plain for i in range(n_layers))
+
+
+def _chosen(mode: str, chosen: dict[str, Any] | None, layer: int, n_layers: int) -> Any:
+    """The options of a layer, or None where its mechanism has none."""
+    if chosen is None:
+        return None
+    for name, value in chosen.items():
+        if type(value) is tuple and len(value) != n_layers:
+            raise FileError(f"key {MEMORY + name!r} has {len(value)} values, and the model {n_layers} layers")
+    return room(mode).Options(**{n: v[layer] if type(v) is tuple else v for n, v in chosen.items()})
+
+
+def _get(metadata: Mapping[str, Any], key: str, kind: type, default: Any = None, layered: bool = False) -> Any:
+    """metadata[key] as `kind` (whole numbers serve for floats); layered: or an array of them, as a tuple.
+
+    FileError if it is missing or of another kind.
+    """
     value = metadata.get(key, default)
     if value is None:
         raise FileError(f"key {key!r} is missing")
+    if layered and isinstance(value, list | np.ndarray | tuple):
+        listed = value.tolist() if isinstance(value, np.ndarray) else list(value)
+        if len(listed) <= MOST_LAYERS:
+            return tuple(_get({key: one}, key, kind) for one in listed)
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:

@@ -31,7 +31,7 @@ def layers(config: ModelConfig, state: State) -> list[LayerMemory]:
     """
     found = []
     for i, arrays in enumerate(state.layers):
-        planes = [arrays[name] for name in memory.mechanism(config).MATRICES if name in arrays]
+        planes = [arrays[name] for name in memory.mechanism(config.layers[i]).MATRICES]
         if planes:
             A = np.concatenate([a.reshape(-1, *a.shape[-2:]) for a in planes]).astype(np.float64)  # [n, D, D]
             squared = np.linalg.svd(A, compute_uv=False) ** 2  # [n, D]
@@ -54,6 +54,5 @@ def shares(model: Model, before: Snapshot, ids: Sequence[int]) -> dict[int, floa
     if first:
         session.feed(checked[:first])
     session._make_room(len(checked) - first)
-    found: dict[int, NDArray[np.float32]] = {}
-    model.forward(session._state.on_host(), checked[first:], "none", found)
+    found = model.shares(session._state, checked[first:])
     return {layer: float(share.mean()) for layer, share in found.items()}

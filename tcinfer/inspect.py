@@ -19,19 +19,14 @@ from numpy.typing import NDArray
 from tcinfer import memory, reader, tokenizer
 from tcinfer.config import ModelConfig
 from tcinfer.errors import FileError, TcinferError
-from tcinfer.kernels.reference.pointwise import sigmoid
 from tcinfer.loader import bind, bundled, read_config
+from tcinfer.memory_options import with_memory
 
 SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "context_length", "norm_eps")
 POSITIONS = ("rope_dim", "rope_base", "rope_scaling", "rope_factor")
 FIRST_LEVEL = ("window", "sinks", "sink_positions", "key_conv", "cache_type")
-LEARNED = {  # of a layer's facts: what the report calls it
-    "gate": "gate",
-    "half_life_tokens": "half-life in written tokens",
-    "write_rate": "write rate",
-    "slow_share": "share of slow reads",
-    "memory_share": "memory's share",
-}
+ROOMS = tuple({mode.room: memory.room(name) for name, mode in memory.MODES.items()}.values())
+LEARNED = {fact: title for room in ROOMS for fact, title in room.LEARNED.items()}  # what the report calls them
 WIDTH, LABEL = 110, 22  # columns of the report, and of its first one
 ROOM = WIDTH - 14  # columns for one quantity, beside the number of the layer
 LONGEST = 60  # characters that it shows of a name or a token
@@ -71,9 +66,9 @@ def facts(path: str | PathLike[str] | None = None) -> dict[str, Any]:
         "memory": {
             "mechanism": config.memory,
             **{name: getattr(config, name) for name in FIRST_LEVEL},
-            "options": {} if config.options is None else asdict(config.options),
+            "options": _options(config),
         },
-        "layers": [{"layer": i, **_learned(w)} for i, w in enumerate(layers)],
+        "layers": [{"layer": i, **_learned(config, i, w)} for i, w in enumerate(layers)],
         "state": _state(config),
     }
 
@@ -113,7 +108,7 @@ def _family(name: str) -> str:
     """What a tensor's name shares with its like; the memory's biases go with the memory."""
     if "norm" in name:
         return "*_norm"
-    if name.endswith(".bias") and not name.startswith("tc_"):
+    if name.endswith(".bias") and not name.startswith(tuple(room.PREFIX for room in ROOMS if room.PREFIX)):
         return "*.bias"
     return name.split("_")[0] + "_*"
 
@@ -148,34 +143,19 @@ def _template(template: object) -> dict[str, Any] | None:
     return {"characters": len(template), "chatml": "<|im_start|>" in template}
 
 
-def _learned(w: Mapping[str, NDArray]) -> dict[str, Any]:
-    """A layer's gate, and lists by head of the rest; of decays and rates a list for each timescale, the fast one first.
-
-    None is what the layer does not have, and the half-life of what never decays. What also depends on the token
-    (`token_dependent`) is told without that.
-    """
-
-    def of(name: str) -> Any:
-        return sigmoid(w[name]).tolist() if name in w else None
-
-    gate, decay = of("tc_gate.bias"), of("tc_decay")
-    terms = {"gate": "tc_gate.weight", "half_life_tokens": "tc_decay_proj", "write_rate": "tc_rate_proj"}
-    return {
-        "gate": gate and gate[0],
-        "decay": decay,
-        "half_life_tokens": decay and [[_half_life(x) for x in heads] for heads in decay],
-        "write_rate": of("tc_rate"),
-        "slow_share": of("tc_alpha"),
-        "memory_share": of("infini_beta"),
-        "token_dependent": [fact for fact, name in terms.items() if name in w],
-    }
+def _options(config: ModelConfig) -> dict[str, Any]:
+    """The options of all mechanisms, as the first layer has them that has one."""
+    found: dict[str, Any] = {}
+    for layer in dict.fromkeys(config.layers):
+        found = (asdict(layer.options) if layer.options is not None else {}) | found
+    return found
 
 
-def _half_life(decay: float) -> float | None:
-    """Writes after which half is left: ln ½ / ln λ."""
-    if decay >= 1:
-        return None
-    return math.log(0.5) / math.log(decay) if decay > 0 else 0.0
+def _learned(config: ModelConfig, layer: int, w: Mapping[str, NDArray]) -> dict[str, Any]:
+    """What a layer's memory has learned, by the names of its room; None is what it does not have."""
+    room = memory.room(config.layers[layer].memory)
+    found = room.learned(w) if room.LEARNED else {}
+    return dict.fromkeys((*LEARNED, "decay")) | {"token_dependent": []} | found
 
 
 def _state(config: ModelConfig) -> dict[str, Any]:
@@ -184,7 +164,7 @@ def _state(config: ModelConfig) -> dict[str, Any]:
     def cached(tokens: int) -> int:
         return memory.layout(full, tokens).nbytes
 
-    full = memory.with_memory(config, "full")
+    full = with_memory(config, "full")
     state: dict[str, Any] = {
         "bounded": memory.bounded(config),
         "bytes": None,

@@ -14,15 +14,17 @@ from gguf.constants import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 
 from tcinfer import format as schema
-from tcinfer import kernels, reader, tokenizer
-from tcinfer.config import ModelConfig, check_count
+from tcinfer import architectures, reader, tokenizer
+from tcinfer.config import ModelConfig
+from tcinfer.engine import backend as engine_backend
+from tcinfer.engine.base import EMBEDDING, Backend
 from tcinfer.errors import FileError, TcinferError
 from tcinfer.kernels.reference.quants import KINDS, Matrix, unpack
-from tcinfer.memory import with_memory
-from tcinfer.model import Model, tensors
+from tcinfer.memory_options import with_memory
+from tcinfer.model import Model
+from tcinfer.transformer import tensors
 
 BUNDLED = "storyteller.gguf"  # in models/
-EMBEDDING = "token_embd.weight"
 
 
 class Stored(Protocol):
@@ -64,8 +66,7 @@ def load(
     a line what is going to take longer than usual, such as compiling for this CPU the first time.
     Raises TcinferError for a file that cannot be run exactly, or options that do not go together.
     """
-    ops = operators(backend, threads)
-    return Opened(path).model(ops, memory, window, sinks, cache_type, notice)
+    return Opened(path).model(engine_backend(backend, threads), memory, window, sinks, cache_type, notice)
 
 
 class Opened:
@@ -83,21 +84,21 @@ class Opened:
 
     def model(
         self,
-        ops: kernels.Reference,
+        backend: Backend,
         memory: str | None = None,
         window: int | None = None,
         sinks: int | None = None,
         cache_type: str | None = None,
         notice: Callable[[str], None] | None = None,
     ) -> Model:
-        """The model, ready to run; the arguments are those of `load`, ops is from `operators`."""
+        """The model, ready to run; the arguments are those of `load`, backend is from tcinfer.engine."""
         asked = with_memory(self.config, memory, window, sinks, cache_type)
         with self._named():
             weights = bind(asked, self._file.tensors, without=dropped(self.config, asked))
-        for line in (ops.remark, ops.cold):
+        for line in (backend.remark, backend.cold):
             if notice is not None and line:
                 notice(line)
-        return Model(asked, weights, self.tokenizer, ops)
+        return Model(asked, weights, self.tokenizer, backend)
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -106,16 +107,6 @@ class Opened:
             yield
         except TcinferError as e:
             raise FileError(f"{self.path}: {e}") from e
-
-
-def operators(backend: str = "auto", threads: int | None = None) -> kernels.Reference:
-    """The operators of a backend by name, on so many threads. Raises TcinferError where it cannot run."""
-    if threads is not None:
-        check_count("threads", threads, 1, 4096)
-    try:
-        return kernels.backend(backend, threads)
-    except kernels.UnavailableError as e:
-        raise TcinferError(str(e)) from None
 
 
 def read_config(file: reader.GGUFFile) -> ModelConfig:

@@ -130,7 +130,7 @@ class Result:
 
 def memory_name(config: ModelConfig) -> str:
     """A memory in a word, as `--memory` takes it: full, window:256, sinks:512:4, tensor:128."""
-    return ":".join([config.memory, *(str(n) for n in (config.window, config.sinks) if n)])
+    return ":".join([config.memories, *(str(n) for n in (config.widest.window, config.widest.sinks) if n)])
 
 
 def measure(

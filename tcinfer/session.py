@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tcinfer import memory
+from tcinfer.engine.base import Here, How, Logits
 from tcinfer.errors import TcinferError
 from tcinfer.memory.state import AnyState
 
 if TYPE_CHECKING:
     from tcinfer.constraint import Constraint
-    from tcinfer.device_engine import Later
     from tcinfer.generation import Piece
     from tcinfer.model import Model
     from tcinfer.sampler import Draws, Sampling
@@ -47,8 +47,8 @@ class Session:
     """The state of one sequence, made by `model.session()`. Not for several threads at once; sessions are cheap."""
 
     draws: Draws | None  # what sampling keeps between tokens; made by the first `generate`
-    _logits: NDArray[np.float32] | Later | None  # never written to: snapshots share it
-    _ahead: tuple[Sampling, float, int] | None  # how the next id was chosen already on a GPU, with which draw; the id
+    _logits: Logits | None  # never written to: snapshots share it
+    _ahead: tuple[Sampling, float, int] | None  # how the engine chose the next id already, with which draw; the id
 
     def __init__(self, model: Model, past: Snapshot | None = None) -> None:
         """Called by `model.session()`, at position 0, and by `fork` and `load_session` with a past to go on from."""
@@ -70,8 +70,8 @@ class Session:
     @property
     def outside_window(self) -> int:
         """Tokens taken in that the exact window (and the sinks) no longer hold."""
-        config = self.model.config
-        return max(0, self.position - config.window - config.sinks) if config.window else 0
+        layer = self.model.config.widest
+        return max(0, self.position - layer.window - layer.sinks) if layer.window else 0
 
     @property
     def whole(self) -> bool:
@@ -81,9 +81,7 @@ class Session:
     @property
     def logits(self) -> NDArray[np.float32] | None:
         """float32 [V] after the last token, what `generate` goes on from; read only. None before the first."""
-        if self._logits is not None and not isinstance(self._logits, np.ndarray):
-            self._logits = self._logits.fetch()
-        return self._logits
+        return None if self._logits is None else self._logits.fetch()
 
     @property
     def recent(self) -> NDArray[np.int32]:
@@ -99,7 +97,7 @@ class Session:
         """
         checked = self._check(ids)
         self._make_room(len(checked))
-        self.model.make_room(min(len(checked), self.model.chunk) if all_logits else 1)
+        self.model.engine.room(min(len(checked), self.model.chunk) if all_logits else 1)
         V = self.model.config.vocab_size
         out = _rows(len(checked), V) if all_logits else None
         for a in range(0, len(checked), self.model.chunk):
@@ -107,8 +105,8 @@ class Session:
             self._begin()
             # Damaged weights show in the logits, which `sample` checks.
             with np.errstate(all="ignore"):
-                logits = self.model.forward(self._state, part, "all" if all_logits else "last")
-            self._taken(part, logits[-1].copy())  # no view: that would keep every row
+                logits = self.model.engine.run([self._state], [len(part)], part, len(part) if all_logits else 1)
+            self._taken(part, Here(logits[-1].copy()))  # no view: that would keep every row
             if out is not None:
                 out[a : a + len(part)] = logits
             if progress is not None:
@@ -146,13 +144,14 @@ class Session:
     def snapshot(self) -> Snapshot:
         """A copy of the whole state, to be put back by `restore` any number of times."""
         self._check_whole()
-        return Snapshot(self.model, self.model.adopted(self._state), self.logits, self._ring.copy(), _copy(self.draws))
+        return Snapshot(self.model, self.model.engine.placed(self._state), self.logits, self._ring.copy(), _copy(self.draws))
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of any session of the same model. Raises TcinferError for another model's."""
         if not isinstance(snapshot, Snapshot) or snapshot.model is not self.model:
             raise TcinferError("this is no snapshot of a session of this model, as it was loaded")
-        self._state, self._logits, self._torn = self.model.adopted(snapshot.state), snapshot.logits, False
+        self._state, self._torn = self.model.engine.placed(snapshot.state), False
+        self._logits = None if snapshot.logits is None else Here(snapshot.logits)
         self._ring, self.draws, self._ahead = snapshot.ring.copy(), _copy(snapshot.draws), None
 
     def fork(self) -> Session:
@@ -161,7 +160,7 @@ class Session:
 
     def reset(self) -> None:
         """Forget everything: position 0, as new."""
-        self._state = self.model.new_state(memory.layout(self.model.config, GROWTH))
+        self._state = self.model.engine.new_state(memory.layout(self.model.config, GROWTH))
         self._logits = None
         self._ring = np.zeros(RECENT, np.int32)  # the id at position p in p mod RECENT
         self._torn = False  # a pass was interrupted half way: some layers have moved on, some have not
@@ -180,19 +179,22 @@ class Session:
     def _advance(self, token: int, how: Sampling | None = None) -> None:
         """As `feed` with one token, its logits left where they are until they are asked for.
 
-        how: the next id will be chosen in this way (`_chosen_ahead`); a GPU does it in the same pass.
+        how: the next id will be chosen in this way (`_chosen_ahead`); some engines do it in the same pass.
         """
-        if how is None or not self.model.chooses(how):
-            self.feed(token)
-            return
-        ids = self._check(token)
+        ids, engine = self._check(token), self.model.engine
         self._make_room(1)
-        assert self.draws is not None
-        draw = self.draws.peek() if how.temperature else 0.0
+        engine.room(1)
+        hows, draw = None, 0.0
+        if how is not None and engine.chooses(how):
+            assert self.draws is not None
+            draw = self.draws.peek() if how.temperature else 0.0
+            hows = [How(how, draw)]
         self._begin()
-        (later,), (chosen,) = self.model.choose([self._state], ids, [(how, draw)])
-        self._taken(ids, later)
-        self._ahead = how, draw, int(chosen)
+        with np.errstate(all="ignore"):
+            (logits,), chosen = engine.step([self._state], ids, hows)
+        self._taken(ids, logits)
+        if how is not None and chosen is not None:
+            self._ahead = how, draw, int(chosen[0])
 
     def _chosen_ahead(self, how: Sampling) -> int | None:
         """The next id, if it was chosen when the last one was fed, just as `sample` would now; takes its draw."""
@@ -207,14 +209,12 @@ class Session:
         """A pass is about to change the state."""
         self._torn, self._logits, self._ahead = True, None, None
 
-    def _taken(self, ids: NDArray[np.int64], logits: NDArray[np.float32] | Later) -> None:
+    def _taken(self, ids: NDArray[np.int64], logits: Logits) -> None:
         """A pass has taken ids in (and has moved the position on)."""
         if len(ids) == 1:
             self._ring[(self.position - 1) % RECENT] = ids[0]
         else:
             self._ring[np.arange(self.position - len(ids), self.position) % RECENT] = ids
-        if isinstance(logits, np.ndarray):
-            logits.flags.writeable = False  # snapshots share it
         self._logits, self._torn = logits, False
 
     def _check_whole(self) -> None:
@@ -275,7 +275,7 @@ def _copy(draws: Draws | None) -> Draws | None:
 
 def step_many(model: Model, sessions: Sequence[Session], tokens: ArrayLike, sampling: Sampling | None) -> NDArray:
     """See Model.step_many."""
-    from tcinfer.sampler import sample
+    from tcinfer.sampler import NOT_FINITE, sample
 
     sessions = list(sessions)
     if not all(isinstance(s, Session) and s.model is model for s in sessions):
@@ -287,44 +287,33 @@ def step_many(model: Model, sessions: Sequence[Session], tokens: ArrayLike, samp
     ids = sessions[0]._check_ids(tokens)
     for session in sessions:
         session._check_fits(1)
-    on_device = sampling is not None and model.chooses(sampling)
-    model.make_room(len(sessions) if on_device else min(len(sessions), model.chunk))
+    engine = model.engine
+    chooses = sampling is not None and engine.chooses(sampling)
+    engine.room(len(sessions) if chooses else min(len(sessions), model.chunk))
     for session in sessions:
         session._make_room(1)
         if sampling is not None and session.draws is None:
             session.draws = sampling.draws()
     out = np.empty(len(sessions), np.int64) if sampling else _rows(len(sessions), model.config.vocab_size)
     for a in range(0, len(sessions), model.chunk):
-        part, theirs = sessions[a : a + model.chunk], ids[a : a + model.chunk]
+        part, theirs, hows = sessions[a : a + model.chunk], ids[a : a + model.chunk], None
         for session in part:
             session._begin()
-        if sampling is not None and on_device:
-            out[a : a + len(part)] = _chosen(model, part, theirs, sampling, a)
-            continue
+        if sampling is not None and chooses:
+            draws = [s.draws.rng.random() if sampling.temperature else 0.0 for s in part]  # type: ignore[union-attr]
+            hows = [How(sampling, draw) for draw in draws]
         with np.errstate(all="ignore"):
-            logits = model.step([s._state for s in part], theirs)
+            logits, chosen = engine.step([s._state for s in part], theirs, hows, a if chooses else 0)
+        for i, (session, row) in enumerate(zip(part, logits, strict=True)):
+            session._taken(theirs[i : i + 1], row)
+        if chosen is not None and chosen.min() < 0:
+            raise TcinferError(NOT_FINITE)
         for i, session in enumerate(part):
-            session._taken(theirs[i : i + 1], logits[i].copy())
-        if sampling is not None:
-            logits = [sample(row, sampling, s.draws, s.recent) for row, s in zip(logits, part, strict=True)]  # type: ignore
-        out[a : a + len(part)] = logits
+            if sampling is None:
+                out[a + i] = session.logits
+            else:
+                out[a + i] = sample(session.logits, sampling, session.draws, session.recent) if chosen is None else chosen[i]  # type: ignore
     return out
-
-
-def _chosen(
-    model: Model, sessions: Sequence[Session], ids: NDArray[np.int64], sampling: Sampling, first: int
-) -> NDArray[np.int64]:
-    """One pass of step_many with its choices made on the GPU; the logits stay there, as rows `first` and following."""
-    from tcinfer.sampler import NOT_FINITE
-
-    draws = [s.draws.rng.random() if sampling.temperature else 0.0 for s in sessions]  # type: ignore[union-attr]
-    hows = [(sampling, draw) for draw in draws]
-    laters, chosen = model.choose([s._state for s in sessions], ids, hows, first)
-    for i, (session, later) in enumerate(zip(sessions, laters, strict=True)):
-        session._taken(ids[i : i + 1], later)
-    if chosen.min() < 0:
-        raise TcinferError(NOT_FINITE)
-    return chosen
 
 
 def _rows(count: int, vocab_size: int) -> NDArray[np.float32]:

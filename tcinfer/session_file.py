@@ -24,16 +24,17 @@ import json
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tcinfer import format as schema
 from tcinfer import memory
 from tcinfer.atomic import replacing
-from tcinfer.config import ModelConfig
+from tcinfer.config import LAYERED, ModelConfig
 from tcinfer.errors import FileError, TcinferError
 from tcinfer.memory.state import State
 from tcinfer.reader import file_error, map_file
@@ -53,6 +54,7 @@ MOST_LAYERS = 4096
 MOST_TOKENS = 2**53  # up to which float64 counts, and angles of rotation are computed from it
 HAS_LOGITS, HAS_DRAWS = 1, 2
 # What `--memory` and its fellows change: a session goes on in a model that was loaded with the same.
+ADDED = ("rope_attention", "attention_scale", "softcap")  # fields that files of before do not have
 MEMORY_FIELDS = ("memory", "window", "sinks", "sink_positions", "key_conv", "cache_type", "options")
 
 
@@ -75,11 +77,12 @@ class SessionFile:
 
     def memory_options(self) -> dict[str, Any]:
         """The arguments of `tcinfer.load` with which a model goes on from this file."""
-        config = self.config
+        config, layer = self.config, self.config.widest
+        alike = {other.memory for other in config.layers if other.window == layer.window}
         return {
-            "memory": config.memory,
-            "window": config.window or None,
-            "sinks": None if config.memory in ("full", "window") else config.sinks,
+            "memory": layer.memory if len(alike) == 1 else None,  # else as the file has it
+            "window": layer.window or None,
+            "sinks": None if alike <= {"full", "window"} else layer.sinks,
             "cache_type": config.cache_type,
         }
 
@@ -199,30 +202,62 @@ def _check_finite(state: State, logits: NDArray[np.float32] | None) -> None:
 
 def _described(config: ModelConfig) -> bytes:
     """A configuration in its one canonical form."""
-    return json.dumps(asdict(config), sort_keys=True, separators=(",", ":")).encode()
+    return json.dumps(_plain(config), sort_keys=True, separators=(",", ":")).encode()
+
+
+def _plain(config: ModelConfig) -> dict[str, Any]:
+    return {f.name: _values(getattr(config, f.name)) for f in fields(config)}
+
+
+def _values(value: Any) -> Any:
+    if type(value) is tuple:
+        return [_values(one) for one in value]
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def _config(description: bytes, nbytes: int) -> ModelConfig:
     """The configuration described, in a file of so many bytes. Raises TcinferError where it is none."""
     try:
         values = json.loads(description)
-        if not isinstance(values, dict) or set(values) != {f.name for f in fields(ModelConfig)}:
+        known = {f.name: f for f in fields(ModelConfig)}
+        if not isinstance(values, dict) or not set(known) - set(ADDED) <= set(values) <= set(known):
             raise TcinferError("its description is that of another version, or of no model")
-        for f in fields(ModelConfig):
-            kinds = {"str": (str,), "int": (int,), "float": (int, float)}.get(str(f.type))  # of `options` none
-            if kinds is not None and type(values[f.name]) not in kinds:
-                raise TcinferError(f"{f.name} in its description is {values[f.name]!r}"[:200])
-        mode, options = memory.MODES.get(values["memory"]), values["options"]
-        if mode is not None and mode.mechanism.Options is not None and isinstance(options, Mapping):
-            values["options"] = mode.mechanism.Options(**options)
-        config = ModelConfig(**values)
-        memory.mechanism(config)
-    except (ValueError, TypeError, RecursionError, OverflowError) as e:
+        values = {name: tuple(value) if type(value) is list else value for name, value in values.items()}
+        for name, value in values.items():
+            kinds = {"s": (str,), "i": (int,), "f": (int, float)}.get(str(known[name].type)[0])  # of `options` none
+            several = value if name in LAYERED and type(value) is tuple else (value,)
+            if kinds is not None and any(type(one) not in kinds for one in several):
+                raise TcinferError(f"{name} in its description is {value!r}"[:200])
+        config = ModelConfig(**_with_options(values))
+        for layer in dict.fromkeys(config.layers):
+            memory.mechanism(layer)
+    except (ValueError, TypeError, RecursionError, OverflowError, MemoryError) as e:
         raise TcinferError(f"its description is no model's configuration: {e}") from None
     # A layout is a list of layers: bound it before it is made.
     if config.n_layers > MOST_LAYERS or config.vocab_size * 4 > nbytes:
         raise TcinferError("its description is of a larger session than the file holds")
     return config
+
+
+def _with_options(values: dict[str, Any]) -> dict[str, Any]:
+    """The mechanisms' options made of what describes them. Raises TypeError for what does not."""
+    modes, options = values["memory"], values["options"]
+    if isinstance(options, Mapping) and "layers" in options:  # before layers could differ: the top ones have a matrix
+        options = {name: value for name, value in options.items() if name != "layers"}
+        top = values["options"]["layers"]
+        modes = schema.top_layers(top, values["n_layers"], values["window"], values["sinks"])
+
+    def made(mode: Any, given: Any) -> Any:
+        of = memory.room(mode).Options
+        return of(**given) if of is not None and isinstance(given, Mapping) else None if of is None else given
+
+    if type(modes) is tuple or type(options) is tuple:
+        count = len(modes if type(modes) is tuple else options)
+        modes, options = (x if type(x) is tuple else (x,) * count for x in (modes, options))
+        options = tuple(made(mode, given) for mode, given in zip(modes, options, strict=True))
+    else:
+        options = made(modes, options)
+    return values | {"memory": modes, "options": options}
 
 
 def _check_fit(file: SessionFile, model: Model) -> None:

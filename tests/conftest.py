@@ -16,12 +16,13 @@ import pytest
 from gguf.quants import quantize
 
 from tcinfer.config import ModelConfig
-from tcinfer.kernels.reference import Reference
+from tcinfer.engine import backend as engine_backend
+from tcinfer.kernels.reference import quants
 from tcinfer.kernels.reference.quants import Kind, Matrix
-from tcinfer.loader import operators
-from tcinfer.memory.state import Spec
-from tcinfer.model import Model, tensors
+from tcinfer.model import Model
+from tcinfer.net import Spec
 from tcinfer.tokenizer import from_metadata
+from tcinfer.transformer import tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -97,7 +98,7 @@ def build(
         else values
         for name, values in weights.items()
     }
-    return Model(config, bound, from_metadata({}, config.vocab_size), operators(backend, threads))
+    return Model(config, bound, from_metadata({}, config.vocab_size), engine_backend(backend, threads))
 
 
 def small(backend: str = "numpy", **changes: Any) -> Model:
@@ -119,22 +120,22 @@ def as_bytes_twice(x: np.ndarray) -> np.ndarray:
     return once + as_bytes(x - once)
 
 
-class ByBytes(Reference):
-    """The reference with those same activations: the two agree within 1e-6, and so tell wrong answers from coarse ones.
+class ByBytes:
+    """Products with those same activations, in place of the reference's: the two agree within 1e-6, and so tell wrong answers from coarse ones.
 
     But for the rare value that lies so near the middle between two steps that the last bit of a float32 decides. It
     then differs by a whole step, the logits by a per cent or less, and so does all that comes after in that session.
     """
 
     def __init__(self, model: Model) -> None:
-        """model: whose operators they become."""
-        super().__init__()
-        self.head, model.ops = model._head, self
+        """model: of the numpy backend, whose products they become."""
+        self.head = model.weights.get("output.weight", model.weights["token_embd.weight"])
+        model.engine.product = self.linear
 
     def linear(self, x: np.ndarray, w: Matrix, bias: np.ndarray | None = None) -> np.ndarray:
         if w.kind not in FLOATS:
             x = as_bytes_twice(x) if w is self.head else as_bytes(x)
-        return super().linear(x, w, bias)
+        return quants.linear(x, w, bias)
 
 
 def tcinfer(*arguments: str, **options: Any) -> subprocess.CompletedProcess:

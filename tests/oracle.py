@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tcinfer.config import ModelConfig
+from tcinfer.config import LayerConfig, ModelConfig
 
 Weights = dict[str, np.ndarray]
 EPS = 1e-5  # beside a norm or a normaliser
@@ -69,7 +69,7 @@ def phi(x: np.ndarray) -> np.ndarray:
     return np.where(x > 0, x + 1, np.exp(x))
 
 
-def rotate(config: ModelConfig, w: Weights, x: np.ndarray, position: int) -> np.ndarray:
+def rotate(config: LayerConfig, arch: str, w: Weights, x: np.ndarray, position: int) -> np.ndarray:
     """One head's vector at a position; the vector itself where the model has learned positions."""
     if config.rope_dim == 0:
         return x
@@ -81,7 +81,7 @@ def rotate(config: ModelConfig, w: Weights, x: np.ndarray, position: int) -> np.
     divisors = w.get("rope_freqs.weight", np.ones(D // 2))
     y = x.copy()
     for i in range(D // 2):
-        a, b = (2 * i, 2 * i + 1) if config.arch in ("tcgpt", "llama") else (i, i + D // 2)
+        a, b = (2 * i, 2 * i + 1) if arch in ("tcgpt", "llama") else (i, i + D // 2)
         angle = position * base ** (-2 * i / D) / scale / divisors[i]
         c, s = math.cos(angle), math.sin(angle)
         y[a], y[b] = x[a] * c - x[b] * s, x[a] * s + x[b] * c
@@ -93,26 +93,28 @@ class Layer:
 
     def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
         prefix = f"blk.{index}."
-        self.config, self.rope_weights = config, weights
+        self.config, self.rope_weights = config.layers[index], weights
+        self.block = config
         self.w = {name.removeprefix(prefix): v for name, v in weights.items() if name.startswith(prefix)}
         self.t = -1
         self.q: list[np.ndarray] = []
         self.k: list[np.ndarray] = []  # after the convolution
         self.v: list[np.ndarray] = []
         self.x: list[np.ndarray] = []  # attention inputs
-        self.unconvolved = np.zeros((config.n_kv_heads, config.head_dim))
+        self.unconvolved = np.zeros((self.config.n_kv_heads, config.head_dim))
         self.memory: dict[str, np.ndarray] = {}
+        config = self.config
         G, D, o = config.n_kv_heads, config.head_dim, config.options
         if config.memory == "infini":
             self.memory = {"M": np.zeros((G, D, D)), "z": np.zeros((G, D))}
-        elif config.memory == "tensor" and (o.layers < 0 or index >= config.n_layers - o.layers):
+        elif config.memory == "tensor":
             self.memory = {"A": np.zeros((1 + o.two_timescales, o.slots, G, D, D)), "z": np.zeros((G, D))}
 
     def step(self, x: np.ndarray) -> np.ndarray:
         """The block's output for the next token."""
         config, w = self.config, self.w
         self.t += 1
-        h = norm(config, x, w, "attn_norm")
+        h = norm(self.block, x, w, "attn_norm")
         k = linear(h, w, "attn_k").reshape(-1, config.head_dim)
         if config.key_conv:
             w0, w1 = w["attn_key_conv"]
@@ -122,9 +124,9 @@ class Layer:
         self.v.append(linear(h, w, "attn_v").reshape(-1, config.head_dim))
         self.x.append(h)
         x = x + self.attend()
-        h = norm(config, x, w, "ffn_norm")
+        h = norm(self.block, x, w, "ffn_norm")
         up = linear(h, w, "ffn_up")
-        if config.arch == "tcgpt":
+        if self.block.arch == "tcgpt":
             h = np.array([u * 0.5 * (1 + math.erf(u / math.sqrt(2))) for u in up])
         else:
             gate = linear(h, w, "ffn_gate")
@@ -148,7 +150,7 @@ class Layer:
         return head * self.config.n_kv_heads // self.config.n_heads
 
     def at(self, x: np.ndarray, position: int) -> np.ndarray:
-        return rotate(self.config, self.rope_weights, x, position)
+        return rotate(self.config, self.block.arch, self.rope_weights, x, position)
 
     # first level: full, window, sinks
 

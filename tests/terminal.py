@@ -24,7 +24,8 @@ from tcinfer.chat.conversation import Conversation
 from tcinfer.chat.launch import Chats
 from tcinfer.chat.store import Log
 from tcinfer.chat.template import ChatTemplate
-from tcinfer.loader import load, operators
+from tcinfer.engine import backend as engine_backend
+from tcinfer.loader import load
 from tcinfer.model import Model
 from tcinfer.sampler import Sampling
 
@@ -75,7 +76,7 @@ def chats(path: Path | None = None, source: str | None = TEMPLATE, backend: str 
     """As `tcinfer chat` makes it; what it says goes into its list `said`."""
     said: list[str] = []
     options = dict.fromkeys(("memory", "window", "sinks", "cache_type")) | asked
-    made = Chats(str(path or SHAKESPEARE), operators(backend), options, source, Sampling(temperature=0), said.append)
+    made = Chats(str(path or SHAKESPEARE), engine_backend(backend), options, source, Sampling(temperature=0), said.append)
     made.said = said  # type: ignore[attr-defined]
     return made
 

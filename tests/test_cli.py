@@ -23,7 +23,7 @@ import tcinfer as package
 from tcinfer import cli
 from tcinfer.converters.source import Source, Tensor
 from tcinfer.converters.write import OUTTYPES, write
-from tcinfer.kernels import BACKENDS
+from tcinfer.engine import BACKENDS
 from tcinfer.memory import MODES
 from tcinfer.tokenizer import MODEL, TOKENS
 

@@ -28,7 +28,7 @@ from tcinfer.converters import read as read_checkpoint
 from tcinfer.converters import write
 from tcinfer.converters.pickles import load_torch
 from tcinfer.kernels.reference.quants import unpack
-from tcinfer.model import tensors as specs_of
+from tcinfer.transformer import tensors as specs_of
 
 GOLDEN = sorted(path.parent.name for path in SHARED.glob("golden/*/ckpt.pt"))
 NAN, INF = float("nan"), float("inf")

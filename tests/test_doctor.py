@@ -73,7 +73,7 @@ def test_the_table_ends_with_what_to_do(tmp_path: Path) -> None:
 def test_a_machine_that_has_compiled_nothing_yet_is_told_so_once(tmp_path: Path) -> None:
     """Before the threads' own functions are compiled, which a look at the cache would find."""
     new = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
-    code = "from tcinfer.kernels import backend; print(backend('numba', 1).cold)"
+    code = "from tcinfer.engine import backend; print(backend('numba', 1).cold)"
     assert python(code, env=new).stdout == "compiling for this CPU, once: some seconds\n"
     assert python(code, env=new).stdout == "\n"
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from tcinfer import format as schema
 from tcinfer.config import ModelConfig
 from tcinfer.errors import TcinferError
-from tcinfer.memory import MODES, infini, tensor
+from tcinfer.memory import MODES, infini, tensor_cache
 
 PLAIN = replace(SMALL, cache_type="f16")  # chosen when a file is opened, so that it does not travel in one
-TENSOR = replace(PLAIN, memory="tensor", window=8, options=tensor.Options())
+TENSOR = replace(PLAIN, memory="tensor", window=8, options=tensor_cache.Options())
 CONFIGS = {
     "full": PLAIN,
     "learned positions": replace(PLAIN, rope_dim=0),
@@ -60,9 +60,9 @@ def test_every_option_of_the_tensor_cache_survives(data: st.DataObject) -> None:
         "normalize_read_eps": data.draw(st.floats(0.125, 8, width=32)),
         "value_scale": data.draw(st.floats(-4, 4, width=32)),
     }
-    flags = [f.name for f in fields(tensor.Options) if f.type == "bool" and f.name != "normalize_read"]
+    flags = [f.name for f in fields(tensor_cache.Options) if f.type == "bool" and f.name != "normalize_read"]
     drawn |= {name: data.draw(st.booleans()) for name in flags}
-    config = replace(TENSOR, options=tensor.Options(**drawn))
+    config = replace(TENSOR, options=tensor_cache.Options(**drawn))
     assert same(through(config), config)
 
 

@@ -9,6 +9,7 @@ import functools
 from dataclasses import replace
 from decimal import Decimal, localcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
@@ -17,12 +18,14 @@ from conftest import SHARED, SMALL, build, random_weights
 from oracle import Weights
 
 from tcinfer import memory
+from tcinfer.architectures import architecture
 from tcinfer.config import DEFAULT_WINDOW, ModelConfig
 from tcinfer.errors import FileError, TcinferError
 from tcinfer.kernels.reference.quants import unpack
 from tcinfer.kernels.reference.rotary import angles, frequencies
 from tcinfer.loader import bind, dropped, load, read_config
-from tcinfer.memory import infini, tensor, with_memory
+from tcinfer.memory import infini, tensor_cache
+from tcinfer.memory_options import with_memory
 from tcinfer.model import Model
 from tcinfer.reader import read
 from tcinfer.session import Session
@@ -33,8 +36,15 @@ TOLERANCE = {"numpy": 2e-5, "numba": 1e-4, "cuda": 1e-4}  # of the largest logit
 GOLDEN = sorted(p.parent.name for p in (SHARED / "golden").glob("*/golden.npz"))
 
 
-def tc(base: dict | None = None, **options) -> dict:
-    return {"memory": "tensor", "window": W, **(base or {}), "options": tensor.Options(**options)}
+def tc(base: dict | None = None, top: int = -1, **options) -> dict:
+    """Tensor Cache; top: in so many of the last layers alone (of as many as `base` says, or SMALL has)."""
+    changes = {"memory": "tensor", "window": W, **(base or {}), "options": tensor_cache.Options(**options)}
+    if top < 0:
+        return changes
+    there = [i >= changes.get("n_layers", SMALL.n_layers) - top for i in range(changes.get("n_layers", SMALL.n_layers))]
+    plain = "sinks" if changes.get("sinks") else "window"
+    memories = tuple("tensor" if t else plain for t in there)
+    return changes | {"memory": memories, "options": tuple(changes["options"] if t else None for t in there)}
 
 
 def inf(rule: str, **changes) -> dict:
@@ -77,8 +87,8 @@ CASES = {
     "tensor-sinks-in-cache": tc({"sinks": 2, "sink_positions": "in-cache"}, rope=False),
     "tensor-insert": tc(write_on_evict=False, write_on_insert=True),
     "tensor-evict-and-insert": tc(write_on_insert=True, rule="outer"),
-    "tensor-top-layer": tc(layers=1),
-    "tensor-no-layer": tc(layers=0),
+    "tensor-top-layer": tc(top=1),
+    "tensor-no-layer": tc(top=0),
     "tensor-raw-keys": tc(normalize_k=False),
     "tensor-normalised": tc(rule="outer", normalize_q=True, normalize_read=True, normalize_read_eps=0.05),
     "tensor-normalised-read-gqa": tc(GQA, normalize_read=True, write_then_read=True),
@@ -95,7 +105,7 @@ CASES = {
     "tensor-unbounded-insert": tc({"window": 0, **CONV}, write_on_insert=True, token_rate=True),
     "tensor-everything": tc(
         {"arch": "tcllama", "n_layers": 3, **GQA, **CONV, **NTK, "sinks": 2},
-        layers=2, write_on_insert=True, write_then_read=True, slots=3, read_topk=2, router_temperature=0.1,
+        top=2, write_on_insert=True, write_then_read=True, slots=3, read_topk=2, router_temperature=0.1,
         two_timescales=True, token_gate=True, normalize_q=True, value_scale=1.5, rope=False, token_rate=True,
         token_decay=True,
     ),
@@ -331,12 +341,12 @@ def test_angles_stay_exact_at_a_hundred_million():
     """Against 2π-reduced angles in 50 digits: float32 rounding is all that is lost."""
     positions, pi = [1, 10_000_000, 100_000_001], Decimal("3.141592653589793238462643383279502884197169399375105821")
     for base, scaling, factor in ((10_000, "none", 1), (500_000, "linear", 4)):
-        cos, sin = angles(np.array(positions), frequencies(64, base, scaling, factor))
+        cos, sin = angles(SimpleNamespace(positions=np.array(positions)), frequencies(64, base, scaling, factor), 32)
         with localcontext(prec=50):
             freq = [Decimal(base) ** (Decimal(-i) / 32) / factor for i in range(32)]
             exact = [[float(p * f % (2 * pi)) for f in freq] for p in positions]
-        assert np.abs(cos[:, 0] - np.cos(exact)).max() < 1e-7
-        assert np.abs(sin[:, 0] - np.sin(exact)).max() < 1e-7
+        assert np.abs(cos - np.cos(exact)).max() < 1e-7
+        assert np.abs(sin - np.sin(exact)).max() < 1e-7
 
 
 SOURCES = ["full", "full-llama-gqa", "sinks", "infini-delta-gqa-key-conv", "tensor-everything"]
@@ -351,7 +361,7 @@ def test_any_model_runs_full_window_and_sinks(source, mode, sizes, backend):
     asked = with_memory(file, mode, **sizes)
     assert (asked.memory, asked.options, asked.key_conv) == (mode, None, file.key_conv)
     if mode not in ("full", file.memory):
-        sinks, positions = 4 * (mode == "sinks"), "stored" if file.block.ours else "in-cache"
+        sinks, positions = 4 * (mode == "sinks"), "stored" if architecture(file.arch).OURS else "in-cache"
         window = sizes.get("window", file.window or DEFAULT_WINDOW)
         assert (asked.window, asked.sinks, asked.sink_positions) == (window, sizes.get("sinks", sinks), positions)
     weights = weights_of(file)

@@ -23,7 +23,7 @@ from tcinfer.converters.write import OUTTYPES
 from tcinfer.kernels.reference.quants import Kind, unpack
 from tcinfer.loader import bundled
 from tcinfer.memory.tensor import Options
-from tcinfer.model import tensors as specs_of
+from tcinfer.transformer import tensors as specs_of
 
 PACKING = ("general.file_type", "general.quantization_version")
 TENSOR = {"memory": "tensor", "window": 16, "options": Options(two_timescales=True, token_gate=True, token_rate=True)}

@@ -13,10 +13,10 @@ from conftest import SHAKESPEARE, small
 import tcinfer
 from tcinfer.config import CHUNK
 from tcinfer.errors import TcinferError
-from tcinfer.memory import tensor
+from tcinfer.memory import tensor_cache
 from tcinfer.session import RECENT, Session
 
-TENSOR = {"memory": "tensor", "window": 8, "options": tensor.Options()}
+TENSOR = {"memory": "tensor", "window": 8, "options": tensor_cache.Options()}
 IDS = np.random.default_rng(0).integers(0, 50, 40)
 
 

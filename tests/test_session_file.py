@@ -32,7 +32,7 @@ from test_processes import process
 from tcinfer import loader, session_file
 from tcinfer.errors import FileError, TcinferError
 from tcinfer.kernels.reference.quants import Kind
-from tcinfer.memory import tensor
+from tcinfer.memory import tensor_cache
 from tcinfer.model import Model
 from tcinfer.session import RECENT, Session
 
@@ -474,7 +474,7 @@ OTHERS: dict[str, tuple[Callable[[], Model], str]] = {
         "cache_type 'f32', and this model runs with 'f16'",
     ),
     "memory": (lambda: build(replace(SMALL, n_layers=1, **SINKS)), "memory 'tensor', and this model runs with 'sinks'"),
-    "rule": (lambda: build(replace(TENSOR, options=tensor.Options("outer"))), "options .*rule=.delta.*rule=.outer"),
+    "rule": (lambda: build(replace(TENSOR, options=tensor_cache.Options("outer"))), "options .*rule=.delta.*rule=.outer"),
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import small
 
 import tcinfer
-from tcinfer.memory import infini, tensor
+from tcinfer.memory import infini, tensor_cache
 
 TOKENS, SETTLED, LIMIT = 100_000, 5_000, 4 * 2**20  # tokens, tokens, bytes
 
@@ -46,7 +46,7 @@ def test_100_000_tokens_one_by_one_through_the_bundled_model() -> None:
         {"memory": "window", "window": 64},
         {"memory": "sinks", "window": 64, "sinks": 4, "sink_positions": "in-cache"},
         {"memory": "infini", "window": 64, "options": infini.Options()},
-        {"memory": "tensor", "window": 64, "options": tensor.Options(slots=2, token_rate=True), "key_conv": 2},
+        {"memory": "tensor", "window": 64, "options": tensor_cache.Options(slots=2, token_rate=True), "key_conv": 2},
     ],
     ids=lambda m: m["memory"],
 )

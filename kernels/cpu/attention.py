@@ -11,6 +11,7 @@ side by side) and values once in float32, and take blocks of queries through the
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Kind
@@ -19,36 +20,36 @@ from numba.extending import register_jitable
 from tcinfer.kernels.cpu.jit import Operator, operator
 from tcinfer.kernels.cpu.machine import exp, floats, int64s, load_half
 from tcinfer.kernels.cpu.packing import FLOATS
-from tcinfer.kernels.cpu.plan import (
+from tcinfer.kernels.cpu.plan import Plan, Rows
+from tcinfer.kernels.cpu.ring import slot_of
+from tcinfer.kernels.cpu.rows import claim, share
+from tcinfer.kernels.cpu.simd import LANES
+from tcinfer.kernels.cpu.tiles import MANY, float_tile, padded, product, side_by_side
+from tcinfer.kernels.cpu.vectors import NONE, exponentials, largest, merged, scaled
+from tcinfer.kernels.plan import (
+    ALWAYS,
     COUNT,
     EACH,
     FIELDS,
     FIRST,
     GATHERED,
     KEYS,
-    LONG,
     PARTS,
+    PROMPT,
     ROW,
     ROWS,
     SCRATCH,
     SEQUENCE,
     SEQUENCE_OF,
-    SHORT,
     SPLITS,
     TABLE,
-    Plan,
-    Rows,
+    Geometry,
 )
-from tcinfer.kernels.cpu.ring import Entering, Geometry, slot_of
-from tcinfer.kernels.cpu.rows import claim, share
-from tcinfer.kernels.cpu.simd import LANES
-from tcinfer.kernels.cpu.tiles import MANY, float_tile, padded, product, side_by_side
-from tcinfer.kernels.cpu.vectors import NONE, exponentials, largest, merged, scaled
+from tcinfer.kernels.table import ATTEND_FEW, ATTEND_GATHERED, BLOCK, COMBINE_FEW, GATHER, QUERIES
 
 F = np.float32
-FEW = 4  # rows of a sequence up to which a pass is short
-BLOCK = 256  # positions in a block
-QUERIES = 24  # query rows (tokens times heads of a group) taken together in a long pass, about
+MOST_FEW = 4  # rows of a sequence up to which a pass is short
+SHORT = ALWAYS & ~PROMPT
 
 
 @register_jitable
@@ -298,23 +299,23 @@ def _attend_many(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
             item, until = claim(taken, blocks * G, 1, threads)
 
 
-FEW_OF, GATHER = ({kind: make(kind) for kind in (Kind.F16, Kind.F32)} for make in (_few, _gather))
+for _kind in (Kind.F16, Kind.F32):
+    _few(_kind)
+    _gather(_kind)
 
 
-def attention(plan: Plan, geometry: Geometry, new: Entering, k_field: int, v_field: int) -> Rows:
+def attention(plan: Plan, geometry: Geometry, new: Any, k_field: int, v_field: int) -> Rows:
     """Each row's query over what it sees of its sequence's ring and of the pass's own rows. Rows [H * D]."""
-    H, G, D, window, sinks = geometry.heads, geometry.kv_heads, geometry.head_dim, geometry.window, geometry.sinks
-    out = Rows(plan, H * D)
-    far = new.q_far.address if new.q_far else 0
-    shape = (H, G, D, window, sinks)
-    query, cache = (new.q.address, far, new.q.stride), (k_field, v_field, new.k_new, new.v_new)
-    R, wide = H // G, padded(D)
-    plan.scratch(4 * R * (BLOCK + D) + 4 * LANES * wide + 8 * LANES)
-    plan.scratch(4 * (max(QUERIES, R) + LANES) * (D + BLOCK + 2 * (wide + LANES) + 1))
-    plan.step(FEW_OF[geometry.kind], *query, *cache, *shape, when=SHORT)
-    plan.step(_combine, out.address, out.stride, *shape, when=SHORT)
-    plan.step(GATHER[geometry.kind], *cache, G, D, window, sinks, when=LONG)
-    plan.step(_attend_many, *query, out.address, *shape, when=LONG)
+    H, D = geometry.heads, geometry.head_dim
+    out, kind = Rows(plan, H * D), "F16" if geometry.half else "F32"
+    window = {"window": geometry.window, "sinks": geometry.sinks}
+    shape = {"H": H, "G": geometry.kv_heads, "D": D, **window}
+    query = {"q": new.q, "q_far": new.q_far, "q_stride": new.q.stride}
+    cache = {"k_field": k_field, "v_field": v_field, "k_new": new.k_new, "v_new": new.v_new}
+    plan.step(ATTEND_FEW, kind, SHORT, **query, **cache, **shape)
+    plan.step(COMBINE_FEW, "", SHORT, out=out, stride=out.stride, **shape)
+    plan.step(GATHER, kind, PROMPT, **cache, G=geometry.kv_heads, D=D, **window)
+    plan.step(ATTEND_GATHERED, "", PROMPT, **query, out=out, **shape)
     return out
 
 
@@ -331,8 +332,11 @@ def parts_bytes(geometry: Geometry, rows: int, splits: int) -> int:
     return 4 * (padded(geometry.head_dim) + LANES) * geometry.heads * rows * splits
 
 
-def gathered(geometry: Geometry, first: int, count: int) -> tuple[int, int]:
-    """Places for keys in a long pass, and bytes of all of them."""
-    D = geometry.head_dim
-    places = int(_gathered(first, count, geometry.window, geometry.sinks)[3])
-    return places, 4 * geometry.kv_heads * places * (padded(D) + D)
+def places(geometry: Geometry, first: int, count: int) -> int:
+    """Places for keys in a long pass."""
+    return int(_gathered(first, count, geometry.window, geometry.sinks)[3])
+
+
+def gathered_bytes(geometry: Geometry, places: int) -> int:
+    """Of keys and values in so many places."""
+    return 4 * geometry.kv_heads * places * (padded(geometry.head_dim) + geometry.head_dim)

@@ -9,11 +9,13 @@ import numpy as np
 from numba.core import cgutils, types
 
 from tcinfer.kernels.cpu.jit import operator
+from tcinfer.kernels.cpu.machine import int64s
 from tcinfer.kernels.cpu.plan import Plan
 from tcinfer.kernels.cpu.rows import share
 from tcinfer.kernels.cpu.simd import I32, I64, LANES, Lanes, constant, fetch_ahead, intrinsic, load
 from tcinfer.kernels.cpu.threads import Threads
 from tcinfer.kernels.cpu.tiles import AHEAD
+from tcinfer.kernels.table import LOOK
 
 LEAST = 2**26  # bytes, below which one reading is too short to be measured
 READINGS = 9
@@ -46,8 +48,9 @@ def _read(typingctx: Any, at: Any, size: Any) -> Any:
 
 @operator
 def _look(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
-    first, last = share(a[1] // 256, thread, threads)
-    a[2 + 8 * thread] = _read(a[0] + 256 * first, 256 * (last - first))
+    data, size, sums = a[0], a[1], int64s(a[2])
+    first, last = share(size // 256, thread, threads)
+    sums[8 * thread] = _read(data + 256 * first, 256 * (last - first))
 
 
 class Bandwidth:
@@ -58,7 +61,7 @@ class Bandwidth:
         size = max(LEAST, -(-size // 2**20) * 2**20)
         self._plan, self._size = Plan(1, threads), size
         data = np.ones(size, np.uint8)  # written, so that every page is there
-        self._plan.step(_look, self._plan.keep(data), size, *[0] * 8 * threads.count)
+        self._plan.step(LOOK, data=data, size=size, sums=np.zeros(8 * threads.count, np.int64))
         self._plan.finish()
         self._plan.run()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import shutil
 import stat
@@ -86,6 +87,15 @@ class _Cache(FunctionCache):
             super().flush()
 
 
+def _file_name(function: Callable, name: str) -> str:
+    """What a function's machine code is called in the folder."""
+    source = Path(inspect.getfile(function))
+    if source.parent == Path(__file__).parent:
+        return name
+    # of a memory's room, whose text is not in the folder's name
+    return f"{name}-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}"
+
+
 def _cached(dispatcher: Any, function: Callable, name: str) -> None:
     """Give a Numba object a cache of our own in `cache_folder`, where there is one."""
     folder = cache_folder()
@@ -102,7 +112,7 @@ def _cached(dispatcher: Any, function: Callable, name: str) -> None:
 def compiled(function: Callable) -> Any:
     """Compile a function at its first call, without the GIL, and keep the machine code in `cache_folder`."""
     dispatcher = numba.njit(nogil=True, fastmath=FASTMATH, error_model="numpy")(function)
-    _cached(dispatcher, function, function.__qualname__)
+    _cached(dispatcher, function, _file_name(function, function.__qualname__))
     return dispatcher
 
 
@@ -119,13 +129,13 @@ class Operator:
     """
 
     def __init__(self, function: Callable, name: str) -> None:
-        self.function, self.name = function, name
+        self.function, self.name, self.file_name = function, name, _file_name(function, name)
 
     @cached_property
     def _compiled(self) -> Any:
         options = {"fastmath": FASTMATH, "error_model": "numpy"}
         made = CFunc(self.function, SIGNATURE, locals={}, options=options)
-        _cached(made, self.function, self.name)
+        _cached(made, self.function, self.file_name)
         made.compile()
         return made
 
@@ -144,7 +154,7 @@ def operator(function: Callable | None = None, name: str = "") -> Any:
     """Make an Operator of a function; `name` where one function text serves several (a kind of weights)."""
     if function is None:
         return lambda f: operator(f, name)
-    made = Operator(function, name or function.__name__)
+    made = Operator(function, name or function.__name__.lstrip("_"))
     assert made.name not in OPERATORS, made.name
     OPERATORS[made.name] = made
     return made

@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 from tcinfer.kernels.cpu.jit import Operator, operator
 from tcinfer.kernels.cpu.machine import floats, int8s
 from tcinfer.kernels.cpu.packing import FLOATS, PACKINGS, RUN, interleaver
-from tcinfer.kernels.cpu.plan import ALIGNMENT, EACH, LOGITS, OUT_FIRST, OUT_ROWS, ROWS, SCRATCH, Plan, Rows
+from tcinfer.kernels.cpu.plan import Plan, Rows
 from tcinfer.kernels.cpu.rows import claim, quantised, quantised_twice, share
 from tcinfer.kernels.cpu.simd import LANES
 from tcinfer.kernels.cpu.tiles import MANY, byte_tile, float_tile
 from tcinfer.kernels.cpu.vectors import delivered
+from tcinfer.kernels.plan import ALIGNMENT, EACH, LOGITS, OUT_FIRST, OUT_ROWS, ROWS, SCRATCH
 from tcinfer.kernels.reference.quants import Matrix
+from tcinfer.kernels.table import CPU_HEAD, CPU_LINEAR, INTERLEAVE
 
 NEAR = 2**15  # bytes of weights that stay in the first cache while all rows of a chunk go by
 
@@ -87,7 +89,8 @@ def _linear(kind: Kind) -> Operator:
     return linear
 
 
-LINEAR = {kind: _linear(kind) for kind in (*PACKINGS, *FLOATS)}
+for _kind in (*PACKINGS, *FLOATS):
+    _linear(_kind)
 
 
 def _interleave(kind: Kind) -> Operator:
@@ -116,7 +119,8 @@ def _interleave(kind: Kind) -> Operator:
     return repack
 
 
-INTERLEAVE = {kind: _interleave(kind) for kind in (*PACKINGS, *FLOATS)}
+for _kind in (*PACKINGS, *FLOATS):
+    _interleave(_kind)
 
 
 class Weights(NamedTuple):
@@ -139,7 +143,7 @@ def repacked(plan: Plan, w: Matrix) -> Weights:
     if rows % LANES:
         data[-group:] = 0  # rows that are not there
     source = np.ascontiguousarray(w.data)
-    plan.step(INTERLEAVE[w.kind], plan.keep(source), rows, columns, plan.keep(data), group, wait=False)
+    plan.step(INTERLEAVE, w.kind.name, w=source, rows=rows, columns=columns, out=data, group_bytes=group)
     return Weights(w.kind, w.shape, data)
 
 
@@ -161,7 +165,6 @@ def linear(
     into: Rows | None = None,
     gate: Rows | None = None,
     head: bool = False,
-    wait: bool = True,
 ) -> Rows:
     """x Wᵀ + b. into: rows that it is added to; gate: a factor for each row; head: the pass's logits.
 
@@ -176,21 +179,19 @@ def linear(
         quantised(plan, x)
     y = into or (Rows(plan, 0 if head else outputs))
     y_stride = 4 * outputs if head else y.stride
-    plan.work += outputs * columns
-    plan.scratch(4 * LANES * MANY)
     plan.step(
-        LINEAR[w.kind],
-        plan.keep(w.data),
-        quantised_twice(plan, x) if packed and head else x.bytes if packed else x.address,
-        x.bytes_stride if packed else x.stride,
-        columns,
-        outputs,
-        y.address,
-        y_stride,
-        plan.keep(bias),
-        gate.address if gate else 0,
-        into is not None,
-        head,
-        wait=wait,
+        CPU_HEAD if head else CPU_LINEAR,
+        w.kind.name,
+        w=w.data,
+        x=quantised_twice(plan, x) if packed and head else x.bytes if packed else x,
+        stride=x.bytes_stride if packed else x.stride,
+        columns=columns,
+        outputs=outputs,
+        y=y,
+        y_stride=y_stride,
+        bias=bias,
+        gate=gate,
+        add=into is not None,
+        head=head,
     )
     return y

@@ -6,32 +6,19 @@ Every column of A changes by itself, so that threads share heads and strips of 1
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Kind
 
 from tcinfer.kernels.cpu.jit import operator
 from tcinfer.kernels.cpu.machine import floats, int64s
-from tcinfer.kernels.cpu.plan import COUNT, EACH, FIELDS, ROW, SCRATCH, SEQUENCE, SEQUENCES, TABLE, Plan, Rows
 from tcinfer.kernels.cpu.rows import share
 from tcinfer.kernels.cpu.simd import LANES
 from tcinfer.kernels.cpu.tiles import MANY, float_tile, product
 from tcinfer.kernels.cpu.vectors import merged
+from tcinfer.kernels.plan import COUNT, EACH, FIELDS, ROW, SCRATCH, SEQUENCE, SEQUENCES, TABLE
 
 F = np.float32
 _one, _two, _many = (float_tile(Kind.F32, n) for n in (1, 2, MANY))
-
-
-class Writes(NamedTuple):
-    """What each row writes, and how: as kernels.reference.matrix_memory.Writes, a row a token."""
-
-    k: Rows  # [G, D]
-    v: Rows  # [G, E]
-    decay: Rows  # [P, G]
-    rate: Rows  # [P, G]; 0 with decay 1: this row writes nothing
-    retrieve: Rows | None = None  # c, [G]
-    wedge: bool = False
 
 
 @operator
@@ -81,28 +68,3 @@ def _scan(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
                         if wedge:
                             for d in range(D):
                                 merged(A + 4 * E * d, k + 4 * (D * (G * row + g) + e), lanes, F(1), -eta * whole[d])
-
-
-def scan(
-    plan: Plan,
-    field: int,
-    planes: int,
-    shape: tuple[int, int, int, int],
-    q: Rows,
-    writes: Writes,
-    mix: Rows | None = None,
-    write_first: bool = False,
-) -> Rows:
-    """Every row reads [G, R, E] and writes, in order.  shape: G, R, D, E; q [G, R, D]; mix [P, G, R], or None for 1."""
-    G, R, D, E = shape
-    out = Rows(plan, G * R * E)
-    k, v, decay, rate, retrieve, wedge = writes
-    plan.step(
-        _scan,
-        *(field, planes, *shape),
-        *(q.address, k.address, v.address, decay.address, rate.address),
-        *(retrieve.address if retrieve else 0, mix.address if mix else 0, out.address, wedge, write_first),
-    )
-    plan.scratch(4 * LANES * (1 + R))
-    plan.work += 3 * planes * G * D * E
-    return out

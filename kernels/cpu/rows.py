@@ -17,10 +17,14 @@ from numpy.typing import NDArray
 from tcinfer.kernels.cpu.jit import Operator, operator
 from tcinfer.kernels.cpu.machine import atomic_add, doubles, floats, int64s, load_brain, load_half, number
 from tcinfer.kernels.cpu.packing import FLOATS, PACKINGS, RUN, unpacker
-from tcinfer.kernels.cpu.plan import (
+from tcinfer.kernels.cpu.plan import Plan, Rows
+from tcinfer.kernels.cpu.tiles import HEAD
+from tcinfer.kernels.cpu.vectors import gelu_of, gelu_product, left_over, normed, quantise_run, silu_product, squares
+from tcinfer.kernels.plan import (
     EACH,
     FIRST,
     IDS,
+    LOGITS,
     OUT_FIRST,
     OUT_ROWS,
     ROW,
@@ -29,12 +33,9 @@ from tcinfer.kernels.cpu.plan import (
     SEQUENCE,
     SEQUENCE_OF,
     TABLE,
-    Plan,
-    Rows,
 )
-from tcinfer.kernels.cpu.tiles import HEAD
-from tcinfer.kernels.cpu.vectors import gelu_of, left_over, normed, quantise_run, silu_product, squares
 from tcinfer.kernels.reference.quants import Matrix
+from tcinfer.kernels.table import CPU_EMBED, CPU_GATED, CPU_GELU, CPU_NORM, QUANTISE, QUANTISE_TWICE
 
 F = np.float32
 CLAIMS = 4  # parts of a step's work for each thread
@@ -63,6 +64,12 @@ def position(p, row):  # type: ignore[no-untyped-def]
     """Where in its stream a row of the pass stands."""
     s = int64s(p[TABLE] + 8 * SEQUENCE * int64s(p[SEQUENCE_OF])[row])
     return s[FIRST] + row - s[ROW]
+
+
+@register_jitable
+def sigmoid(x):  # type: ignore[no-untyped-def]
+    e = F(math.exp(-abs(x)))
+    return (F(1) if x >= 0 else e) / (F(1) + e)
 
 
 @register_jitable
@@ -111,15 +118,14 @@ def quantised_twice(plan: Plan, x: Rows) -> int:
     """Address of the rows whose logits are wanted, each as two rows of x.bytes_stride: it quantised, and what that left
     over quantised again."""
     out = plan.room(2 * plan.capacity * x.bytes_stride)
-    plan.scratch(4 * RUN)
-    plan.step(_quantise_twice, x.address, x.stride, x.columns, out, x.bytes_stride)
+    plan.step(QUANTISE_TWICE, x=x, stride=x.stride, columns=x.columns, out=out, out_stride=x.bytes_stride)
     return out
 
 
 def quantised(plan: Plan, x: Rows) -> None:
     """See to it that x.bytes is there."""
     if x.want_bytes():
-        plan.step(_quantise, x.address, x.stride, x.columns, x.bytes, x.bytes_stride)
+        plan.step(QUANTISE, x=x, stride=x.stride, columns=x.columns, out=x.bytes, out_stride=x.bytes_stride)
 
 
 @operator
@@ -151,30 +157,51 @@ def _norm(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
 def norm(plan: Plan, x: Rows, weight: NDArray, bias: NDArray | None, eps: float, layer: bool) -> Rows:
     """RMS norm, or layer norm with its mean and its bias."""
     y = Rows(plan, x.columns)
-    parameters = plan.keep(weight), plan.keep(bias), float(eps), layer
-    step = plan.step(_norm, x.address, x.columns, y.address, y.stride, *parameters, 0, y.bytes_stride)
-    y.maker = step, 8
+    y.maker = plan.step(
+        CPU_NORM,
+        x=x,
+        columns=x.columns,
+        y=y,
+        stride=y.stride,
+        weight=weight,
+        bias=bias,
+        eps=float(eps),
+        layer=layer,
+        out=None,
+        out_stride=y.bytes_stride,
+    )
     return y
 
 
 @operator
-def _swiglu(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
-    gate, up, columns, stride, out, out_stride = a[0], a[1], a[2], a[3], a[4], a[5]
+def _gated(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
+    gate, up, columns, stride, out, out_stride, tanh = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
     # columns are shared, not rows, as in the products before: what a thread has just written is in its cache
     first, last = claim(taken, (columns + RUN - 1) // RUN, 8, threads)
     while first < last:
         at, count = 4 * RUN * first, min(columns, RUN * last) - RUN * first
         for row in range(p[ROWS]):
-            silu_product(gate + row * stride + at, up + row * stride + at, count)
+            if tanh:
+                gelu_product(gate + row * stride + at, up + row * stride + at, count)
+            else:
+                silu_product(gate + row * stride + at, up + row * stride + at, count)
             if out:
                 quantise_runs(up + row * stride, out, out_stride, columns, row, first, last)
         first, last = claim(taken, (columns + RUN - 1) // RUN, 8, threads)
 
 
-def swiglu(plan: Plan, gate: Rows, up: Rows) -> Rows:
-    """silu(gate) · up, in place of up."""
-    step = plan.step(_swiglu, gate.address, up.address, up.columns, up.stride, 0, up.bytes_stride)
-    up.maker = step, 4
+def gated(plan: Plan, gate: Rows, up: Rows, activation: str) -> Rows:
+    """act(gate) · up, in place of up; activation: "silu" or "gelu_tanh"."""
+    up.maker = plan.step(
+        CPU_GATED,
+        gate=gate,
+        up=up,
+        columns=up.columns,
+        stride=up.stride,
+        out=None,
+        out_stride=up.bytes_stride,
+        tanh=activation == "gelu_tanh",
+    )
     return up
 
 
@@ -192,8 +219,7 @@ def _gelu(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
 
 def gelu(plan: Plan, x: Rows) -> Rows:
     """The exact form, in place."""
-    step = plan.step(_gelu, x.address, x.columns, x.stride, 0, x.bytes_stride)
-    x.maker = step, 3
+    x.maker = plan.step(CPU_GELU, x=x, columns=x.columns, stride=x.stride, out=None, out_stride=x.bytes_stride)
     return x
 
 
@@ -229,30 +255,58 @@ def _embed(kind: Kind) -> Operator:
     return embed
 
 
-EMBED = {kind: _embed(kind) for kind in (*PACKINGS, *FLOATS)}
+for _kind in (*PACKINGS, *FLOATS):
+    _embed(_kind)
 
 
 def embed(plan: Plan, table: Matrix, positions: NDArray | None) -> Rows:
     """The rows of the embedding that the pass's ids name, plus those of learned positions, if there are any."""
     x = Rows(plan, table.shape[1])
     data = np.ascontiguousarray(table.data)
-    plan.step(EMBED[table.kind], plan.keep(data), x.columns, x.address, x.stride, plan.keep(positions))
+    plan.step(CPU_EMBED, table.kind.name, table=data, columns=x.columns, x=x, stride=x.stride, positions=positions)
     return x
 
 
 @operator
 def _angles(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
-    freq, half, most, offset, cos, sin = doubles(a[0]), a[1], a[2], a[3], a[4], a[5]
+    freq, pairs, most, offset, factor, cos, sin = doubles(a[0]), a[1], a[2], a[3], number(a[4]), a[5], a[6]
     first, last = share(p[ROWS], thread, threads)
     for row in range(first, last):
         at = float(min(position(p, row), most) + offset)
-        c, s = floats(cos + 4 * half * row), floats(sin + 4 * half * row)
-        for i in range(half):
-            c[i], s[i] = F(math.cos(at * freq[i])), F(math.sin(at * freq[i]))
+        c, s = floats(cos + 4 * pairs * row), floats(sin + 4 * pairs * row)
+        for i in range(pairs):
+            c[i], s[i] = F(factor * math.cos(at * freq[i])), F(factor * math.sin(at * freq[i]))
 
 
-def angles(plan: Plan, freq: NDArray[np.float64], most: int = 2**62, offset: int = 0) -> tuple[int, int]:
-    """Addresses of cos and sin, float32 [rows, D / 2], of (position, at most `most`) + offset; computed in float64."""
-    cos, sin = (plan.room(4 * plan.capacity * len(freq)) for _ in range(2))
-    plan.step(_angles, plan.keep(freq), len(freq), most, offset, cos, sin)
-    return cos, sin
+@operator
+def _add(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
+    x, y, columns = floats(a[0]), floats(a[1]), a[2]
+    first, last = share(p[ROWS] * columns, thread, threads)
+    for i in range(first, last):
+        x[i] += y[i]
+
+
+@operator
+def _scale(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
+    x, columns, factor = floats(a[0]), a[1], F(number(a[2]))
+    first, last = share(p[ROWS] * columns, thread, threads)
+    for i in range(first, last):
+        x[i] *= factor
+
+
+@operator
+def _softcap(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
+    columns, cap, logits = a[0], number(a[1]), floats(p[LOGITS])
+    first, last = share(p[OUT_ROWS] * columns, thread, threads)
+    for i in range(first, last):
+        logits[i] = F(cap * math.tanh(logits[i] / cap))
+
+
+@operator
+def _head_norm(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
+    x, heads, width, weight, eps = a[0], a[1], a[2], a[3], F(number(a[4]))
+    first, last = share(p[ROWS] * heads, thread, threads)
+    for i in range(first, last):
+        at = x + 4 * width * i
+        scale = F(1) / F(math.sqrt(squares(at, width, F(0)) / F(width) + eps))
+        normed(at, at, width, F(0), scale, weight, np.int64(0))

@@ -14,7 +14,8 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic as numba_intrinsic
 
-LANES = 16  # numbers in a vector: one AVX-512 register, two of AVX2, four of Arm
+from tcinfer.kernels.table import LANES
+
 I8, I16, I32, I64, F16, F32 = *(ir.IntType(n) for n in (8, 16, 32, 64)), ir.HalfType(), ir.FloatType()
 # Plain loops and sums over lanes may be reordered (that is what makes vectors of them); NaN and Inf stay what they are.
 FAST = ("reassoc", "contract", "nsz", "arcp")

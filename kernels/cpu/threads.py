@@ -25,6 +25,7 @@ from tcinfer.kernels.cpu.machine import (
     int64s,
     pause,
 )
+from tcinfer.kernels.plan import KIND_OF_PASS
 
 PATIENCE = 200  # pauses (some 10 us) after which a waiting thread gives way
 WAKING = 1000  # looks at a worker that was woken, giving way in between, before it is woken again
@@ -38,8 +39,9 @@ ASLEEP, AWAKE, HELD, GO = range(4)  # of a worker
 
 # Words of a step of a plan
 STEP = 8  # a cache line
-OPERATOR, ARGUMENTS, WAIT, WHEN, TAKEN = range(5)  # TAKEN: how much of its work threads have claimed
-KIND_OF_PASS = 0  # word of a pass: a step runs if its WHEN has this bit
+# WHEN, WAIT: kinds of pass in which it runs, and in which all wait for each other behind it; TAKEN: how much of its work
+# threads have claimed
+OPERATOR, ARGUMENTS, WAIT, WHEN, TAKEN = range(5)
 
 
 @compiled
@@ -65,7 +67,7 @@ def _run(steps: int, count: int, pass_: int, thread: int, threads: int, shared: 
         step = int64s(steps + 8 * STEP * i)
         if step[WHEN] & kind:
             call(step[OPERATOR], int64s(step[ARGUMENTS]), p, thread, threads, steps + 8 * (STEP * i + TAKEN))
-            if threads > 1 and step[WAIT]:
+            if threads > 1 and step[WAIT] & kind:
                 goal += threads
                 _barrier(shared, goal)
     if threads > 1:

@@ -200,6 +200,24 @@ def silu_product(typingctx: Any, gate: Any, up: Any, count: Any) -> Any:
 
 
 @intrinsic
+def gelu_product(typingctx: Any, gate: Any, up: Any, count: Any) -> Any:
+    """up = gelu(gate) · up, in place, by the approximation g / (1 + e^(-2 √(2/π) (g + 0.044715 g³)))."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        gate, up, count = arguments
+
+        def body(offset: Any, lanes: Any) -> None:
+            g = _get(builder, gate, offset, lanes)
+            by = (g * g * 0.044715 + 1.0) * g * (-2 * math.sqrt(2 / math.pi))
+            _put(g.over(by.exp() + 1.0) * _get(builder, up, offset, lanes), up, offset, lanes)
+
+        _each(builder, count, body)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
 def gelu_of(typingctx: Any, x: Any, count: Any) -> Any:
     """x = x/2 · (1 + erf(x/√2)), in place."""
 

@@ -14,7 +14,7 @@ section 1); `scan_recurrent` the recurrence itself.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +68,31 @@ def _read(A: F32, q: F32, mix: F32 | None) -> F32:
     """Σ_p mix_p q A_p.  A [P, G, D, E], q [G, R, D], mix [P, G, R] or None; returns [G, R, E]."""
     read = q @ A
     return read.sum(0) if mix is None else (mix[..., None] * read).sum(0)
+
+
+def scan_rows(
+    p: Any,
+    field: NDArray,
+    P: int,
+    G: int,
+    R: int,
+    D: int,
+    E: int,
+    q: F32,
+    k: F32,
+    v: F32,
+    decay: F32,
+    rate: F32,
+    retrieve: F32 | None,
+    mix: F32 | None,
+    wedge: bool,
+    write_first: bool,
+) -> F32:
+    """`scan` of rows as operators have them: decay and rate [T, P, G], mix [T, P, G, R]; field [P, G, D, E]."""
+    decay, rate = (np.moveaxis(x, 1, 0) for x in (decay, rate))
+    writes = Writes(k, v, decay, rate, retrieve, wedge)
+    A = field.reshape(P, G, D, E)
+    return scan(A, q, writes, None if mix is None else np.moveaxis(mix, 1, 0), write_first)
 
 
 def scan(A: F32, q: F32, writes: Writes, mix: F32 | None = None, write_first: bool = False) -> F32:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,36 @@ _erf = np.frompyfunc(math.erf, 1, 1)  # NumPy has no erf of its own
 def gelu(x: F32) -> F32:
     """x/2 · (1 + erf(x/√2)), the exact form.  Any shape."""
     return 0.5 * x * (1 + _erf(x * np.float32(math.sqrt(0.5))).astype(np.float32))
+
+
+def gelu_tanh(x: F32) -> F32:
+    """x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³))), the approximation that Gemma was trained with.  Any shape."""
+    return x * sigmoid(2 * np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x))
+
+
+def gated(gate: F32, up: F32, activation: str) -> F32:
+    """act(gate) · up; activation: "silu" or "gelu_tanh".  Both [T, F]."""
+    return swiglu(gate, up) if activation == "silu" else gelu_tanh(gate) * up
+
+
+def softcap(p: Any, columns: int, cap: float) -> None:
+    """cap · tanh(x / cap) of the logits [.., columns], in place: none beyond the cap."""
+    p.logits[:] = np.float32(cap) * np.tanh(p.logits / np.float32(cap))
+
+
+def add(p: Any, x: F32, y: F32, columns: int) -> None:
+    """x += y.  Both [T, columns]."""
+    x += y
+
+
+def scale(p: Any, x: F32, columns: int, factor: float) -> None:
+    """x *= factor.  [T, columns]."""
+    x *= np.float32(factor)
+
+
+def head_norm(p: Any, x: F32, heads: int, width: int, weight: F32, eps: float) -> None:
+    """RMS norm of each head by itself, in place.  x [T, heads, width], weight [width]."""
+    x[:] = rms_norm(x, weight, eps)
 
 
 def elu_plus_one(x: F32) -> F32:

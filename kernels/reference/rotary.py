@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,20 +26,26 @@ def frequencies(
     return angles if divisors is None else angles / divisors.astype(np.float64)
 
 
-def angles(positions: NDArray[np.int64], freq: NDArray[np.float64]) -> tuple[F32, F32]:
-    """cos and sin of position · freq, computed in float64.  positions [T], freq [P]; both float32 [T, 1, P]."""
-    a = positions.astype(np.float64)[:, None, None] * freq
-    return np.cos(a).astype(np.float32), np.sin(a).astype(np.float32)
+def angles(
+    p: Any, freq: NDArray[np.float64], pairs: int, most: int = 2**62, offset: int = 0, factor: float = 1.0
+) -> tuple[F32, F32]:
+    """cos and sin of (position, at most `most`, + offset) · freq, times `factor`, computed in float64.
+
+    freq [pairs]; both float32 [T, pairs].
+    """
+    a = (np.minimum(p.positions, most) + offset).astype(np.float64)[:, None] * freq
+    return (factor * np.cos(a)).astype(np.float32), (factor * np.sin(a)).astype(np.float32)
 
 
 def rotate(x: F32, cos: F32, sin: F32, pairs: str) -> F32:
     """Turn each channel pair (a, b) by its angle: (a cos - b sin, a sin + b cos).
 
-    x [T, H, D]; cos, sin [T, 1, D / 2]; pairs "interleaved" or "half" (which channels make a pair).
+    x [T, H, D]; cos, sin [T, 1, n / 2]: the first n channels rotate; pairs "interleaved" or "half" (which channels make
+    a pair).
     """
-    half = x.shape[-1] // 2
-    a, b = (slice(0, None, 2), slice(1, None, 2)) if pairs == "interleaved" else (slice(half), slice(half, None))
-    y = np.empty_like(x)
+    n = 2 * cos.shape[-1]
+    half, y = n // 2, x.copy()
+    a, b = (slice(0, n, 2), slice(1, n, 2)) if pairs == "interleaved" else (slice(half), slice(half, n))
     y[..., a] = x[..., a] * cos - x[..., b] * sin
     y[..., b] = x[..., a] * sin + x[..., b] * cos
     return y

@@ -70,7 +70,7 @@ def trial(models: dict[str, Model], pages: list[int], gap: int, count: int, rng:
 
 def measure(models: dict[str, Model], book: list[int], trials: int, count: int, seed: int, base: str) -> list[Score]:
     """Every model on the same facts and pages, for each gap and both kinds of words; base: the name of the baseline."""
-    window = max(model.config.window for model in models.values())
+    window = max(model.config.widest.window for model in models.values())
     if len(book) <= GAPS[-1] * window:
         raise click.ClickException(f"the book is too short: {len(book):,} tokens, of {GAPS[-1] * window:,} and more")
     scores = []
@@ -91,7 +91,7 @@ def measure(models: dict[str, Model], book: list[int], trials: int, count: int, 
                 error = stdev(shares) / math.sqrt(trials) if trials > 1 else math.nan
                 p = sign_test(pairs[True, False], pairs[False, True])
                 right = round(sum(shares) * count)
-                scores.append(Score(name, models[name].config.memory, gap, words, right, trials * count, error, p))
+                scores.append(Score(name, models[name].config.memories, gap, words, right, trials * count, error, p))
     return scores
 
 

@@ -51,7 +51,7 @@ def main(file: Path, measured: int, drawing: Path | None) -> None:
         with one_error():
             check(drawing)
     (model,) = open_models((file,), off=False).values()
-    if model.config.memory == "full":
+    if model.config.memories == "full":
         raise click.ClickException(f"{file}: full memory has no state of one size")
     found = rows(model, measured)
     click.echo("| context | state | full cache | full / state |\n|---:|---:|---:|---:|")

@@ -30,8 +30,8 @@ def open_models(files: tuple[Path, ...], off: bool) -> dict[str, Model]:
         models = {file.stem: load(file) for file in files}
         first = next(iter(models.values()))
         if off:
-            if first.config.memory in ("full", "window"):
-                raise click.ClickException(f"{files[0]}: {first.config.memory} memory cannot be switched off")
+            if first.config.memories in ("full", "window"):
+                raise click.ClickException(f"{files[0]}: {first.config.memories} memory cannot be switched off")
             models[OFF] = load(files[0], memory="window")
     words = "Once upon a time, in \u201cthat\u201d old house."
     for name, model in models.items():

@@ -14,9 +14,10 @@ from tcinfer.chat.conversation import Conversation
 from tcinfer.chat.store import Log
 from tcinfer.chat.template import ChatTemplate, fill
 from tcinfer.config import DEFAULT_SINKS, DEFAULT_WINDOW
+from tcinfer.engine.base import Backend
 from tcinfer.errors import TcinferError
-from tcinfer.kernels.reference import Reference
 from tcinfer.loader import Opened
+from tcinfer.memory_options import with_memory
 from tcinfer.model import Model
 from tcinfer.sampling import Sampling
 from tcinfer.tokenizer import CHAT_TEMPLATE
@@ -33,7 +34,7 @@ class Chats:
     def __init__(
         self,
         path: str | None,
-        ops: Reference,
+        backend: Backend,
         asked: dict[str, Any],
         template: str | None,
         sampling: Sampling,
@@ -44,7 +45,7 @@ class Chats:
         self.opened = Opened(path)
         self.folder = store.chats()
         self.sampling = sampling
-        self._ops, self._asked, self._notice = ops, asked, notice
+        self._backend, self._asked, self._notice = backend, asked, notice
         self._said: set[str] = set()
         self._model: Model | None = None
         self._source = template
@@ -107,9 +108,9 @@ class Chats:
 
     def _load(self, options: dict[str, Any]) -> Model:
         """The model with this memory: the one at hand, if it has it."""
-        wanted = memory.with_memory(self.opened.config, **options)
+        wanted = with_memory(self.opened.config, **options)
         if self._model is None or self._model.config != wanted:
-            self._model = self.opened.model(self._ops, **options, notice=self._notice)
+            self._model = self.opened.model(self._backend, **options, notice=self._notice)
         return self._model
 
     def _options(self, system: str | None) -> dict[str, Any]:
@@ -121,14 +122,15 @@ class Chats:
         asked, config = dict(self._asked), self.opened.config
         mode = asked["memory"]
         if mode is None:
-            mode = asked["memory"] = "sinks" if config.memory == "full" else config.memory
+            mode = "sinks" if config.widest.memory == "full" else config.widest.memory
+            asked["memory"] = mode
         if mode != "sinks":
             return asked
         pinned = self._pinned(system)
         if asked["sinks"] is None:
-            asked["sinks"] = config.sinks if config.memory == "sinks" else DEFAULT_SINKS
+            asked["sinks"] = config.widest.sinks if config.widest.memory == "sinks" else DEFAULT_SINKS
         asked["sinks"] = max(asked["sinks"], pinned)
-        if asked["window"] is None and config.memory == "full":
+        if asked["window"] is None and config.widest.memory == "full":
             trained = min(config.context_length or DEFAULT_WINDOW, LARGEST_WINDOW)
             asked["window"] = max(trained - asked["sinks"], trained // 2)
         return asked
@@ -139,7 +141,7 @@ class Chats:
         parts = fill(self._template(self._source).system_part(system is not None), system=system)
         count = len(tokenizer.encode_parts(parts, bos=tokenizer.add_bos))
         sizes = [
-            memory.layout(memory.with_memory(config, "sinks", 1, sinks, self._asked["cache_type"])).nbytes
+            memory.layout(with_memory(config, "sinks", 1, sinks, self._asked["cache_type"])).nbytes
             for sinks in (0, 1024)
         ]
         most = PINNED * 1024 // (sizes[1] - sizes[0])

@@ -52,7 +52,7 @@ def chat(**options: Any) -> None:
     from tcinfer.chat.template import CHATML
     from tcinfer.cli.repl import Repl
     from tcinfer.generation import strings
-    from tcinfer.loader import operators
+    from tcinfer.engine import backend
 
     check_count("max_tokens", options["max_tokens"], -1)
     if sys.stdin is None:
@@ -71,7 +71,7 @@ def chat(**options: Any) -> None:
             raise TcinferError(f"there is no conversation in {folder} to go on with")
         name = known[0] if name is None else name
         path = store.start_of(folder, name)["model"] if path is None else path
-    chats = Chats(path, operators(options["backend"], options["threads"]), asked, template, how, notice)
+    chats = Chats(path, backend(options["backend"], options["threads"]), asked, template, how, notice)
     system = None if options["system"] is None else argument(options["system"])
     conversation = chats.resume(name) if options["resume"] else chats.begin(system, name)
     conversation.max_tokens, conversation.stop, conversation.banned = options["max_tokens"], stop, banned

@@ -109,7 +109,7 @@ def _conclude(out: Path, outtype: str, source: Source, written: Written, origin:
     if written.fallback:
         say(f"kept in F16, rows no multiple of the block: {', '.join(written.fallback)}")
     kinds = ", ".join(f"{n} {kind}" for kind, n in written.kinds.items())
-    click.echo(f"{out}: {written.nbytes:,} bytes; {source.config.memory} memory; tensors: {kinds}")
+    click.echo(f"{out}: {written.nbytes:,} bytes; {source.config.memories} memory; tensors: {kinds}")
     if written.verified:
         worst, largest, count = written.verified
         click.echo(

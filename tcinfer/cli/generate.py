@@ -108,7 +108,7 @@ class Figures:
             say(json.dumps(asdict(self) | place | {"state_bytes": session.nbytes}))
             return
         config = session.model.config
-        outside = f"{session.outside_window:,} tokens outside the exact window of {config.window:,}"
+        outside = f"{session.outside_window:,} tokens outside the exact window of {config.widest.window:,}"
         if not session.model.bounded:
             outside = "the cache grows with every token (--memory window or sinks does not)"
             if session.position > config.context_length > 0:

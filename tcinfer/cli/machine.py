@@ -16,14 +16,14 @@ FILES = ("FILE", "CKPT", ".")  # what only the metavars of options and arguments
 @click.command()
 def warmup() -> None:
     """Compile everything for this CPU now, so that no first run waits for it."""
-    from tcinfer.loader import operators
+    from tcinfer.engine import backend
     from tcinfer.progress import bar
 
-    operators("numba", None)  # or the reason why there is none
-    from tcinfer.kernels import cpu
+    backend("numba")  # or the reason why there is none
+    from tcinfer.engine.compiled import warm_up
     from tcinfer.kernels.cpu.jit import cache_folder
 
-    steps = cpu.warm_up()
+    steps = warm_up()
     total = next(steps)
     with bar("compiling", total) as advance:
         for _ in steps:

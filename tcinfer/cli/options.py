@@ -57,7 +57,7 @@ def load_model(options: dict[str, Any], like: SessionFile | None = None) -> Mode
     from tcinfer.loader import load
 
     memory = {name: options[name] for name in ("memory", "window", "sinks", "cache_type")}
-    if like is not None and options["memory"] in (None, like.config.memory):
+    if like is not None and options["memory"] in (None, like.memory_options()["memory"]):
         memory = {name: like.memory_options()[name] if value is None else value for name, value in memory.items()}
     told = None if options.get("quiet") else notice
     return load(options["model"], backend=options["backend"], threads=options["threads"], notice=told, **memory)

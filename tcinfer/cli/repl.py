@@ -240,11 +240,11 @@ class Repl:
 
         conversation, config = self.conversation, self.conversation.model.config
         session = conversation.session
-        held = min(session.position, config.window + config.sinks) if config.window else session.position
+        held = session.position - session.outside_window
         say(f"window: {held:,} tokens held exactly, {session.outside_window:,} outside; {size(session.nbytes)}")
         layers = insight.layers(config, session._state.on_host())
         if not layers:
-            say(f"{config.memory} memory has no second level: the window's share of every answer is 100%")
+            say(f"{config.memories} memory has no second level: the window's share of every answer is 100%")
             return
         last = conversation.last_answer()
         shares = insight.shares(session.model, *last) if last is not None else {}
@@ -285,11 +285,11 @@ class Repl:
     def greet(self) -> None:
         """What runs, and what it takes, before the first word."""
         config, session = self.conversation.model.config, self.conversation.session
-        window = f", window {config.window:,}" if config.window else ""
-        sinks = f", {config.sinks:,} first tokens kept" if config.sinks else ""
+        window = f", window {config.widest.window:,}" if config.widest.window else ""
+        sinks = f", {config.widest.sinks:,} first tokens kept" if config.widest.sinks else ""
         bound = "whatever the length" if session.model.bounded else "and it grows with every token"
         name = " ".join(printable(config.name or config.arch).split())
-        say(f"{name}: {config.memory} memory{window}{sinks}; {size(session.nbytes)}, {bound}")
+        say(f"{name}: {config.memories} memory{window}{sinks}; {size(session.nbytes)}, {bound}")
         say("/help lists the commands, Ctrl-C stops an answer, /exit or Ctrl-D leaves")
         if session.position:
             self._where()

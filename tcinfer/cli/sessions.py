@@ -129,15 +129,15 @@ def _facts(file: SessionFile) -> dict[str, Any]:
     from tcinfer import insight
 
     config = file.config
-    held = config.window + config.sinks if config.window else file.position
+    held = config.widest.window + config.widest.sinks if config.widest.window else file.position
     return {
         "file": str(file.path),
         "bytes": file.nbytes,
         "model": f"{config.name or 'without a name'} ({config.arch}, {config.n_layers} layers of {config.d_model})",
         "fingerprint": file.fingerprint.hex()[:16],
-        "memory": config.memory,
-        "window": config.window,
-        "sinks": config.sinks,
+        "memory": config.memories,
+        "window": config.widest.window,
+        "sinks": config.widest.sinks,
         "cache_type": config.cache_type,
         "tokens": file.position,
         "outside_window": max(0, file.position - held),

@@ -16,14 +16,6 @@ from tcinfer.kernels.errors import UnavailableError
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 
 
-class Spec(NamedTuple):
-    """What a weight must look like, in NumPy order."""
-
-    shape: tuple[int, ...]
-    required: bool = True
-    matrix: bool = False  # a projection: may be quantised; everything else is kept in float32
-
-
 class Field(NamedTuple):
     """One array of a layer's state."""
 

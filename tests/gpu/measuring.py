@@ -27,7 +27,7 @@ from tcinfer.kernels.cuda.packing import TILE_ROWS
 from tcinfer.kernels.cuda.plan import ONE, Plan
 from tcinfer.kernels.cuda.program import source
 from tcinfer.kernels.reference.quants import Kind, Matrix
-from tcinfer.memory import tensor
+from tcinfer.memory import tensor_cache
 from tcinfer.memory.state import State
 from tcinfer.model import Model, tensors
 from tcinfer.sampling import Sampling
@@ -95,7 +95,7 @@ def weights(config: ModelConfig, tied: bool, kinds: Sequence[Kind]) -> dict[str,
 
 def config_of(shape: Shape, memory_kind: str, window: int) -> ModelConfig:
     sizes = (shape.vocab, shape.layers, shape.width, shape.heads, shape.kv_heads, shape.head_dim, shape.ffn)
-    own = {"arch": "tcllama", "options": tensor.Options()} if memory_kind == "tensor" else {"arch": "llama"}
+    own = {"arch": "tcllama", "options": tensor_cache.Options()} if memory_kind == "tensor" else {"arch": "llama"}
     names = ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff")
     sinks = SINKS if memory_kind == "sinks" else 0
     fields: dict[str, Any] = dict(zip(names, sizes, strict=True), memory=memory_kind, window=window, sinks=sinks, **own)

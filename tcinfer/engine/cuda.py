@@ -1,10 +1,11 @@
-"""The transformer's plan on a GPU: passes described to it, logits and chosen ids fetched from it."""
+"""The CUDA engine: a model's plan on a GPU, passes described to it, logits and chosen ids fetched from it."""
 
 from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from threading import RLock
 from typing import Any
@@ -14,22 +15,25 @@ from numpy.typing import NDArray
 
 from tcinfer import memory
 from tcinfer.config import ModelConfig
-from tcinfer.engine import EMBEDDING, bytes_per_token, transformer
+from tcinfer.engine import base
+from tcinfer.engine.base import F32, Here, How, Logits, bytes_per_token
 from tcinfer.errors import TcinferError
-from tcinfer.kernels.cuda import operators
-from tcinfer.kernels.cuda.plan import ONE, PROMPT, SESSIONS, Pass, Plan
-from tcinfer.kernels.cuda.program import Named
-from tcinfer.kernels.reference.quants import Matrix
-from tcinfer.memory.state import DeviceState
+from tcinfer.kernels.cuda.plan import Pass
+from tcinfer.kernels.cuda.recorder import Recorder
+from tcinfer.kernels.errors import UnavailableError
+from tcinfer.kernels.plan import ONE, PROMPT, SESSIONS
+from tcinfer.kernels.table import CHOOSE
+from tcinfer.memory.state import AnyState, DeviceState, Layout, State
+from tcinfer.sampling import Sampling, on_device
+from tcinfer.transformer import transformer
 
-F32 = NDArray[np.float32]
 CHUNK = 2048  # rows of a pass with which a GPU is busy
 
 
 class Later:
     """A row of logits that still lies on the GPU. Fetched when asked for, at the latest before a pass overwrites it."""
 
-    def __init__(self, engine: DeviceEngine, row: int) -> None:
+    def __init__(self, engine: Engine, row: int) -> None:
         self._engine, self.row = engine, row
         self._logits: F32 | None = None
 
@@ -41,52 +45,61 @@ class Later:
         return self._logits
 
 
-class DeviceEngine:
+class Engine:
     """A model's plan, weights and buffers on a GPU. One pass at a time; callers wait for each other."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        weights: Mapping[str, Any],
-        freq: NDArray[np.float64] | None,
-        device: Any,
-    ) -> None:
-        """weights: as Model takes them; the matrices are repacked and sent to the device."""
+    def __init__(self, config: ModelConfig, weights: dict[str, Any], device: Any) -> None:
+        """weights: as Backend.engine; the matrices are repacked and sent to the device.
+
+        Raises UnavailableError where it lacks what the model needs.
+        """
         self.config, self.device, self._lock, self._owner = config, device, RLock(), os.getpid()
         self.chunk = chunk = CHUNK  # rows of the longest pass
         self.bytes_per_token = bytes_per_token(weights)
-        self._plan = plan = Plan(chunk, device)
-        there = {name: operators.stored(plan, w) if isinstance(w, Matrix) else w for name, w in weights.items()}
-        transformer(plan, operators, config, there, there[EMBEDDING], freq)
-        plan.step(Named("choose"), config.vocab_size)
+        heads = {layer.n_kv_heads for layer in config.layers}
+        if len(heads) > 1:
+            raise UnavailableError("on a GPU all layers must have as many key heads: use --backend numba")
+        self._heads = heads.pop()
+        self._plan = plan = Recorder(chunk, device)
+        transformer(plan, config, lambda name, spec: weights.get(name))
+        plan.step(CHOOSE, vocabulary=config.vocab_size)
         plan.fields = sum(len(fields) for fields in memory.layout(config).layers)
         plan.finish()
         self._choices = plan.allocate(8 * chunk)
-        self._pass = device.zeros(Pass(chunk, chunk, config.n_kv_heads).data.nbytes)
-        address, heads = self._pass.address, config.n_kv_heads
+        self._pass = device.zeros(Pass(chunk, chunk, self._heads).data.nbytes)
+        address, key_heads = self._pass.address, self._heads
         # of a shape, made once: most passes are of one or two shapes
-        self._passes = lru_cache(8)(lambda rows, sequences: Pass(rows, sequences, heads, address))
+        self._passes = lru_cache(8)(lambda rows, sequences: Pass(rows, sequences, key_heads, address))
         self._logits, self._rows = device.zeros(4 * config.vocab_size), 1  # room for so many rows
         self._later: dict[int, weakref.ref[Later]] = {}  # by row
 
+    def new_state(self, layout: Layout) -> AnyState:
+        return DeviceState(layout, self.device)
+
+    def placed(self, state: AnyState) -> AnyState:
+        return DeviceState.placed(state, self.device) if isinstance(state, State) else state.copy()
+
+    def chooses(self, sampling: Sampling) -> bool:
+        return on_device(sampling, self.config.vocab_size)
+
     def run(self, states: Sequence[Any], counts: Sequence[int], ids: NDArray[np.int64], out_rows: int) -> F32:
-        """As engine.Engine.run, on states of this device."""
         with self._lock:
             self._launch(states, counts, ids, out_rows)
             return self.logits(0, out_rows)
 
-    def choose(
-        self, states: Sequence[Any], ids: NDArray[np.int64], how: NDArray[np.float64], first: int = 0
-    ) -> tuple[list[Later], NDArray[np.int64]]:
-        """Take a token into each of at most `chunk` states, and choose what comes next.
-
-        how: float64 [len(states), HOW_MANY]. Returns the logits, which stay on the device as rows `first` and
-        following, and the ids, int64 [len(states)]; -1 where the logits are not finite.
-        """
+    def step(
+        self, states: Sequence[Any], ids: NDArray[np.int64], hows: Sequence[How] | None = None, first: int = 0
+    ) -> tuple[Sequence[Logits], NDArray[np.int64] | None]:
+        count, V = len(states), self.config.vocab_size
         with self._lock:
-            self._launch(states, [1] * len(states), ids, len(states), how, first)
-            chosen = self.device.get(self._choices, np.empty(len(states), np.int64))
-            laters = [Later(self, first + row) for row in range(len(states))]
+            if hows is None:
+                return [Here(row.copy()) for row in self.run(states, [1] * count, ids, count)], None
+            rows = [
+                (s.temperature, s.top_k or V, s.top_p, s.min_p, draw) for s, draw in ((h.sampling, h.draw) for h in hows)
+            ]
+            self._launch(states, [1] * count, ids, count, np.array(rows), first)
+            chosen = self.device.get(self._choices, np.empty(count, np.int64))
+            laters = [Later(self, first + row) for row in range(count)]
             self._later.update((later.row, weakref.ref(later)) for later in laters)
             return laters, chosen
 
@@ -96,9 +109,8 @@ class DeviceEngine:
         with self._lock:
             return self.device.get(self._logits.address + 4 * V * first, np.empty((count, V), np.float32))
 
-    def make_room(self, rows: int) -> None:
-        """For the logits of so many rows. Raises UnavailableError where there is not so much memory."""
-        with self._lock:
+    def room(self, rows: int) -> None:
+        with self._lock, _enough():
             if rows > self._rows:
                 self._rescue(0, self._rows)
                 self._logits, self._rows = self.device.zeros(4 * self.config.vocab_size * rows), rows
@@ -147,3 +159,33 @@ class DeviceEngine:
             if reference is not None and (later := reference()) is not None:
                 later.fetch()
             self._later.pop(row, None)
+
+
+@contextmanager
+def _enough() -> Iterator[None]:
+    """What a device lacks becomes a TcinferError."""
+    try:
+        yield
+    except UnavailableError as e:
+        raise TcinferError(str(e)) from None
+
+
+class Backend(base.Backend):
+    """Plans of operators in CUDA C++, on one NVIDIA GPU."""
+
+    name = "cuda"
+
+    def __init__(self, threads: int | None = None, device: Any = None) -> None:
+        """device: in place of the GPU that CuPy uses (tests). Raises UnavailableError where there is none to use."""
+        if device is None:
+            from tcinfer.kernels.cuda.device import Device
+
+            device = Device()
+        self.device = device
+
+    @property
+    def cold(self) -> str:  # type: ignore[override]
+        return "" if self.device.warm else "compiling for this GPU, once: up to a minute"
+
+    def engine(self, config: ModelConfig, weights: dict[str, Any]) -> Engine:
+        return Engine(config, weights, self.device)

@@ -1,0 +1,84 @@
+"""What a user asks of a model's memory, in place of its file's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from tcinfer.architectures import architecture
+from tcinfer.config import DEFAULT_SINKS, DEFAULT_WINDOW, LayerConfig, ModelConfig, check_count
+from tcinfer.errors import TcinferError
+from tcinfer.memory import MODES, room
+
+FIELDS = ("memory", "window", "sinks", "sink_positions", "options")  # of a layer, that may change
+
+
+def with_memory(
+    config: ModelConfig,
+    memory: str | None = None,
+    window: int | None = None,
+    sinks: int | None = None,
+    cache_type: str | None = None,
+) -> ModelConfig:
+    """`config` with the memory that the user asks for in place of the file's.
+
+    Where some layers see farther back than others, what is asked for is for those that see farthest: the others were
+    trained with their own window, and keep it. Raises TcinferError where the weights do not allow it or the options
+    contradict each other.
+    """
+    if memory is not None and (not isinstance(memory, str) or memory not in MODES):
+        raise TcinferError(f"memory {memory!r} is not one of {', '.join(MODES)}")
+    if memory is not None and MODES[memory].needs_weights and all(memory != layer.memory for layer in config.layers):
+        raise TcinferError(
+            f"this model has no weights for {memory} memory: its file says {config.memories}; "
+            f"any model can run {', '.join(m for m in MODES if not MODES[m].needs_weights)}"
+        )
+    if window is not None:
+        check_count("window", window, 1)
+    if sinks is not None:
+        check_count("sinks", sinks, 0)
+    if cache_type is not None:
+        config = replace(config, cache_type=cache_type)
+    farthest = _reach(config.widest)
+    asked = [
+        _asked(layer, memory, window, sinks, architecture(config.arch).OURS) if _reach(layer) == farthest else _kept(layer)
+        for layer in config.layers
+    ]
+    return replace(config, **{name: tuple(values[name] for values in asked) for name in FIELDS})
+
+
+def _reach(layer: LayerConfig) -> float:
+    """Tokens that a layer sees exactly."""
+    return layer.window if layer.window else math.inf
+
+
+def _kept(layer: LayerConfig) -> dict[str, Any]:
+    return {name: getattr(layer, name) for name in FIELDS}
+
+
+def _asked(layer: LayerConfig, memory: str | None, window: int | None, sinks: int | None, ours: bool) -> dict[str, Any]:
+    """The fields of a layer that was asked to have another memory, window or sinks; None: its own."""
+    mode = layer.memory if memory is None or MODES[memory].needs_weights else memory
+    changed = mode != layer.memory
+    options = room(mode).Options and room(mode).Options() if changed else layer.options
+    if mode == "full":
+        if window is not None or sinks is not None:
+            raise TcinferError("full memory has no window and no sinks; choose memory 'window' or 'sinks' for them")
+        return _kept(layer) | {"memory": mode, "window": 0, "sinks": 0, "options": options}
+    if mode == "window" and sinks is not None:
+        raise TcinferError("memory 'window' has no sinks; choose memory 'sinks' for them")
+    positions = layer.sink_positions
+    if changed:
+        positions = "stored" if ours else "in-cache"
+        if sinks is None:
+            sinks = DEFAULT_SINKS if mode == "sinks" else 0
+        if window is None:
+            window = layer.window or DEFAULT_WINDOW
+    return {
+        "memory": mode,
+        "window": layer.window if window is None else window,
+        "sinks": layer.sinks if sinks is None else sinks,
+        "sink_positions": positions,
+        "options": options,
+    }
