@@ -216,10 +216,9 @@ class Plan:
         return int(getattr(value, "address", value))
 
     def conflict(self, first: Step, second: Step) -> Conflict:
-        """Whether the second of two steps must wait for the first, and whether a block's own barrier would do."""
+        """Whether the second of two steps must wait for the first, and whether a barrier of each block would do."""
         (reads, writes), (reads_too, writes_too) = first.touched(), second.touched()
-        clash = bool(writes & (reads_too | writes_too) or reads & writes_too)
-        return clash, first.operator.by_head and second.operator.by_head
+        return bool(writes & (reads_too | writes_too) or reads & writes_too), False
 
 
 def barriers(plan: Plan, steps: Sequence[Step]) -> list[int]:

@@ -159,7 +159,7 @@ def from_metadata(metadata: Mapping[str, Any], vocab_size: int, n_tensors: int) 
     if _get(metadata, f"{arch}.{VALUE_LENGTH}", int, values["head_dim"]) != values["head_dim"]:
         raise FileError(f"{arch}.{VALUE_LENGTH} differs from the key length, which this version does not run")
     if kind.OURS:
-        values |= _read_memory(metadata, arch, values["n_layers"])
+        values |= _read_memory(metadata, arch, values)
     else:
         values["memory"] = "window" if values["window"] else "full"
         handled = getattr(kind, "KEYS", ())
@@ -217,8 +217,9 @@ def _default(metadata: Mapping[str, Any], arch: str, name: str, vocab_size: int,
     return None
 
 
-def _read_memory(metadata: Mapping[str, Any], arch: str, n_layers: int) -> dict[str, Any]:
-    """The `tcinfer.memory.` keys as arguments of ModelConfig."""
+def _read_memory(metadata: Mapping[str, Any], arch: str, standard: Mapping[str, Any]) -> dict[str, Any]:
+    """The `tcinfer.memory.` keys as arguments of ModelConfig; standard: those of the standard keys."""
+    n_layers = standard["n_layers"]
     values = {
         name: _get(metadata, MEMORY + key, int if name in ("sinks", "key_conv") else str, layered=True)
         for name, key in FIRST_LEVEL.items()
@@ -237,7 +238,9 @@ def _read_memory(metadata: Mapping[str, Any], arch: str, n_layers: int) -> dict[
             known |= {MEMORY + name for name in chosen[mode]}
     if MEMORY + "layers" in metadata and "tensor" in chosen:  # of files from before layers could differ: the top n
         known.add(MEMORY + "layers")
-        values["memory"] = top_layers(_get(metadata, MEMORY + "layers", int), n_layers, values["window"], values["sinks"])
+        values["memory"] = top_layers(
+            _get(metadata, MEMORY + "layers", int), n_layers, standard["window"], values["sinks"]
+        )
     modes = values["memory"] if type(values["memory"]) is tuple else (values["memory"],) * n_layers
     if any(type(value) is tuple and len(value) != n_layers for value in (modes, *values.values())):
         raise FileError(f"an array below {MEMORY} has not one value for each of {n_layers} layers")

@@ -17,7 +17,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from tcinfer import memory, reader, tokenizer
-from tcinfer.config import ModelConfig
+from tcinfer.config import LAYERED, LayerConfig, ModelConfig
 from tcinfer.errors import FileError, TcinferError
 from tcinfer.loader import bind, bundled, read_config
 from tcinfer.memory_options import with_memory
@@ -25,7 +25,7 @@ from tcinfer.memory_options import with_memory
 SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "context_length", "norm_eps")
 POSITIONS = ("rope_dim", "rope_base", "rope_scaling", "rope_factor")
 FIRST_LEVEL = ("window", "sinks", "sink_positions", "key_conv", "cache_type")
-ROOMS = tuple({mode.room: memory.room(name) for name, mode in memory.MODES.items()}.values())
+ROOMS = memory.rooms()
 LEARNED = {fact: title for room in ROOMS for fact, title in room.LEARNED.items()}  # what the report calls them
 WIDTH, LABEL = 110, 22  # columns of the report, and of its first one
 ROOM = WIDTH - 14  # columns for one quantity, beside the number of the layer
@@ -68,7 +68,7 @@ def facts(path: str | PathLike[str] | None = None) -> dict[str, Any]:
             **{name: getattr(config, name) for name in FIRST_LEVEL},
             "options": _options(config),
         },
-        "layers": [{"layer": i, **_learned(config, i, w)} for i, w in enumerate(layers)],
+        "layers": [{"layer": i, **_own(config.layers[i]), **_learned(config, i, w)} for i, w in enumerate(layers)],
         "state": _state(config),
     }
 
@@ -143,6 +143,11 @@ def _template(template: object) -> dict[str, Any] | None:
     return {"characters": len(template), "chatml": "<|im_start|>" in template}
 
 
+def _own(layer: LayerConfig) -> dict[str, Any]:
+    """In what layers may differ."""
+    return {name: getattr(layer, name) for name in LAYERED if name != "options"}
+
+
 def _options(config: ModelConfig) -> dict[str, Any]:
     """The options of all mechanisms, as the first layer has them that has one."""
     found: dict[str, Any] = {}
@@ -180,23 +185,24 @@ def _state(config: ModelConfig) -> dict[str, Any]:
 def report(found: Mapping[str, Any]) -> str:
     """`facts` as a table of at most WIDTH columns below the file's name, in printable characters alone."""
     sizes, template, kept, state = (found[name] for name in ("sizes", "chat_template", "memory", "state"))
+    layers = found["layers"]
     style = template and ("ChatML" if template["chatml"] else "not ChatML")
     rows = [
         ("arch", found["architecture"]),
         ("name", _cut(found["name"])),
-        ("layers", "{n_layers}, {d_model} wide, {d_ff} in the feed-forward".format(**sizes)),
-        ("heads", "{n_heads} of {head_dim} channels, {n_kv_heads} of keys and values".format(**sizes)),
-        ("positions", _rotary(found["positions"])),
+        ("layers", "{n_layers}, {d_model} wide, ".format(**sizes) + _spread(layers, "{d_ff} in the feed-forward")),
+        ("heads", _spread(layers, f"{{n_heads}} of {sizes['head_dim']} channels, {{n_kv_heads}} of keys and values")),
+        ("positions", _rotary(found["positions"], layers)),
         ("vocabulary", f"{sizes['vocab_size']:,}"),
         ("trained on", f"{sizes['context_length']:,} tokens at most" if sizes["context_length"] else "not said"),
         ("parameters", f"{found['parameters']:,} in {found['tensors']} tensors"),
         *((f"  {kind['type']}", _tensors(kind)) for kind in found["tensor_types"]),
         ("tokenizer", _words(found["tokenizer"])),
         ("chat template", f"{style}, {template['characters']:,} characters" if template else "none"),
-        ("memory", kept["mechanism"]),
-        ("window", f"{kept['window']:,} tokens" if kept["window"] else "none"),
-        ("sinks", "{sinks}, positions {sink_positions}".format(**kept) if kept["sinks"] else "none"),
-        ("key convolution", f"{kept['key_conv']} taps" if kept["key_conv"] else "none"),
+        ("memory", _spread(layers, "{memory}")),
+        ("window", _spread(layers, "{window:,} tokens", "window")),
+        ("sinks", _spread(layers, "{sinks}, positions {sink_positions}", "sinks")),
+        ("key convolution", _spread(layers, "{key_conv} taps", "key_conv")),
         ("options", ", ".join(f"{name}={_value(value)}" for name, value in kept["options"].items()) or "none"),
     ]
     if state["bounded"]:
@@ -218,11 +224,35 @@ def _tensors(kind: Mapping[str, Any]) -> str:
     return f"{kind['tensors']}, {kind['bytes']:,} bytes: {', '.join(kind['names'])}"
 
 
-def _rotary(positions: Mapping[str, Any]) -> str:
-    if not positions["rope_dim"]:
+def _spread(layers: list[dict[str, Any]], text: str, needs: str = "") -> str:
+    """A text about each layer, or "none" where it has not what is needed; once for all that are alike."""
+    found: dict[str, list[int]] = {}
+    for i, layer in enumerate(layers):
+        found.setdefault(text.format(**layer) if not needs or layer[needs] else "none", []).append(i)
+    if len(found) == 1:
+        return next(iter(found))
+    return "; ".join(f"{one} in layer{'s' * (len(those) > 1)} {_ranges(those)}" for one, those in found.items())
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Rising numbers as people list them: 0-4, 6."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and runs[-1][-1] == n - 1:
+            runs[-1][1:] = [n]
+        else:
+            runs.append([n])
+    return ", ".join("-".join(map(str, run)) for run in runs)
+
+
+def _rotary(positions: Mapping[str, Any], layers: list[dict[str, Any]]) -> str:
+    if positions["rope_dim"] == 0:
         return "learned"
-    scaling = ", scaled by {rope_factor:g} ({rope_scaling})" if positions["rope_scaling"] != "none" else ""
-    return ("rotary, base {rope_base:g}" + scaling).format(**positions)
+    each = [{**layer, "scaling": ""} for layer in layers]
+    for layer in each:
+        if layer["rope_scaling"] != "none":
+            layer["scaling"] = ", scaled by {rope_factor:g} ({rope_scaling})".format(**layer)
+    return _spread(each, "rotary, base {rope_base:g}{scaling}", "rope_dim")
 
 
 def _words(words: Mapping[str, Any]) -> str:

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-from tcinfer.kernels.cpu import plan as words
+from tcinfer.kernels import plan as words
+from tcinfer.kernels.operators import Operator
+from tcinfer.kernels.table import GPU
 
 HEADERS = ("common.h", "kinds.h", "staging.h", "stream.h")
 SOURCES = (
-    "rows.cu",
-    "linear.cu",
-    "linear_many.cu",
-    "ring.cu",
-    "attention.cu",
-    "attention_many.cu",
-    "matrix_memory.cu",
-    "matrix_memory_many.cu",
-    "tensor_cache.cu",
-    "infini.cu",
-    "sampling.cu",
+    *("rows.cu", "linear.cu", "linear_many.cu", "ring.cu", "attention.cu", "attention_many.cu"),
+    *("matrix_memory.cu", "matrix_memory_many.cu", "sampling.cu"),
 )
 TOGETHER_THREADS, ALONE_THREADS = 480, 256  # of a block
 LOADER_THREADS = 32  # more, of a token's launch (stream.h)
@@ -29,85 +23,78 @@ HAND = 3072  # more, of a token's launch, for what it is told (passes.cu)
 RECORD = 48  # words of a step of a token's launch: its operator, what it ends with, its arguments
 HOW_MANY = 5  # numbers that say how a row's next id is chosen: temperature, top_k, top_p, min_p, a draw from [0, 1)
 # What a row is made into on its way into a product (staging.h).
-PLAIN, RMS_NORM, LAYER_NORM, SWIGLU, GELU, MERGED_PARTS = range(6)
+PLAIN, RMS_NORM, LAYER_NORM, SWIGLU, GELU, GEGLU, MERGED_PARTS = range(7)
 PART_END = 4  # floats behind the channels of a part: their weights' sum, the largest score (attention.cu)
-NO_WAIT, WAIT_FOR_BLOCK, WAIT_FOR_GRID = range(3)  # what a step ends with (passes.cu)
+NO_WAIT, WAIT_FOR_BLOCK, WAIT_FOR_GRID = words.NONE, words.BLOCK, words.GRID  # what a step ends with (passes.cu)
 
-# Words of a pass beyond those of kernels.cpu.plan. The last one is no argument: blocks count there how many have come.
+# Words of a pass beyond those of kernels.plan. The last one is no argument: blocks count there how many have come.
 KEY_HEADS, CHOICES, HOW, ARRIVALS, PASS = range(words.PASS, words.PASS + 5)
 SHARED = (
-    *(
-        "KEY_HEADS",
-        "CHOICES",
-        "HOW",
-        "ARRIVALS",
-        "PASS",
-        "TOGETHER_THREADS",
-        "ALONE_THREADS",
-        "LOADER_THREADS",
-        "HOW_MANY",
-    ),
-    *("PLAIN", "RMS_NORM", "LAYER_NORM", "SWIGLU", "GELU", "MERGED_PARTS", "PART_END"),
+    *("KEY_HEADS", "CHOICES", "HOW", "ARRIVALS", "PASS", "TOGETHER_THREADS", "ALONE_THREADS", "LOADER_THREADS"),
+    *("HOW_MANY", "PLAIN", "RMS_NORM", "LAYER_NORM", "SWIGLU", "GELU", "GEGLU", "MERGED_PARTS", "PART_END"),
     *("NO_WAIT", "WAIT_FOR_BLOCK", "WAIT_FOR_GRID", "DESK", "HAND", "RECORD"),
 )
-
-# The operators: of both kinds of program, of a token's one launch, of longer passes. Those of weights have a kind each.
-OF_BOTH = (
-    *("angles", "push", "take", "insert", "keep_last", "scan", "writes", "ones", "unit", "mix"),
-    *("divide", "gate", "features", "blend", "prepare", "choose"),
-)
-OF_ONE, WEIGHTS_OF_ONE, FORMS_OF_ONE = ("combine",), ("embed", "linear_one"), ("attend_rows", "attend_splits")
-OF_MANY, WEIGHTS_OF_MANY, FORMS_OF_MANY = ("attend_many", "scan_many"), ("embed", "linear_many"), ("attend_rows",)
 FORMS = tuple(f"{ring}{heads}" for ring in ("Half", "Float") for heads in (1, 2, 3, 4, "Any"))  # attention.cu
 
 
-class Named(NamedTuple):
-    """An operator that kernels.cpu does not have. kind: of the weights, or the form, whose template it is."""
+class Form(NamedTuple):
+    """An operator as a program has it. kind: of the weights, or the form of attention, whose template it is."""
 
-    name: str
+    operator: Operator
     kind: str = ""
 
     @property
     def full(self) -> str:
-        return f"{self.name}_{self.kind}" if self.kind else self.name
+        return f"{self.operator.name}_{self.kind}" if self.kind else self.operator.name
 
 
-def operators(together: bool, kinds: Iterable[str]) -> list[Named]:
-    """Those of a token's one launch, in the order of their numbers, or those that are launched alone."""
-    plain, weights, forms = (
-        (OF_ONE, WEIGHTS_OF_ONE, FORMS_OF_ONE) if together else (OF_MANY, WEIGHTS_OF_MANY, FORMS_OF_MANY)
-    )
-    made = [Named(name, kind) for kind in sorted(kinds) for name in (forms if kind in FORMS else weights)]
-    return [Named(name) for name in (*OF_BOTH, *plain)] + made
+def forms(together: bool, kinds: Iterable[str], rooms: Sequence[Operator]) -> list[Form]:
+    """Those of a token's one launch, in the order of their numbers, or those that are launched alone.
+
+    kinds: of weights and forms of attention that a plan uses; rooms: the operators of the memories.
+    """
+    launch = "one" if together else "many"
+    there = [o for o in (*GPU.values(), *rooms) if o.launch in ("all", launch)]
+    made = [
+        Form(o, kind)
+        for kind in sorted(kinds)
+        for o in there
+        if o.forms == ("ring" if kind in FORMS else "weights")
+    ]
+    return [Form(o) for o in there if not o.forms] + made
 
 
-def constants() -> str:
-    """What Python and CUDA must agree on, as an enum."""
+def constants(made: Sequence[Form] = ()) -> str:
+    """What Python and CUDA must agree on, as enums: the words of a pass, and for each operator NAME_at::ARGUMENT."""
     numbers = {name.upper(): number for name, number in words.WORDS.items()}
     numbers |= {name: getattr(words, name) for name in ("SEQUENCE", "FIELDS", "FIRST", "ROW", "COUNT")}
     numbers |= {name: globals()[name] for name in SHARED}
-    return f"enum {{ {', '.join(f'{name} = {value}' for name, value in numbers.items())} }};"
+    texts = [f"enum {{ {', '.join(f'{name} = {value}' for name, value in numbers.items())} }};"]
+    for operator in {form.operator.name: form.operator for form in made}.values():
+        texts.append(f"namespace {operator.name}_at {{ enum {{ {', '.join(operator.names)} }}; }}")
+    return "\n".join(texts)
 
 
-def source(together: bool, kinds: Iterable[str]) -> str:
+def source(together: bool, kinds: Iterable[str], rooms: Sequence[Operator]) -> str:
     """CUDA C++ for models of these kinds of weights and forms of attention.
 
     Its kernel is `together`, or there is a kernel `step_NAME` for each operator.
 
     In one piece: a compiler's cache that looks at the text alone then notices every change.
     """
-    here, made = Path(__file__).parent, operators(together, kinds)
-    each = f"#define EACH_{'TOGETHER' if together else 'ALONE'}(X) {' '.join(_entry(o) for o in made)}"
-    parts = [(here / "machine.h").read_text(), constants(), each]
+    here, made = Path(__file__).parent, forms(together, kinds, rooms)
+    each = f"#define EACH_{'TOGETHER' if together else 'ALONE'}(X) {' '.join(_entry(form) for form in made)}"
+    parts = [(here / "machine.h").read_text(), constants(made), each]
     parts += [(here / name).read_text() for name in (*HEADERS, *SOURCES)]
+    parts += [resources.files(home).joinpath("cuda.cu").read_text() for home in dict.fromkeys(o.home for o in rooms)]
     parts += [
-        f"OPERATOR void {o.full}(Words a, Words p, Work work) {{ {o.name}<{o.kind}>(a, p, work); }}"
-        for o in made
-        if o.kind
+        f"OPERATOR void {form.full}(Words a, Words p, Work work) {{ {form.operator.name}<{form.kind}>(a, p, work); }}"
+        for form in made
+        if form.kind
     ]
     return "\n".join([*parts, (here / "passes.cu").read_text()])
 
 
-def _entry(o: Named) -> str:
+def _entry(form: Form) -> str:
     """An operator in a list of them, with the blocks of its own launch that share a multiprocessor."""
-    return f"X({o.full}, {2 if o.kind in FORMS else 1})"
+    return f"X({form.full}, {2 if form.kind in FORMS else 1})"

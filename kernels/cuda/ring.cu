@@ -1,4 +1,4 @@
-// The first level: what enters the ring, what leaves it, what stays (tcinfer/memory/local.py, kernels/cpu/ring.py).
+// The first level: what enters the ring, what leaves it, what stays (kernels/reference/ring.py, kernels/cpu/ring.py).
 // In a token's launch one block does what belongs to one row and one key head.
 
 // A channel's part in a rotation: which pair it belongs to, the pair's two channels, and whether it is the upper one.
@@ -28,17 +28,21 @@ FUNCTION float keep(char *to, int i, float x, bool half) {
 struct Pushing {
     const char *q, *k, *v;
     int64 q_stride, kv_stride, new_stride, last_field;
-    int G, D, R, pairs;  // R: query heads of a key head; pairs of channels of a head
+    int G, D, R, pairs, turned;  // R: query heads of a key head; pairs of channels of a head, and those that rotate
     bool half, interleaved;
     const float *c, *s, *c_far, *s_far, *taps;
     char *q_out, *q_far, *k_new, *v_new, *k_out, *v_out, *k_plain;
 };
 
 FUNCTION Pushing pushing_at(Words a) {
-    int H = a[5], G = a[6], D = a[7];
-    return {(char *)a[0], (char *)a[2], (char *)a[3], a[1], a[4], a[18], a[23], G, D, H / G, (D + 1) / 2, a[8] != 0,
-            a[9] != 0, floats(a[10]), floats(a[11]), floats(a[12]), floats(a[13]), floats(a[22]), (char *)a[14],
-            (char *)a[15], (char *)a[16], (char *)a[17], (char *)a[19], (char *)a[20], (char *)a[21]};
+    using namespace push_at;
+    int64 heads = a[H], key_heads = a[G], width = a[D];
+    bool small = a[half] != 0;
+    return {(char *)a[q], (char *)a[k], (char *)a[v], 4 * width * heads, 4 * width * key_heads,
+            (small ? 2 : 4) * width * key_heads, a[last], (int)key_heads, (int)width, (int)(heads / key_heads),
+            (int)(width + 1) / 2, (int)a[turned] / 2, small, a[interleaved] != 0, floats(a[push_at::cos]),
+            floats(a[push_at::sin]), floats(a[cos_far]), floats(a[sin_far]), floats(a[taps]), (char *)a[q_out],
+            (char *)a[q_far], (char *)a[k_new], (char *)a[v_new], (char *)a[k_out], (char *)a[v_out], (char *)a[k_plain]};
 }
 
 // Two channels of a head that turn together, all that is needed of them loaded.
@@ -55,12 +59,15 @@ FUNCTION Pushed load_pair(const Pushing &m, Words p, unsigned item, unsigned i, 
     if (!there) return t;
     int of = i / (unsigned)m.pairs, pair = i % (unsigned)m.pairs, row = item / (unsigned)m.G, g = item % (unsigned)m.G;
     t.row = row, t.key = of == m.R, t.head = t.key ? g : g * m.R + of;
-    t.first = m.interleaved ? 2 * pair : pair, t.second = m.interleaved ? t.first + 1 : pair + m.pairs;
+    // channels that do not rotate pair with their neighbours, behind those that do
+    bool beside = m.interleaved || pair >= m.turned || !m.c;
+    t.first = beside ? 2 * pair : pair, t.second = beside ? t.first + 1 : pair + m.turned;
     t.two = t.second < m.D;
     const float *x = (const float *)(t.key ? m.k + row * m.kv_stride : m.q + row * m.q_stride) + m.D * t.head;
     t.low = x[t.first], t.high = t.two ? x[t.second] : 0.0f;
-    if (m.c) {
-        int64 angle = (int64)m.pairs * row + pair;
+    t.c = t.c_far = 1, t.s = t.s_far = 0;
+    if (m.c && pair < m.turned) {
+        int64 angle = (int64)m.turned * row + pair;
         t.c = m.c[angle], t.s = m.s[angle];
         if (m.q_far && !t.key) t.c_far = m.c_far[angle], t.s_far = m.s_far[angle];
     }
@@ -125,29 +132,30 @@ OPERATOR void push(Words a, Words p, Work work) {
 
 // Of the tokens that leave the window while each row enters it, a key head's part of a per-token field.
 OPERATOR void take(Words a, Words p, Work work) {
-    int64 field = a[0], stride = a[2], width = a[3], window = a[5], sinks = a[6];
-    bool half = a[4];
+    int64 field = a[take_at::field], width = a[take_at::width], window = a[take_at::window], sinks = a[take_at::sinks];
+    bool half = a[take_at::half];
+    int64 size = half ? 2 : 4;
     int64 G = p[KEY_HEADS], part = width / G;
     for (int64 item = work.block; item < p[ROWS] * G; item += work.blocks) {
         int64 row = item / G, first = item % G * part;
         Words of = sequence_of(p, row);
         int64 leaving = position(p, row) - window;
         if (leaving < sinks) continue;
-        int64 at = a[1] + (leaving - of[FIRST] + of[ROW]) * stride;
-        if (leaving < of[FIRST]) at = words(of[FIELDS])[field] + slot_of(leaving, window, sinks) * width * (half ? 2 : 4);
+        int64 at = a[take_at::rows] + (leaving - of[FIRST] + of[ROW]) * width * size;
+        if (leaving < of[FIRST]) at = words(of[FIELDS])[field] + slot_of(leaving, window, sinks) * width * size;
         for (int64 i = first + thread(); i < first + part; i += threads())
-            floats(a[7])[width * row + i] = half ? from_half(shorts(at)[i]) : floats(at)[i];
+            floats(a[take_at::out])[width * row + i] = half ? from_half(shorts(at)[i]) : floats(at)[i];
     }
 }
 
 // What `insert` is told. A row is moved in units: 16 bytes, where they lie so, or 2.
 struct Inserting {
-    int64 field, from, stride, size, window, sinks;
+    int64 field, from, size, window, sinks;
     bool wide;
 };
 
 FUNCTION void insert_unit(const Inserting &m, Words p, int64 row, unsigned unit) {
-    const char *from = (const char *)m.from + row * m.stride;
+    const char *from = (const char *)m.from + row * m.size;
     uint4 sixteen = {};
     unsigned short two = 0;
     if (m.wide) sixteen = ((const uint4 *)from)[unit];
@@ -162,27 +170,29 @@ FUNCTION void insert_unit(const Inserting &m, Words p, int64 row, unsigned unit)
 
 // The rows that stay, into their slots; in a token's launch a key head's part of `size` bytes by its block.
 OPERATOR void insert(Words a, Words p, Work work) {
-    Inserting m = {a[0], a[1], a[2], a[3], a[4], a[5], false};
-    int G = p[KEY_HEADS], rows = p[ROWS];
+    using namespace insert_at;
+    Inserting m = {a[field], a[insert_at::rows], a[width] * (a[half] ? 2 : 4), a[window], a[sinks], false};
+    int G = p[KEY_HEADS], count = p[ROWS];
     unsigned part = (unsigned)m.size / G;
-    m.wide = part % 16 == 0 && (m.from | m.stride) % 16 == 0;
+    m.wide = part % 16 == 0 && (m.from | m.size) % 16 == 0;
     unsigned units = part / (m.wide ? 16 : 2), each = units * G;
     if (work.by_head) {
-        for (unsigned item = work.block; item < (unsigned)rows * G; item += work.blocks)
+        for (unsigned item = work.block; item < (unsigned)count * G; item += work.blocks)
             for (unsigned i = thread(); i < units; i += threads()) insert_unit(m, p, item / G, item % G * units + i);
         return;
     }
-    for (unsigned i = work.block * threads() + thread(); i < rows * each; i += work.blocks * threads())
+    for (unsigned i = work.block * threads() + thread(); i < count * each; i += work.blocks * threads())
         insert_unit(m, p, i / each, i % each);
 }
 
 // The last row of each sequence into a field of its state.
 OPERATOR void keep_last(Words a, Words p, Work work) {
-    int64 G = p[KEY_HEADS], part = a[3] / G;
+    int64 G = p[KEY_HEADS], width = a[keep_last_at::width], part = width / G;
     for (int64 item = work.block; item < p[SEQUENCES] * G; item += work.blocks) {
         Words of = sequence(p, item / G);
         int64 first = item % G * part;
         for (int64 i = first + thread(); i < first + part; i += threads())
-            floats(words(of[FIELDS])[a[0]])[i] = floats(a[1] + (of[ROW] + of[COUNT] - 1) * a[2])[i];
+            floats(words(of[FIELDS])[a[keep_last_at::field]])[i] =
+                floats(a[keep_last_at::x])[(of[ROW] + of[COUNT] - 1) * width + i];
     }
 }

@@ -22,12 +22,48 @@ template <class K> FUNCTION void embed(Words a, Words p, Work work) {
 
 OPERATOR void angles(Words a, Words p, Work work) {
     const double *freq = (const double *)a[0];
-    int64 half = a[1], most = a[2], offset = a[3];
-    float *c = floats(a[4]), *s = floats(a[5]);
-    for (int64 i = work.block * threads() + thread(); i < p[ROWS] * half; i += work.blocks * threads()) {
-        double at = (double)(min(position(p, i / half), most) + offset) * freq[i % half];
-        c[i] = (float)cos(at), s[i] = (float)sin(at);
+    int64 pairs = a[angles_at::pairs], most = a[angles_at::most], offset = a[angles_at::offset];
+    double factor = number(a[angles_at::factor]);
+    float *c = floats(a[angles_at::cos]), *s = floats(a[angles_at::sin]);
+    for (int64 i = work.block * threads() + thread(); i < p[ROWS] * pairs; i += work.blocks * threads()) {
+        double at = (double)(min(position(p, i / pairs), most) + offset) * freq[i % pairs];
+        c[i] = (float)(factor * cos(at)), s[i] = (float)(factor * sin(at));
     }
+}
+
+OPERATOR void add(Words a, Words p, Work work) {
+    float *x = floats(a[add_at::x]);
+    const float *y = floats(a[add_at::y]);
+    int64 count = p[ROWS] * a[add_at::columns];
+    for (int64 i = work.block * threads() + thread(); i < count; i += work.blocks * threads()) x[i] += y[i];
+}
+
+OPERATOR void scale(Words a, Words p, Work work) {
+    float *x = floats(a[scale_at::x]), factor = (float)number(a[scale_at::factor]);
+    int64 count = p[ROWS] * a[scale_at::columns];
+    for (int64 i = work.block * threads() + thread(); i < count; i += work.blocks * threads()) x[i] *= factor;
+}
+
+// cap tanh(x / cap) of the logits that are wanted.
+OPERATOR void softcap(Words a, Words p, Work work) {
+    float *x = floats(p[LOGITS]), cap = (float)number(a[softcap_at::cap]);
+    int64 count = p[OUT_ROWS] * a[softcap_at::columns];
+    for (int64 i = work.block * threads() + thread(); i < count; i += work.blocks * threads()) x[i] = cap * tanhf(x[i] / cap);
+}
+
+// RMS norm of each head by itself, a warp a head.
+OPERATOR void head_norm(Words a, Words p, Work work) {
+    int width = a[head_norm_at::width];
+    int64 G = p[KEY_HEADS], heads = a[head_norm_at::heads] / G;
+    const float *weight = floats(a[head_norm_at::weight]);
+    float eps = (float)number(a[head_norm_at::eps]);
+    for (int64 item = work.block; item < p[ROWS] * G; item += work.blocks)
+        for (int64 h = heads * item + warp(); h < heads * (item + 1); h += warps()) {
+            float *x = floats(a[head_norm_at::x]) + width * h, sum = 0;
+            for (int c = lane(); c < width; c += 32) sum += x[c] * x[c];
+            float by = 1.0f / sqrtf(warp_sum(sum) / (float)width + eps);
+            for (int c = lane(); c < width; c += 32) x[c] = x[c] * by * weight[c];
+        }
 }
 
 // The power of two that brings a row's largest value between 512 and 1024: halves hold what is 2^-24 of it still.
@@ -73,7 +109,7 @@ template <int QUADS> FUNCTION void prepare_held(Words a, Words p, Work work) {
         char *own = (char *)(out + i * out_stride);
         float4 v[QUADS], w[QUADS];
         r.x = floats(x + (first + i) * x_stride);
-        r.weight = floats(r.make == SWIGLU ? weight + (first + i) * x_stride : weight);
+        r.weight = floats(r.gated() ? weight + (first + i) * x_stride : weight);
 #pragma unroll
         for (int q = 0; q < QUADS; q++) {
             int c = 4 * (thread() + q * threads());
@@ -100,6 +136,7 @@ template <int QUADS> FUNCTION void prepare_held(Words a, Words p, Work work) {
         if (r.make == RMS_NORM) make_held<RMS_NORM, QUADS>(r, v, w);
         if (r.make == LAYER_NORM) make_held<LAYER_NORM, QUADS>(r, v, w);
         if (r.make == SWIGLU) make_held<SWIGLU, QUADS>(r, v, w);
+        if (r.make == GEGLU) make_held<GEGLU, QUADS>(r, v, w);
         if (r.make == GELU) make_held<GELU, QUADS>(r, v, w);
         float most = 0;
 #pragma unroll

@@ -1,7 +1,7 @@
 // A row of activations on its way into a product: as it is, or what a norm or an activation makes of it. Computed by
 // every block that needs it, which takes less time than to meet once more. Equations: kernels/reference/pointwise.py.
 
-// Words of a staged row: what is made of it (PLAIN, RMS_NORM, LAYER_NORM, SWIGLU, GELU or MERGED_PARTS), float32 rows x,
+// Words of a staged row: what is made of it (PLAIN, RMS_NORM, LAYER_NORM, SWIGLU, GELU, GEGLU or MERGED_PARTS), rows x,
 // their stride in bytes, their columns, then weight, bias and epsilon of a norm, or the rows that gate x. FRESH: 0 where
 // the step before has staged the same. MERGED_PARTS: x are parts of one row (attention.cu), instead of the stride the
 // channels of a head, instead of the weight how many parts it has.
@@ -46,6 +46,7 @@ struct Row {
         if (MAKE == RMS_NORM) return v * scale * w;
         if (MAKE == LAYER_NORM) return (v - mean) * scale * w + b;
         if (MAKE == SWIGLU) return w * sigmoid(w) * v;
+        if (MAKE == GEGLU) return w * sigmoid(1.5957691216057308f * (w + 0.044715f * w * w * w)) * v;
         if (MAKE == GELU) return 0.5f * v * (1.0f + erff(v * 0.70710678118654752f));
         return v;
     }
@@ -53,8 +54,10 @@ struct Row {
         if (make == RMS_NORM) return made_as<RMS_NORM>(v, w, b);
         if (make == LAYER_NORM) return made_as<LAYER_NORM>(v, w, b);
         if (make == SWIGLU) return made_as<SWIGLU>(v, w, b);
+        if (make == GEGLU) return made_as<GEGLU>(v, w, b);
         return make == GELU ? made_as<GELU>(v, w, b) : v;
     }
+    MEMBER bool gated() const { return make == SWIGLU || make == GEGLU; }
     MEMBER float at(int c) const { return made(x[c], weight ? weight[c] : 0.0f, bias ? bias[c] : 0.0f); }
 
     // The four columns from c on, c a multiple of 4; zeros behind the end.
@@ -77,7 +80,7 @@ struct Row {
 FUNCTION Row row_at(Words a, int64 row) {
     Row r = {(int)a[MAKE], (int)a[COLUMNS], floats(a[X] + row * a[X_STRIDE]), floats(a[WEIGHT]), floats(a[BIAS]), 0, 1, 1, 1};
     if (r.make == MERGED_PARTS) r.x = floats(a[X]), r.D = a[X_STRIDE], r.splits = a[WEIGHT], r.weight = 0;
-    if (r.make == SWIGLU) r.weight = floats(a[WEIGHT] + row * a[X_STRIDE]);
+    if (r.gated()) r.weight = floats(a[WEIGHT] + row * a[X_STRIDE]);
     if (r.make == RMS_NORM || r.make == LAYER_NORM) {
         float sum = 0;
         if (r.make == LAYER_NORM) {
@@ -151,7 +154,7 @@ template <int MAKE> FUNCTION Four four_of(const Row &r, int c) {
         f.v = merged(r.x, r.D, r.splits, c);
     } else if (r.columns % 4 == 0) {
         f.v = *(const float4 *)(r.x + c);
-        if (MAKE == RMS_NORM || MAKE == LAYER_NORM || MAKE == SWIGLU) f.w = *(const float4 *)(r.weight + c);
+        if (MAKE == RMS_NORM || MAKE == LAYER_NORM || MAKE == SWIGLU || MAKE == GEGLU) f.w = *(const float4 *)(r.weight + c);
         if (MAKE == LAYER_NORM && r.bias) f.b = *(const float4 *)(r.bias + c);
     } else {
         for (int k = 0; k < 4 && c + k < r.columns; k++) {
@@ -220,6 +223,7 @@ OPERATOR void stage(Words a, bool bytes) {
     case LAYER_NORM: return stage_as<LAYER_NORM>(a, bytes);
     case SWIGLU: return stage_as<SWIGLU>(a, bytes);
     case GELU: return stage_as<GELU>(a, bytes);
+    case GEGLU: return stage_as<GEGLU>(a, bytes);
     case MERGED_PARTS: return stage_as<MERGED_PARTS>(a, bytes);
     }
 }

@@ -24,7 +24,7 @@ from tcinfer.kernels.cpu.plan import module_of
 from tcinfer.kernels.cpu.recorder import Recorder
 from tcinfer.kernels.cpu.threads import Threads, pool, prepare
 from tcinfer.kernels.plan import COUNT, FEW, FIELDS, FIRST, ONE, PROMPT, ROW, SEQUENCE, SESSIONS, Geometry
-from tcinfer.memory import MODES, room
+from tcinfer.memory import rooms
 from tcinfer.memory.state import State
 from tcinfer.transformer import transformer
 
@@ -118,8 +118,7 @@ def _geometries(config: ModelConfig) -> dict[Geometry, int]:
 
 def operators() -> Collection[Operator]:
     """Every compiled operator that there is, those of the memories' rooms included."""
-    rooms = (room(mode) for mode in MODES)
-    own = {module_of(operator) for found in rooms for operator in getattr(found, "OPERATORS", ())}
+    own = {module_of(operator) for found in rooms() for operator in getattr(found, "OPERATORS", ())}
     for name in (*KERNELS, *sorted(own)):
         import_module(name)
     return OPERATORS.values()

@@ -23,6 +23,7 @@ from tcinfer.kernels.cuda.recorder import Recorder
 from tcinfer.kernels.errors import UnavailableError
 from tcinfer.kernels.plan import ONE, PROMPT, SESSIONS
 from tcinfer.kernels.table import CHOOSE
+from tcinfer.memory import rooms
 from tcinfer.memory.state import AnyState, DeviceState, Layout, State
 from tcinfer.sampling import Sampling, on_device
 from tcinfer.transformer import transformer
@@ -60,7 +61,7 @@ class Engine:
         if len(heads) > 1:
             raise UnavailableError("on a GPU all layers must have as many key heads: use --backend numba")
         self._heads = heads.pop()
-        self._plan = plan = Recorder(chunk, device)
+        self._plan = plan = Recorder(chunk, device, [o for found in rooms() for o in getattr(found, "OPERATORS", ())])
         transformer(plan, config, lambda name, spec: weights.get(name))
         plan.step(CHOOSE, vocabulary=config.vocab_size)
         plan.fields = sum(len(fields) for fields in memory.layout(config).layers)

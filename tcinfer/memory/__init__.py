@@ -73,6 +73,11 @@ def room(mode: str) -> Any:
     return import_module(f"{__name__}.{MODES[mode].room}")
 
 
+def rooms() -> list[Any]:
+    """All rooms, each once."""
+    return list({mode.room: room(name) for name, mode in MODES.items()}.values())
+
+
 def mechanism(layer: LayerConfig) -> Mechanism:
     """The mechanism that a layer names. Raises TcinferError for a name, options or sizes that it cannot be."""
     found = room(layer.memory)

@@ -14,7 +14,7 @@ from test_golden import FEEDS, LIMIT, memory_of, relative
 from test_memory import CASES, IDS, W, arrays, difference, feed, model_of
 
 from tcinfer import converters
-from tcinfer.kernels.reference import Reference
+from tcinfer.engine import eager
 from tcinfer.kernels.reference.quants import Kind
 from tcinfer.loader import load
 from tcinfer.model import Model
@@ -103,7 +103,7 @@ def models(b: Bench, kinds: Sequence[str]) -> None:
     shape = SHAPE
     config = config_of(shape, "sinks", 75)
     bound = weights(config, shape.tied, [Kind[kind] for kind in kinds])
-    Model(config, bound, from_metadata({}, shape.vocab), b.ops)
+    Model(config, bound, from_metadata({}, shape.vocab), b.backend)
 
 
 def converted(b: Bench) -> Iterator[tuple[str, Any, Model]]:
@@ -123,7 +123,7 @@ def every_kind(b: Bench, kinds: Sequence[str], count: int) -> None:
     config = config_of(shape, "sinks", count // 4)
     bound, tokenizer = weights(config, shape.tied, [Kind[kind] for kind in kinds]), from_metadata({}, shape.vocab)
     ids = np.random.default_rng(5).integers(0, shape.vocab, count)
-    reference, model = (Model(config, bound, tokenizer, ops) for ops in (Reference(), b.ops))
+    reference, model = (Model(config, bound, tokenizer, on) for on in (eager.Backend(), b.backend))
     want = reference.session().feed(ids, all_logits=True)
     for how, lengths, limit in (("one by one", [1] * (count - 1), FLOATS), ("at once", [], HALVES)):
         close(

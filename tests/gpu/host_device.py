@@ -22,8 +22,9 @@ import platformdirs
 import pytest
 from numpy.typing import NDArray
 
-from tcinfer import kernels
-from tcinfer.kernels.cuda import Cuda
+from tcinfer.engine import cuda
+
+BACKEND = cuda.Backend
 
 HEADER = Path(__file__).resolve().parents[2] / "kernels" / "cuda" / "host.h"
 FLAGS = [
@@ -213,6 +214,11 @@ def host_device(seed: int = 0) -> HostDevice:
     return HostDevice(seed)
 
 
+def use(device: HostDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make backend "cuda" run on this device."""
+    monkeypatch.setattr(cuda, "Backend", lambda threads=None: BACKEND(threads, device))
+
+
 # Fixtures, for tests that import them (a conftest.py here would hide the one above)
 
 
@@ -228,6 +234,6 @@ def backend(device: HostDevice, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
 
     Afterwards nothing has been written beside what was allocated.
     """
-    monkeypatch.setattr(kernels, "_cuda", lambda: Cuda(device))
+    use(device, monkeypatch)
     yield "cuda"
     device.check()

@@ -69,7 +69,7 @@ def decode(b: Bench) -> None:
             continue
         with b.attempt(what):
             model = b.random(shape, Kind[kind], memory, window)
-            kernel = getattr(model._engine._plan, "_together", None)
+            kernel = getattr(model.engine._plan, "_together", None)
             if kind not in shown and hasattr(kernel, "num_regs"):
                 size = f"{kernel.num_regs} registers, {kernel.local_size_bytes} bytes of local memory"
                 b.row(f"{kind}: a token's launch", size)

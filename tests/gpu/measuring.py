@@ -20,19 +20,22 @@ from conftest import FLOATS
 from gguf.quants import quantize
 from plans import SCALES, normal, random_matrix, scales
 
-from tcinfer import kernels, memory
+from tcinfer import memory
 from tcinfer.config import ModelConfig
-from tcinfer.kernels.cuda import Cuda, operators
+from tcinfer.engine import cuda
+from tcinfer.kernels.cuda import recorder
 from tcinfer.kernels.cuda.packing import TILE_ROWS
-from tcinfer.kernels.cuda.plan import ONE, Plan
+from tcinfer.kernels.cuda.plan import Plan
 from tcinfer.kernels.cuda.program import source
+from tcinfer.kernels.plan import ONE
 from tcinfer.kernels.reference.quants import Kind, Matrix
 from tcinfer.memory import tensor_cache
 from tcinfer.memory.state import State
-from tcinfer.model import Model, tensors
+from tcinfer.model import Model
 from tcinfer.sampling import Sampling
 from tcinfer.session import Session
 from tcinfer.tokenizer import from_metadata
+from tcinfer.transformer import tensors
 
 GREEDY = Sampling(temperature=0)
 SINKS = 4
@@ -104,7 +107,7 @@ def config_of(shape: Shape, memory_kind: str, window: int) -> ModelConfig:
 
 def packed_once() -> None:
     """A random matrix is repacked once, as fast as it was made, and sent once: for other layers it is copied there."""
-    pack, upload = operators.packed, Plan.upload
+    pack, upload = recorder.packed, Plan.upload
     done: dict[int, Any] = {}
     parts: set[int] = set()  # ids of arrays in `done`
 
@@ -129,7 +132,7 @@ def packed_once() -> None:
         plan.device.copy(address, there[id(array)], array.nbytes)
         return address
 
-    operators.packed, Plan.upload = packed, sent  # type: ignore[method-assign, assignment]
+    recorder.packed, Plan.upload = packed, sent  # type: ignore[method-assign, assignment]
 
 
 def filled(model: Model, position: int = 5000) -> Session:
@@ -140,14 +143,14 @@ def filled(model: Model, position: int = 5000) -> Session:
             array[...] = np.resize(some if name in ("k", "v") else some / 100, array.shape)
     state.position = position
     session = model.session()
-    session._state = model.adopted(state)
+    session._state = model.engine.placed(state)
     return session
 
 
 def same_again(session: Session) -> Session:
     """Another session that stands where this one does."""
     other = session.model.session()
-    other._state = session.model.adopted(session._state)
+    other._state = session.model.engine.placed(session._state)
     return other
 
 
@@ -191,8 +194,9 @@ class Bench:
     def __init__(self, options: Namespace, device: Any, cupy: Any = None) -> None:
         """cupy: None on the stand-in."""
         self.device, self.cupy, self.options = device, cupy, options
-        self.ops, self.until, self.failed = Cuda(device), time.monotonic() + options.seconds, False
-        kernels._cuda = lambda: self.ops  # every model here is of this device
+        self.backend = cuda.Backend(None, device)
+        self.until, self.failed = time.monotonic() + options.seconds, False
+        cuda.Backend = lambda threads=None: self.backend  # type: ignore[misc, assignment]  # every model is of it
         packed_once()
         if cupy is not None:
             self._spin = cupy.RawKernel(WAITS, "spin")
@@ -237,7 +241,7 @@ class Bench:
         self.tidy()
         of = self.shape(shape)
         config = config_of(of, memory_kind, window)
-        return Model(config, weights(config, of.tied, [kind]), from_metadata({}, of.vocab), self.ops)
+        return Model(config, weights(config, of.tied, [kind]), from_metadata({}, of.vocab), self.backend)
 
     def shape(self, name: str) -> Shape:
         return SHAPES[name] if self.cupy is not None else TINY
@@ -270,7 +274,7 @@ class Bench:
 
     def device_time(self, model: Model, run: Run, count: int = 20) -> float:
         """Seconds of the device's own time in a pass that `run` makes, median."""
-        plan: Any = model._engine._plan  # type: ignore[union-attr]
+        plan: Any = model.engine._plan  # type: ignore[union-attr]
         taken, pass_ = [], plan.run_pass
         plan.run_pass = lambda *a: taken.append(self.timed(lambda: pass_(*a)))
         try:
@@ -334,9 +338,9 @@ class Bench:
 
 def traced(b: Bench, model: Any) -> Callable[[Session], list[str]]:
     """A token's launch that writes down when each block begins to wait after each step, and when it goes on."""
-    plan = model._engine._plan
+    plan = model.engine._plan
     one, blocks = [step for step in plan.steps if step.when & ONE], b.device.multiprocessors
-    text = source(True, {step.operator.kind for step in plan.steps if step.operator.kind})
+    text = source(True, {step.kind for step in plan.steps if step.kind}, plan.rooms)
     stamp = "if (thread() == 0) ((int64 *)plan[PLAN_FIELDS + 1])[(2 * i + {}) * gridDim.x + blockIdx.x] = clock64();\n"
     first, last = "        wait_for_groups<RECORDS - 2>();  // that", "            block_barrier();\n    }\n}"
     assert text.count(first) == text.count(last) == 1
@@ -362,14 +366,14 @@ def traced(b: Bench, model: Any) -> Callable[[Session], list[str]]:
         found: dict[str, list[np.ndarray]] = {}
         for i, s in enumerate(one):
             row = np.median([work[:, i].max(-1), work[:, i].mean(-1), wait[:, i].min(-1)], 1)
-            shape = f" {s.arguments[4]}x{32 * s.arguments[1]}" if s.operator.name == "linear_one" else ""
-            found.setdefault(s.operator.full + shape, []).append(row)
+            shape = f" {s.arguments['outputs']}x{32 * s.arguments['runs']}" if s.operator.name == "linear_one" else ""
+            found.setdefault(s.name + shape, []).append(row)
         lines = [f"{whole:,.0f} cycles from the first step's end, slower by the stamps"]
         for name, rows in sorted(found.items(), key=lambda item: -np.sum(item[1])):
             slowest, mean, meeting = np.mean(rows, 0)
             lines.append(f"{name} x{len(rows)}: {slowest:,.0f} (mean {mean:,.0f}) and {meeting:,.0f} to meet")
         if b.options.traces:
-            names = np.array([s.operator.full for s in one])
+            names = np.array([s.name for s in one])
             path = b.options.traces / f"{len(list(b.options.traces.iterdir()))}.npz"
             np.savez_compressed(path, times=times[-3:].astype(np.int64), names=names)
         return lines
@@ -379,11 +383,11 @@ def traced(b: Bench, model: Any) -> Callable[[Session], list[str]]:
 
 def by_operator(b: Bench, model: Any, run: Run) -> list[str]:
     """The launches of a pass of many rows, each timed by itself."""
-    plan, launch, found = model._engine._plan, b.device.launch, {}
+    plan, launch, found = model.engine._plan, b.device.launch, {}
     names = {}
     for (_, at, *_), step in zip(plan._launches, [step for step in plan.steps if step.when & ~ONE], strict=True):
-        shape = f" {step.arguments[4]}x{32 * step.arguments[1]}" if step.operator.name == "linear_many" else ""
-        names[at] = step.operator.full + shape
+        shape = f" {step.arguments['outputs']}x{32 * step.arguments['runs']}" if step.operator.name == "linear_many" else ""
+        names[at] = step.name + shape
 
     def timed(kernel: Any, a: int, *rest: Any, **named: Any) -> None:
         seconds = b.timed(lambda: launch(kernel, a, *rest, **named))

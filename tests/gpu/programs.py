@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 
-class Recorder:
+class OnRecord:
     """Stands for an H100 while models are made: keeps their programs' texts, and does nothing."""
 
     name = "a device that records"
@@ -63,7 +63,7 @@ def recorded(sections: Iterable[str], golden: Path, quick: bool = False) -> list
 
         def tidy(self) -> None: ...
 
-    device = Recorder()
+    device = OnRecord()
     cupy = SimpleNamespace(RawKernel=lambda *a: None, cuda=SimpleNamespace(Event=lambda: None))
     bench = Small(Namespace(seconds=3600, quick=quick, golden=golden, traces=None), device, cupy)
     for name in sections:

@@ -12,11 +12,11 @@ import pytest
 from host_device import HostDevice, host_device
 from numpy.typing import NDArray
 
-from tcinfer.kernels.cpu import plan as words
+from tcinfer.kernels import plan as words
 from tcinfer.kernels.cuda import packing
-from tcinfer.kernels.cuda.operators import form_of
-from tcinfer.kernels.cuda.plan import DESK, ROOM
-from tcinfer.kernels.cuda.program import PART_END, constants
+from tcinfer.kernels.cuda.recorder import form_of
+from tcinfer.kernels.cuda.program import DESK, PART_END, constants
+from tcinfer.kernels.table import GPU
 
 F = np.float32
 CUDA = Path(packing.__file__).parent
@@ -120,7 +120,7 @@ class Case:
         a = [put(self.q), put(self.q_far) if self.far else 0, 4 * H * D, K_FIELD, V_FIELD, *map(put, self.fresh)]
         a += [H, G, D, window, sinks, to, splits, parts if splits > 1 else 0]
         name = "attend_splits" if splits > 1 else "attend_rows"
-        launch(f"{name}<{form_of(self.half, H // G, D)}>", a, DESK + ROOM[name](a, threads // 32))
+        launch(f"{name}<{form_of(self.half, H // G, D)}>", a, DESK + GPU[name].shared({"D": D}, threads // 32))
         if splits > 1:
             launch("combine", [parts, to, 4 * H * D, H, D, splits], DESK)
         return device.get(to, out)

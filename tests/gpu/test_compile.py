@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tcinfer.kernels.cuda.program import FORMS, OF_BOTH, OF_MANY, OF_ONE, source
+from tcinfer.kernels.cuda.program import FORMS, forms, source
 from tcinfer.kernels.reference.quants import KINDS
+from tcinfer.memory import rooms
 
+ROOMS = [o for room in rooms() for o in getattr(room, "OPERATORS", ())]
 ALL = [*(kind.name for kind in KINDS), *FORMS]
 ARCHITECTURES = ("80", "90", "100")
 PROGRAMS = pytest.mark.parametrize("together", [True, False], ids=["together", "alone"])
@@ -29,16 +31,17 @@ def test_nvcc_compiles_everything_without_a_warning(together: bool, architecture
     if f"compute_{architecture}" not in known:
         pytest.skip(f"this nvcc does not know sm_{architecture}")
     text = tmp_path / "program.cu"
-    text.write_text(source(together, ALL))
+    text.write_text(source(together, ALL, ROOMS))
     flags = ["-std=c++17", f"-arch=sm_{architecture}", "-cubin", "-Werror", "all-warnings", "-Xptxas", "-v"]
     done = subprocess.run([nvcc, *flags, "-o", str(tmp_path / "out"), str(text)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    kernels = ["together"] if together else [f"step_{name}" for name in (*OF_BOTH, *OF_MANY)]
+    kernels = ["together"] if together else [f"step_{form.full}" for form in forms(False, ALL, ROOMS)]
     for kernel in kernels:
         assert f"Compiling entry function '{kernel}'" in done.stderr
     if together:
-        for name in OF_ONE:
-            assert name in done.stderr
+        for form in forms(True, ALL, ROOMS):
+            if form.operator.launch == "one" and not form.kind:
+                assert form.full in done.stderr
 
 
 @pytest.mark.slow
@@ -54,7 +57,7 @@ def test_the_runtime_compiler_takes_it_without_a_header(together: bool) -> None:
         pytest.skip("NVRTC is not installed (pip install nvidia-cuda-nvrtc)")
     _, nvrtc = (ctypes.CDLL(str(file), ctypes.RTLD_GLOBAL) for file in files)
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    text = source(together, ALL).encode()
+    text = source(together, ALL, ROOMS).encode()
     assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, b"program.cu", 0, None, None) == 0
     options = (ctypes.c_char_p * 3)(b"-std=c++17", b"-arch=sm_90", b"-ftz=true")  # the last is CuPy's own
     status = nvrtc.nvrtcCompileProgram(program, 3, options)

@@ -10,18 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import SHAKESPEARE, SMALL, build
-from host_device import HostDevice, backend, device, host_device  # noqa: F401
+from host_device import HostDevice, backend, device, host_device, use  # noqa: F401
 from plans import normal, random_matrix
-from programs import Recorder
+from programs import OnRecord
 from test_engine import at_many_positions, other_shape
 from test_memory import config_of, difference, feed, weights_of
 
 import tcinfer
-from tcinfer import bench, device_engine, kernels
+from tcinfer import bench
+from tcinfer.engine import cuda
 from tcinfer.errors import TcinferError
-from tcinfer.kernels.cpu.plan import Rows
-from tcinfer.kernels.cuda import Cuda, operators
-from tcinfer.kernels.cuda.plan import ONE, PROMPT, Pass, Plan
+from tcinfer.kernels.cuda.plan import Pass
+from tcinfer.kernels.cuda.recorder import Recorder
+from tcinfer.kernels.plan import ONE, PROMPT
 from tcinfer.kernels.reference import pointwise
 from tcinfer.kernels.reference.quants import KINDS, Kind
 from tcinfer.sampler import Draws
@@ -58,7 +59,7 @@ def counted(device: HostDevice, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cou
     """Backend "cuda" on a device that counts."""
     made = Counted()
     made.programs = device.programs
-    monkeypatch.setattr(kernels, "_cuda", lambda: Cuda(made))
+    use(made, monkeypatch)
     yield made
     made.check()
 
@@ -122,7 +123,7 @@ def test_logits_wait_on_the_device_and_are_rescued_before_they_are_overwritten(c
     one, other = model.session(), model.session()
     ids_of(one, 3, GREEDY)
     one._advance(5, GREEDY)
-    assert not isinstance(one._logits, np.ndarray)
+    assert isinstance(one._logits, cuda.Later)
     fetched = counted.fetched
     other.feed(IDS[:3])
     assert counted.fetched - fetched == 2 * 4 * SMALL.vocab_size  # its own, and those of the first
@@ -170,7 +171,7 @@ def test_more_sessions_and_longer_prompts_than_a_pass_takes(
     backend: str,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(device_engine, "CHUNK", 32)
+    monkeypatch.setattr(cuda, "CHUNK", 32)
     config = config_of("tensor-delta")
     reference, model = (build(config, b, weights_of(config)) for b in ("numpy", backend))
     ids = np.resize(IDS, 75)
@@ -205,10 +206,8 @@ def test_weights_of_every_kind(kind: Kind, layer: bool, device: HostDevice) -> N
     """Embedding, norm and head: a token's product keeps float32, those of many rows round both sides to halves."""
     columns, V, eps = (512, 70, 1e-5) if kind.name.endswith("_K") else (416, 70, 1e-5)
     w, (weight, bias) = random_matrix(kind, V, columns), normal(3, 2, columns)
-    plan = Plan(8, device)
-    there = operators.stored(plan, w)
-    x = operators.embed(plan, there, None)
-    operators.linear(plan, operators.norm(plan, x, weight, bias, eps, layer), there, head=True)
+    plan = Recorder(8, device)
+    plan.linear(plan.norm(plan.embed(w, None), weight, bias, eps, layer), plan.stored(w), head=True)
     plan.finish()
     room, ids = device.zeros(10_000), np.array([3, 69, 0, 3, 41])
     rows = w.rows(ids)
@@ -229,8 +228,8 @@ def test_weights_of_every_kind(kind: Kind, layer: bool, device: HostDevice) -> N
 def test_rows_that_products_compute_are_there_for_others_too(device: HostDevice) -> None:  # noqa: F811
     """A mechanism may want the normed rows themselves: asking for their address writes them out."""
     w, weight = random_matrix(Kind.Q8_0, 40, 64), normal(3, 64)
-    plan = Plan(8, device)
-    h = operators.norm(plan, operators.embed(plan, operators.stored(plan, w), None), weight, None, 1e-5, False)
+    plan = Recorder(8, device)
+    h = plan.norm(plan.embed(w, None), weight, None, 1e-5, False)
     address = h.address
     plan.finish()
     room, ids = device.zeros(10_000), np.array([3, 39, 0])
@@ -262,7 +261,7 @@ def test_heads_that_tensor_cores_do_not_take(head_dim: int, backend: str) -> Non
 def test_sessions_of_several_passes_leave_their_logits_on_the_device(
     counted: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device_engine, "CHUNK", 8)
+    monkeypatch.setattr(cuda, "CHUNK", 8)
     model = build(SMALL, "cuda")
     sessions, tokens = [model.session() for _ in range(20)], IDS[:20]
     for _ in range(2):
@@ -282,7 +281,7 @@ def test_neither_order_nor_number_of_blocks_shows_in_the_bits(name: str, monkeyp
     for seed, multiprocessors in ((0, 3), (1, 3), (2, 3), (3, 1), (4, 5)):
         other = HostDevice(seed)
         other.multiprocessors = multiprocessors
-        monkeypatch.setattr(kernels, "_cuda", lambda other=other: Cuda(other))
+        use(other, monkeypatch)
         model = build(config, "cuda", weights_of(config))
         session = model.session()
         got = [feed(session, IDS, [1, 1, 30, 1, 9])]
@@ -317,7 +316,7 @@ def test_keys_of_a_token_are_divided_among_blocks(
 ) -> None:
     other = host_device()
     other.multiprocessors = 13
-    monkeypatch.setattr(kernels, "_cuda", lambda: Cuda(other))
+    use(other, monkeypatch)
     config = replace(config_of(memory), window=window, cache_type=cache_type)
     want, got = (build(config, b, weights_of(config)).session() for b in ("numpy", "cuda"))
     ids = np.resize(np.arange(50), window + 31)
@@ -332,7 +331,7 @@ def test_more_weights_for_a_block_than_its_shared_memory_holds(monkeypatch: pyte
     """On its way every chunk comes when its warp asks for it, none in the place of another that nobody has read."""
     other = host_device(seed=3)
     other.multiprocessors, other.shared_bytes = 1, 100_000
-    monkeypatch.setattr(kernels, "_cuda", lambda: Cuda(other))
+    use(other, monkeypatch)
     config = replace(SMALL, d_model=64, head_dim=16, rope_dim=16, d_ff=4096, vocab_size=301)
     want, got = (build(config, b, kind=Kind.Q8_0).session() for b in ("numpy", "cuda"))
     for token in range(4):
@@ -360,10 +359,10 @@ def test_bench_measures_a_gpu_by_the_same_table(backend: str) -> None:  # noqa: 
 )
 def test_a_wide_model_has_room_on_a_small_card(kind: Kind) -> None:
     """99 KB of shared memory for a block, as GPUs of 8.6 and 8.9 have, and rows of 14,336 columns."""
-    other = Recorder()
+    other = OnRecord()
     other.shared_bytes = 101_376
-    plan = Plan(1, other)
+    plan = Recorder(1, other)
     weights = random_matrix(kind, 16, 14336)
-    operators.linear(plan, Rows(plan, 14336), operators.stored(plan, weights))
+    plan.linear(plan.rows(14336), plan.stored(weights))
     plan.finish()
     assert plan.takers == 8

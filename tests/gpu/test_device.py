@@ -13,13 +13,12 @@ from typing import Any
 
 import pytest
 from conftest import SMALL, build, tcinfer
-from host_device import HostDevice, backend, device  # noqa: F401
+from host_device import HostDevice, backend, device, use  # noqa: F401
 
-from tcinfer import kernels
+from tcinfer.engine import backend as engine_backend
 from tcinfer.errors import TcinferError
-from tcinfer.kernels import UnavailableError
-from tcinfer.kernels.cuda import Cuda
 from tcinfer.kernels.cuda.device import Device
+from tcinfer.kernels.errors import UnavailableError
 
 HAS_CUPY = importlib.util.find_spec("cupy") is not None
 
@@ -93,8 +92,8 @@ WITHOUT = {
 def test_what_is_missing_is_named_with_the_way_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options, says = WITHOUT[name]
     monkeypatch.setitem(sys.modules, "cupy", cupy(**options))  # type: ignore[arg-type]
-    with pytest.raises(UnavailableError, match=says) as caught:
-        kernels.backend("cuda")
+    with pytest.raises(TcinferError, match=says) as caught:
+        engine_backend("cuda")
     assert "\n" not in str(caught.value)
     assert "--backend numba" in str(caught.value) or "update" in str(caught.value)
 
@@ -118,7 +117,7 @@ def test_a_model_and_a_session_that_do_not_fit_are_told(device: HostDevice, monk
 
     small = Small()
     small.programs = device.programs
-    monkeypatch.setattr(kernels, "_cuda", lambda: Cuda(small))
+    use(small, monkeypatch)
     model = build(SMALL, "cuda")
     session = model.session()
     session.feed([1, 2, 3])
@@ -146,7 +145,7 @@ def test_a_model_whose_rows_do_not_fit_a_block_is_refused_before_its_first_token
 ) -> None:
     small = HostDevice()
     small.programs, small.shared_bytes = device.programs, 120_000
-    monkeypatch.setattr(kernels, "_cuda", lambda: Cuda(small))
+    use(small, monkeypatch)
     with pytest.raises(TcinferError, match=r"has 120,000 bytes of shared memory .* needs 1\d\d,"):
         build(replace(SMALL, d_ff=32768), "cuda")
 
@@ -154,7 +153,7 @@ def test_a_model_whose_rows_do_not_fit_a_block_is_refused_before_its_first_token
 def test_a_fork_is_refused(backend: str) -> None:  # noqa: F811
     model = build(SMALL, backend)
     session = model.session()
-    model._engine._owner += 1  # type: ignore[union-attr]
+    model.engine._owner += 1  # type: ignore[union-attr]
     with pytest.raises(TcinferError, match="does not outlive a fork"):
         session.feed(1)
 

@@ -14,7 +14,7 @@ from host_device import HostDevice, host_device
 from numpy.typing import NDArray
 from plans import random_matrix
 
-from tcinfer.kernels.cpu import plan as words
+from tcinfer.kernels import plan as words
 from tcinfer.kernels.cuda import packing
 from tcinfer.kernels.cuda.packing import packed
 from tcinfer.kernels.cuda.program import ALONE_THREADS as THREADS

@@ -12,9 +12,10 @@ import pytest
 from host_device import host_device
 from numpy.typing import NDArray
 
-from tcinfer.kernels.cpu import plan as words
+from tcinfer.kernels import plan as words
 from tcinfer.kernels.cuda import plan
-from tcinfer.kernels.cuda.program import ALONE_THREADS, constants
+from tcinfer.kernels.cuda.program import ALONE_THREADS, DESK, constants
+from tcinfer.kernels.table import GPU
 
 pytestmark = pytest.mark.slow
 
@@ -123,8 +124,8 @@ def scanned(case: Case, numbers: Given, blocks: int = 2, seed: int = 0, skew: in
     to, a = a[-1], [*a, case.rule == "wedge", case.write_first]
     of_pass = np.zeros(words.PASS, np.int64)
     of_pass[[words.ROWS, words.SEQUENCES, words.TABLE]] = len(q), len(states), put(sequences)
-    shared = plan.DESK + plan.ROOM["scan_many"](a, ALONE_THREADS // 32)
-    assert shared <= plan.DESK + 98304
+    shared = DESK + GPU["scan_many"].shared({"D": D}, ALONE_THREADS // 32)
+    assert shared <= DESK + 98304
     kernel = device.program(source()).kernel("test")
     device.launch(kernel, put(np.array(a, np.int64)), put(of_pass), blocks, ALONE_THREADS, shared)
     device.check()

@@ -1,5 +1,5 @@
 // What Infini-attention adds to ring and matrix: its feature map, its normaliser, its gate.
-// Equations: tcinfer/memory/infini.py; the same steps compiled for CPUs: kernels/cpu/infini.py.
+// Equations: equations.py; the same steps compiled for CPUs: compiled.py.
 
 FUNCTION float feature(float x) { return x > 0 ? x + 1.0f : expf(x); }
 

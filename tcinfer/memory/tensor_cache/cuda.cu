@@ -1,5 +1,5 @@
 // What Tensor Cache memory adds to ring and matrix: which pair a row writes and how, and how queries read.
-// Equations: tcinfer/memory/tensor.py; the same steps compiled for CPUs: kernels/cpu/tensor_cache.py.
+// Equations: equations.py; the same steps compiled for CPUs: compiled.py.
 
 const float UNIT_EPS = 1e-5f;  // added to a norm, as kernels.reference.pointwise.unit
 
@@ -23,27 +23,31 @@ FUNCTION void cosines(const float *x, int width, const float *keys, int slots, f
 }
 
 OPERATOR void writes(Words a, Words p, Work work) {
-    Words entering = words(a[0]), leaving = words(a[1]);
-    int G = a[2], D = a[3], timescales = a[6], slots = a[7];
-    int64 window = a[4], sinks = a[5], route_stride = a[18];
-    bool normalize = a[8], interleaved = a[13];
-    float value_scale = (float)number(a[9]), temperature = (float)number(a[10]);
-    const float *decays = floats(a[14]), *rates = floats(a[15]), *slot_keys = floats(a[16]);
-    float *decay = floats(a[21]), *rate = floats(a[22]);
+    namespace of = writes_at;
+    const float *entering[4] = {floats(a[of::entering_k]), floats(a[of::entering_v]), floats(a[of::entering_decay]),
+                                floats(a[of::entering_rate])};
+    const float *leaving[4] = {floats(a[of::leaving_k]), floats(a[of::leaving_v]), floats(a[of::leaving_decay]),
+                               floats(a[of::leaving_rate])};
+    int G = a[of::G], D = a[of::D], timescales = a[of::timescales], slots = a[of::slots], turned = a[of::turned];
+    int64 window = a[of::window], sinks = a[of::sinks];
+    bool normalize = a[of::normalize], interleaved = a[of::interleaved];
+    float value_scale = (float)number(a[of::value_scale]), temperature = (float)number(a[of::temperature]);
+    const float *decays = floats(a[of::decays]), *rates = floats(a[of::rates]), *slot_keys = floats(a[of::slot_keys]);
+    float *decay = floats(a[of::decay]), *rate = floats(a[of::rate]);
     for (int64 item = work.block; item < p[ROWS] * G; item += work.blocks) {
         int64 row = item / G;
         int g = item % G;
-        bool left = leaving && position(p, row) - window >= sinks, written = left || entering;
-        Words source = left ? leaving : entering;
-        float *k = floats(a[19]) + D * item, *v = floats(a[20]) + D * item;
-        const float *x = written ? floats(source[0]) + D * item : 0, *y = written ? floats(source[1]) + D * item : 0;
-        const float *cos_back = floats(a[11]) + D / 2 * row, *sin_back = floats(a[12]) + D / 2 * row;
-        bool turns = left && a[11];  // the memory sees keys before rotation
+        bool left = leaving[0] && position(p, row) - window >= sinks, written = left || entering[0];
+        const float *const *source = left ? leaving : entering;
+        float *k = floats(a[of::k]) + D * item, *v = floats(a[of::v]) + D * item;
+        const float *x = written ? source[0] + D * item : 0, *y = written ? source[1] + D * item : 0;
+        const float *cos_back = floats(a[of::cos]) + turned / 2 * row, *sin_back = floats(a[of::sin]) + turned / 2 * row;
+        bool turns = left && a[of::cos];  // the memory sees keys before rotation
         float lengths = 0;
         for (int c = thread(); c < D; c += threads()) {
             float kept = written ? x[c] : 0.0f;
-            if (turns) {
-                Turn t = turn_of(c, D, interleaved);
+            if (turns && c < turned) {
+                Turn t = turn_of(c, turned, interleaved);
                 kept = t.of(x[t.first], x[t.second], cos_back[t.pair], -sin_back[t.pair]);
             }
             k[c] = kept;
@@ -57,7 +61,7 @@ OPERATOR void writes(Words a, Words p, Work work) {
         block_barrier();
         float *logits = (float *)room();
         if (slots > 1 && written) {
-            const float *chooser = a[17] ? floats(a[17] + row * route_stride) + D * g : k;
+            const float *chooser = a[of::route] ? floats(a[of::route]) + D * item : k;
             cosines(chooser, D, slot_keys + slots * D * g, slots, temperature, logits);
         }
         block_barrier();
@@ -66,8 +70,8 @@ OPERATOR void writes(Words a, Words p, Work work) {
             if (slots > 1 && written)
                 for (int s = 1; s < slots; s++)
                     if (logits[s] > logits[best]) best = s;
-            float decay_term = written && source[2] ? floats(source[2])[item] : 0.0f;
-            float rate_term = written && source[3] ? floats(source[3])[item] : 0.0f;
+            float decay_term = written && source[2] ? source[2][item] : 0.0f;
+            float rate_term = written && source[3] ? source[3][item] : 0.0f;
             for (int t = 0; t < timescales; t++)
                 for (int s = 0; s < slots; s++) {
                     int64 plane = (row * timescales * slots + t * slots + s) * G + g;
@@ -80,20 +84,16 @@ OPERATOR void writes(Words a, Words p, Work work) {
     }
 }
 
-OPERATOR void ones(Words a, Words p, Work work) {
-    int64 G = p[KEY_HEADS], columns = a[1], part = columns / G;
-    for (int64 item = work.block; item < p[ROWS] * G; item += work.blocks)
-        for (int64 i = thread(); i < part; i += threads()) floats(a[0])[item * part + i] = 1.0f;
-}
-
 // Each head divided by its norm.
 OPERATOR void unit(Words a, Words p, Work work) {
-    int width = a[2];
-    int64 G = p[KEY_HEADS], heads = a[3] / G;
+    int width = a[unit_at::width];
+    int64 G = p[KEY_HEADS], heads = a[unit_at::heads] / G;
+    const float *x = floats(a[unit_at::x]);
+    float *y = floats(a[unit_at::y]);
     for (int64 item = work.block; item < p[ROWS] * G; item += work.blocks)
         for (int64 h = heads * item + warp(); h < heads * (item + 1); h += warps()) {
-            float by = unit_scale(floats(a[0]) + width * h, width);
-            for (int c = lane(); c < width; c += 32) floats(a[1])[width * h + c] = floats(a[0])[width * h + c] * by;
+            float by = unit_scale(x + width * h, width);
+            for (int c = lane(); c < width; c += 32) y[width * h + c] = x[width * h + c] * by;
         }
 }
 
@@ -133,17 +133,18 @@ OPERATOR void mix(Words a, Words p, Work work) {
 
 // x [heads, width] /= max(|by [heads]|, eps), in place.
 OPERATOR void divide(Words a, Words p, Work work) {
-    int width = a[2];
-    int64 G = p[KEY_HEADS], part = a[3] / G * width;
-    float eps = (float)number(a[4]);
+    int width = a[divide_at::width];
+    int64 G = p[KEY_HEADS], part = a[divide_at::heads] / G * width;
+    float eps = (float)number(a[divide_at::eps]);
     for (int64 item = work.block; item < p[ROWS] * G; item += work.blocks)
         for (int64 i = part * item + thread(); i < part * (item + 1); i += threads())
             floats(a[0])[i] /= fmaxf(fabsf(floats(a[1])[i / width]), eps);
 }
 
-// sigmoid(logit + bias) of each row, in place of the logit.
+// sigmoid(logit + bias) of each row; no logit: 0.
 OPERATOR void gate(Words a, Words p, Work work) {
-    float *x = floats(a[0]), bias = floats(a[1])[0];
+    const float *logit = floats(a[gate_at::logit]);
+    float bias = floats(a[gate_at::bias])[0];
     for (int64 row = work.block * threads() + thread(); row < p[ROWS]; row += work.blocks * threads())
-        x[row] = sigmoid(a[2] ? bias : x[row] + bias);
+        floats(a[gate_at::gate])[row] = sigmoid(logit ? logit[row] + bias : bias);
 }
