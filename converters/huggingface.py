@@ -77,7 +77,7 @@ def _layer(names: Names, config: ModelConfig, i: int) -> None:
     ):
         names.move(h + theirs, blk + ours)
     if config.arch == "llama":  # its GGUF form rotates neighbouring channels, the folder's halves
-        for name, heads in (("attn_q", config.n_heads), ("attn_k", config.n_kv_heads)):
+        for name, heads in (("attn_q", config.layers[i].n_heads), ("attn_k", config.layers[i].n_kv_heads)):
             for end in (".weight", ".bias"):
                 if tensor := names.out.get(blk + name + end):
                     rows = heads * config.head_dim

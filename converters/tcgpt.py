@@ -123,7 +123,8 @@ def _rename(config: ModelConfig, have: dict[str, Tensor], biases: bool) -> Names
         ):
             names.move(h + theirs, blk + ours)
         names.move(h + "attn.c_attn", blk + "attn_qkv")  # queries, keys and values in one
-        heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
+        layer = config.layers[i]
+        heads = (layer.n_heads, layer.n_kv_heads, layer.n_kv_heads)
         for end in (".weight", ".bias"):
             fused = names.out.pop(blk + "attn_qkv" + end, None)
             start, total = 0, sum(heads) * config.head_dim

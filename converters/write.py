@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from tcinfer import format as schema
 from tcinfer.atomic import replacing
 from tcinfer.converters.source import F32, Source
-from tcinfer.errors import FileError, TcinferError
 from tcinfer.engine import backend
+from tcinfer.errors import FileError, TcinferError
 from tcinfer.loader import bind, load
 from tcinfer.memory_options import with_memory
 from tcinfer.model import Model

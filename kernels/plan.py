@@ -85,7 +85,7 @@ class Step:
         self.operator, self.kind, self.arguments, self.when, self.wait = operator, kind, arguments, when, 0
         self._touched: tuple[set[Any], set[Any]] | None = None
 
-    def set(self, name: str, value: int) -> None:
+    def change(self, name: str, value: int) -> None:
         """Change an argument."""
         assert name in self.arguments
         self.arguments[name], self._touched = value, None
@@ -107,7 +107,7 @@ class Step:
         for a in self.operator.every:
             if not (a.reads or a.writes):
                 continue
-            at = a.name if a.word else self.arguments[a.name]
+            at: Any = a.name if a.word else self.arguments[a.name]
             if not a.word and (at < 0 if a.field else not at):  # not asked for
                 continue
             place = ("field", at) if a.field else at

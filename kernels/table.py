@@ -29,9 +29,7 @@ ANGLES = Operator("angles", "freq pairs most offset factor cos>pairs sin>pairs",
 ADD = Operator("add", "x<>columns y<columns columns", "rows", pointwise.add)
 SCALE = Operator("scale", "x<>columns columns factor", "rows", pointwise.scale)
 SOFTCAP = Operator("softcap", "columns cap %logits<>", "rows", pointwise.softcap)
-HEAD_NORM = Operator(
-    "head_norm", "x<>heads.width heads width weight eps", "rows", pointwise.head_norm, by_head=True
-)
+HEAD_NORM = Operator("head_norm", "x<>heads.width heads width weight eps", "rows", pointwise.head_norm, by_head=True)
 PUSH = Operator(
     "push",
     "q<H.D k<G.D v<G.D H G D half interleaved turned cos< sin< cos_far< sin_far< "
@@ -40,12 +38,8 @@ PUSH = Operator(
     ring.push,
     by_head=True,
 )
-TAKE = Operator(
-    "take", "@field< rows<width/half width half window sinks out>width", "ring", ring.take, by_head=True
-)
-INSERT = Operator(
-    "insert", "@field> rows<width/half width half window sinks", "ring", ring.insert, by_head=True
-)
+TAKE = Operator("take", "@field< rows<width/half width half window sinks out>width", "ring", ring.take, by_head=True)
+INSERT = Operator("insert", "@field> rows<width/half width half window sinks", "ring", ring.insert, by_head=True)
 KEEP_LAST = Operator("keep_last", "@field> x<width width", "ring", ring.keep_last, by_head=True)
 
 
@@ -67,9 +61,7 @@ SCAN = Operator(
     scratch=lambda a: 4 * LANES * (1 + a["R"]),
     work=lambda a: 3 * a["P"] * a["G"] * a["D"] * a["E"],
     shared=lambda a, warps: 4 * 32 * (a["D"] + 1 + 8 * warps),
-    many=Operator(
-        "scan_many", SCAN_ARGUMENTS, "matrix_memory_many", launch="many", shared=_scan_many_room, large=True
-    ),
+    many=Operator("scan_many", SCAN_ARGUMENTS, "matrix_memory_many", launch="many", shared=_scan_many_room, large=True),
 )
 
 # CPUs
@@ -103,7 +95,11 @@ ATTEND_FEW = Operator(
     scratch=lambda a: 4 * (a["H"] // a["G"]) * (BLOCK + a["D"]) + 4 * LANES * padded(a["D"]) + 8 * LANES,
 )
 COMBINE_FEW = Operator(
-    "combine", "out> stride H G D window sinks %parts<", "attention", launch="none", scratch=lambda a: 4 * (padded(a["D"]) + LANES)
+    "combine",
+    "out> stride H G D window sinks %parts<",
+    "attention",
+    launch="none",
+    scratch=lambda a: 4 * (padded(a["D"]) + LANES),
 )
 GATHER = Operator(
     "gather",
@@ -117,9 +113,9 @@ ATTEND_GATHERED = Operator(
     "q< q_far< q_stride out> H G D window sinks %gathered<",
     "attention",
     launch="none",
-    scratch=lambda a: 4
-    * (max(QUERIES, a["H"] // a["G"]) + LANES)
-    * (a["D"] + BLOCK + 2 * (padded(a["D"]) + LANES) + 1),
+    scratch=lambda a: (
+        4 * (max(QUERIES, a["H"] // a["G"]) + LANES) * (a["D"] + BLOCK + 2 * (padded(a["D"]) + LANES) + 1)
+    ),
 )
 LOOK = Operator("look", "data size sums", "bandwidth", launch="none")  # measures how fast memory is read
 

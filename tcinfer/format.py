@@ -249,7 +249,9 @@ def _read_memory(metadata: Mapping[str, Any], arch: str, standard: Mapping[str, 
     for key in metadata:
         if key.startswith(("tcinfer.", f"{arch}.")) and key not in known:
             modes_read = ", ".join(dict.fromkeys(modes))
-            raise FileError(f"key {key!r} is not known to this version of tcinfer (memory {modes_read}): update tcinfer")
+            raise FileError(
+                f"key {key!r} is not known to this version of tcinfer (memory {modes_read}): update tcinfer"
+            )
     return values
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tcinfer import memory
 from tcinfer.config import CHUNK, ModelConfig

@@ -14,7 +14,7 @@ from gguf.constants import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 
 from tcinfer import format as schema
-from tcinfer import architectures, reader, tokenizer
+from tcinfer import reader, tokenizer
 from tcinfer.config import ModelConfig
 from tcinfer.engine import backend as engine_backend
 from tcinfer.engine.base import EMBEDDING, Backend

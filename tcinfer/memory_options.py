@@ -42,10 +42,13 @@ def with_memory(
         config = replace(config, cache_type=cache_type)
     farthest = _reach(config.widest)
     asked = [
-        _asked(layer, memory, window, sinks, architecture(config.arch).OURS) if _reach(layer) == farthest else _kept(layer)
+        _asked(layer, memory, window, sinks, architecture(config.arch).OURS)
+        if _reach(layer) == farthest
+        else _kept(layer)
         for layer in config.layers
     ]
-    return replace(config, **{name: tuple(values[name] for values in asked) for name in FIELDS})
+    changed: dict[str, Any] = {name: tuple(values[name] for values in asked) for name in FIELDS}
+    return replace(config, **changed)
 
 
 def _reach(layer: LayerConfig) -> float:

@@ -183,7 +183,9 @@ class Net:
         half, pairs = c.cache_type == "f16", self._rotary == "interleaved"
         return Geometry(c.n_heads, c.n_kv_heads, c.head_dim, c.window, c.sinks, half, pairs, c.rope_dim)
 
-    def angles(self, most: int = 2**62, offset: int = 0, inverse: bool = False) -> tuple[Rows, Rows] | tuple[None, None]:
+    def angles(
+        self, most: int = 2**62, offset: int = 0, inverse: bool = False
+    ) -> tuple[Rows, Rows] | tuple[None, None]:
         """cos and sin [rope_dim / 2] of (position, at most `most`) + offset in the layer's rotation; (None, None) where
         it has none.  inverse: of what turns back, if it is applied with the sine's sign changed."""
         c, by = self.layer, self.config.rope_attention

@@ -155,7 +155,7 @@ def measure(
         check_count("limit", limit, 2)
     configs = [model.config for model in models.values()]
     sessions = [model.session() for model in models.values()]
-    window = next((c.window for c in configs if c.window), configs[0].context_length or DEFAULT_WINDOW)
+    window = next((c.widest.window for c in configs if c.widest.window), configs[0].context_length or DEFAULT_WINDOW)
     sums = _Sums(window, len(sessions))
     reaches = {label: _reach(model) for label, model in models.items()}
     stream = islice(chain.from_iterable(ids), limit)

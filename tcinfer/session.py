@@ -144,7 +144,9 @@ class Session:
     def snapshot(self) -> Snapshot:
         """A copy of the whole state, to be put back by `restore` any number of times."""
         self._check_whole()
-        return Snapshot(self.model, self.model.engine.placed(self._state), self.logits, self._ring.copy(), _copy(self.draws))
+        return Snapshot(
+            self.model, self.model.engine.placed(self._state), self.logits, self._ring.copy(), _copy(self.draws)
+        )
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of any session of the same model. Raises TcinferError for another model's."""
@@ -308,11 +310,14 @@ def step_many(model: Model, sessions: Sequence[Session], tokens: ArrayLike, samp
             session._taken(theirs[i : i + 1], row)
         if chosen is not None and chosen.min() < 0:
             raise TcinferError(NOT_FINITE)
-        for i, session in enumerate(part):
+        for i, (session, row) in enumerate(zip(part, logits, strict=True)):
             if sampling is None:
-                out[a + i] = session.logits
+                out[a + i] = row.fetch()
+            elif chosen is not None:
+                out[a + i] = chosen[i]
             else:
-                out[a + i] = sample(session.logits, sampling, session.draws, session.recent) if chosen is None else chosen[i]  # type: ignore
+                assert session.draws is not None
+                out[a + i] = sample(row.fetch(), sampling, session.draws, session.recent)
     return out
 
 

@@ -121,7 +121,8 @@ def as_bytes_twice(x: np.ndarray) -> np.ndarray:
 
 
 class ByBytes:
-    """Products with those same activations, in place of the reference's: the two agree within 1e-6, and so tell wrong answers from coarse ones.
+    """Products with those same activations, in place of the reference's: the two agree within 1e-6, and so tell wrong
+    answers from coarse ones.
 
     But for the rare value that lies so near the middle between two steps that the last bit of a float32 decides. It
     then differs by a whole step, the logits by a per cent or less, and so does all that comes after in that session.

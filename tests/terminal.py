@@ -76,7 +76,9 @@ def chats(path: Path | None = None, source: str | None = TEMPLATE, backend: str 
     """As `tcinfer chat` makes it; what it says goes into its list `said`."""
     said: list[str] = []
     options = dict.fromkeys(("memory", "window", "sinks", "cache_type")) | asked
-    made = Chats(str(path or SHAKESPEARE), engine_backend(backend), options, source, Sampling(temperature=0), said.append)
+    made = Chats(
+        str(path or SHAKESPEARE), engine_backend(backend), options, source, Sampling(temperature=0), said.append
+    )
     made.said = said  # type: ignore[attr-defined]
     return made
 

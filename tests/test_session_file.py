@@ -474,7 +474,10 @@ OTHERS: dict[str, tuple[Callable[[], Model], str]] = {
         "cache_type 'f32', and this model runs with 'f16'",
     ),
     "memory": (lambda: build(replace(SMALL, n_layers=1, **SINKS)), "memory 'tensor', and this model runs with 'sinks'"),
-    "rule": (lambda: build(replace(TENSOR, options=tensor_cache.Options("outer"))), "options .*rule=.delta.*rule=.outer"),
+    "rule": (
+        lambda: build(replace(TENSOR, options=tensor_cache.Options("outer"))),
+        "options .*rule=.delta.*rule=.outer",
+    ),
 }
 
 

@@ -46,7 +46,7 @@ class Rows(neutral.Rows):
         self._bytes = self.plan.room(self.plan.capacity * self.bytes_stride)
         if self.maker is None:
             return True
-        self.maker.set("out", self._bytes)
+        self.maker.change("out", self._bytes)
         return False
 
 

@@ -39,8 +39,8 @@ ASLEEP, AWAKE, HELD, GO = range(4)  # of a worker
 
 # Words of a step of a plan
 STEP = 8  # a cache line
-# WHEN, WAIT: kinds of pass in which it runs, and in which all wait for each other behind it; TAKEN: how much of its work
-# threads have claimed
+# WHEN, WAIT: kinds of pass in which it runs, and in which all wait for each other behind it; TAKEN: how much of its
+# work threads have claimed
 OPERATOR, ARGUMENTS, WAIT, WHEN, TAKEN = range(5)
 
 

@@ -2,6 +2,6 @@
 
 `machine.h` is what operators ask of the machine (inline PTX stands there alone; `host.h` is its twin on CPUs, for
 tests), `common.h`, `kinds.h`, `staging.h` and `stream.h` what they share, the `.cu` files the operators, `passes.cu`
-how steps are run. `program` puts their text together, `plan` the steps of a model, `recorder` what a model's wiring is recorded
-by, `packing` the layout of weights, `device` the GPU itself.
+how steps are run. `program` puts their text together, `plan` the steps of a model, `recorder` is what a model's wiring
+is recorded by, `packing` the layout of weights, `device` the GPU itself.
 """

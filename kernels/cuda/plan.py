@@ -187,7 +187,12 @@ class Pass:
     """
 
     def __init__(self, rows: int, sequences: int, key_heads: int, address: int = 0) -> None:
-        shapes = {"how": (rows, HOW_MANY), "table": (sequences, neutral.SEQUENCE), "ids": (rows,), "sequence_of": (rows,)}
+        shapes = {
+            "how": (rows, HOW_MANY),
+            "table": (sequences, neutral.SEQUENCE),
+            "ids": (rows,),
+            "sequence_of": (rows,),
+        }
         ends = np.cumsum([PASS, *(math.prod(shape) for shape in shapes.values())])
         self.data: NDArray[np.int64] = np.zeros(int(ends[-1]), np.int64)
         parts = [

@@ -56,10 +56,7 @@ def forms(together: bool, kinds: Iterable[str], rooms: Sequence[Operator]) -> li
     launch = "one" if together else "many"
     there = [o for o in (*GPU.values(), *rooms) if o.launch in ("all", launch)]
     made = [
-        Form(o, kind)
-        for kind in sorted(kinds)
-        for o in there
-        if o.forms == ("ring" if kind in FORMS else "weights")
+        Form(o, kind) for kind in sorted(kinds) for o in there if o.forms == ("ring" if kind in FORMS else "weights")
     ]
     return [Form(o) for o in there if not o.forms] + made
 

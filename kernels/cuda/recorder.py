@@ -66,8 +66,8 @@ class Made(Rows):
     def address(self) -> int:  # type: ignore[override]
         if not self._address:
             self._address = self.plan.room(self.plan.capacity * self.stride)
-            made = dict(zip(MADE, self.words, strict=True))
-            to = {"rows": self._address, "rows_stride": self.stride, "factors": None, "head": False}
+            made: dict[str, Any] = dict(zip(MADE, self.words, strict=True))
+            to: dict[str, Any] = {"rows": self._address, "rows_stride": self.stride, "factors": None, "head": False}
             self.plan.step(PREPARE, **made, fresh=True, **to)
         return self._address
 
@@ -83,7 +83,14 @@ class Parts(Rows):
         self.plan, self.columns, self.half, self.stride = plain.plan, plain.columns, False, plain.stride
         self.plain = plain
         self.words: Words = MERGED_PARTS, parts, D, plain.columns, splits, 0, 0
-        self._combine = {"parts": parts, "out": plain, "stride": plain.stride, "H": heads, "D": D, "splits": splits}
+        self._combine: dict[str, Any] = {
+            "parts": parts,
+            "out": plain,
+            "stride": plain.stride,
+            "H": heads,
+            "D": D,
+            "splits": splits,
+        }
 
     @property
     def address(self) -> int:  # type: ignore[override]
@@ -155,11 +162,17 @@ class Recorder(Plan):
         address, stride = (0, 4 * outputs) if head else (y.address, y.stride)
         after = {"bias": bias, "gate": gate, "add": into is not None}
         share = dict.fromkeys(("shift", "each", "more", "how", "how_more", "number", "fresh"), 0)  # see `share`
-        made = dict(zip(MADE, _made(x), strict=True))
-        one = {**w.named, "outputs": outputs, "y": address, **after, **share, **made}
+        made: dict[str, Any] = dict(zip(MADE, _made(x), strict=True))
+        one: dict[str, Any] = {**w.named, "outputs": outputs, "y": address, **after, **share, **made}
         self.step(HEAD_ONE if head else LINEAR_ONE, w.kind.name, ONE, **one)
         rows, rows_stride, factors = self._halves(x, w.kind, head)
-        many = {"rows": rows, "rows_stride": rows_stride, "factors": factors, "y": address, "y_stride": stride}
+        many: dict[str, Any] = {
+            "rows": rows,
+            "rows_stride": rows_stride,
+            "factors": factors,
+            "y": address,
+            "y_stride": stride,
+        }
         many |= {**w.named, "outputs": outputs, **after, "head": head, "columns": columns}
         self.step(HEAD_MANY if head else LINEAR_MANY, w.kind.name, MANY, **many)
         return y
@@ -174,8 +187,8 @@ class Recorder(Plan):
         if key not in self._prepared:
             stride = x.stride if floats else 2 * RUN * -(-x.columns // RUN)
             rows, factors = self.room(self.capacity * stride), 0 if floats else self.room(4 * self.capacity)
-            made = dict(zip(MADE, _made(x), strict=True))
-            to = {"rows": rows, "rows_stride": stride, "factors": factors, "head": head}
+            made: dict[str, Any] = dict(zip(MADE, _made(x), strict=True))
+            to: dict[str, Any] = {"rows": rows, "rows_stride": stride, "factors": factors, "head": head}
             self.step(PREPARE, when=MANY, **made, fresh=True, **to)
             self._prepared[key] = x, (rows, stride, factors)
         return self._prepared[key][1]
@@ -244,9 +257,9 @@ class Recorder(Plan):
                 fresh = not alike or any(before.arguments[name] != step.arguments[name] for name in MADE)
             words = _share(step, shift, self.takers, self.device.multiprocessors)
             for name, value in words.items():
-                step.set(name, value)
-            step.set("number", len(self.streams))
-            step.set("fresh", fresh)
+                step.change(name, value)
+            step.change("number", len(self.streams))
+            step.change("fresh", fresh)
             matrix = (step.arguments[name] for name in ("at", "runs", "tile_bytes", "chunk_bytes"))
             self.streams.append((*matrix, step.operator is HEAD_ONE, *words.values()))
             before = step

@@ -65,7 +65,7 @@ class Eager:
                 continue
             assert a.name in given, (operator, a.name)
             if a.field:
-                value = self._fields[value]
+                value = self._fields[int(value)]  # type: ignore[arg-type]
             elif a.shape and value is not None:
                 value = value.reshape(self.count, *(int(n) if n.isdigit() else int(dims[n]) for n in a.shape))
             arguments[a.name] = value

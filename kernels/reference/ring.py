@@ -64,9 +64,7 @@ def slots(positions: Ints, window: int, sinks: int) -> Ints:
     return np.where(positions < sinks, positions, sinks + (positions - sinks) % window) if window else positions
 
 
-def take(
-    p: Any, field: NDArray, rows: NDArray, width: int, half: bool, window: int, sinks: int
-) -> NDArray[np.float32]:
+def take(p: Any, field: NDArray, rows: NDArray, width: int, half: bool, window: int, sinks: int) -> NDArray[np.float32]:
     """The rows of the tokens that leave the window while each of the chunk enters it; zeros where none does.
 
     field [slots, ..]: of the cache before the chunk; rows [T, width]: the chunk's own.

@@ -1,4 +1,4 @@
-"""The published GPT block: layer norms, an MLP with the exact GELU, neighbouring channels rotated or learned positions."""
+"""The published GPT block: layer norms, exact GELU, neighbouring channels rotated or learned positions."""
 
 from __future__ import annotations
 

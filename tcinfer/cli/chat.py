@@ -51,8 +51,8 @@ def chat(**options: Any) -> None:
     from tcinfer.chat.launch import Chats
     from tcinfer.chat.template import CHATML
     from tcinfer.cli.repl import Repl
-    from tcinfer.generation import strings
     from tcinfer.engine import backend
+    from tcinfer.generation import strings
 
     check_count("max_tokens", options["max_tokens"], -1)
     if sys.stdin is None:

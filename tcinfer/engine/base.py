@@ -47,8 +47,15 @@ class How(NamedTuple):
 class Engine(Protocol):
     """One model on one backend. Passes wait for each other."""
 
-    chunk: int  # most rows of a pass
-    bytes_per_token: int | None  # of the matrices that each token is multiplied with, as the file holds them
+    @property
+    def chunk(self) -> int:
+        """Most rows of a pass."""
+        ...
+
+    @property
+    def bytes_per_token(self) -> int | None:
+        """Of the matrices that each token is multiplied with, as the file holds them."""
+        ...
 
     def new_state(self, layout: Layout) -> AnyState:
         """All zeros, where the model runs. Raises TcinferError where there is not so much memory."""

@@ -96,7 +96,8 @@ class Engine:
             if hows is None:
                 return [Here(row.copy()) for row in self.run(states, [1] * count, ids, count)], None
             rows = [
-                (s.temperature, s.top_k or V, s.top_p, s.min_p, draw) for s, draw in ((h.sampling, h.draw) for h in hows)
+                (s.temperature, s.top_k or V, s.top_p, s.min_p, draw)
+                for s, draw in ((h.sampling, h.draw) for h in hows)
             ]
             self._launch(states, [1] * count, ids, count, np.array(rows), first)
             chosen = self.device.get(self._choices, np.empty(count, np.int64))

@@ -60,9 +60,7 @@ class Engine(HostEngine):
             logits.append(self.forward(state, ids[stop - count : stop], wanted))
         return np.concatenate(logits)
 
-    def forward(
-        self, state: State, ids: NDArray[np.int64], out_rows: int, shares: dict[int, F32] | None = None
-    ) -> F32:
+    def forward(self, state: State, ids: NDArray[np.int64], out_rows: int, shares: dict[int, F32] | None = None) -> F32:
         """ids [T] into a state; the logits of the last rows.  shares: as Net takes them."""
         fields = [array for layer in state.layers for array in layer.values()]
         wanted = slice(len(ids) - out_rows, len(ids))

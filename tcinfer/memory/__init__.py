@@ -24,11 +24,10 @@ To add one: write the room, name it in MODES.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from tcinfer.config import DEFAULT_SINKS, DEFAULT_WINDOW, LayerConfig, ModelConfig, check_count
+from tcinfer.config import LayerConfig, ModelConfig
 from tcinfer.errors import TcinferError
 from tcinfer.memory.state import ALIGNMENT, Field, Layout
 

@@ -43,7 +43,7 @@ def state(layer: LayerConfig, capacity: int) -> tuple[Field, ...]:
 
 
 def wire(net: Net, q: Rows, k: Rows, v: Rows, h: Rows, into: Rows | None) -> Rows:
-    """q [H · D], k and v [G · D], not rotated; h [C]: what they were made of. The layer's output [C], added to `into`."""
+    """q [H · D], k and v [G · D], not rotated, made of h [C]. The layer's output [C], added to `into`."""
     new = push(net, q, k, v)
     out = attend(net, new)
     settle(net, new, k)
@@ -79,9 +79,21 @@ def push(net: Net, q: Rows, k: Rows, v: Rows, rounded: bool = False, plain: bool
     }
     made = net.call(
         PUSH,
-        **{"q": q, "k": k, "v": v, "H": g.heads, "G": g.kv_heads, "D": g.head_dim},
-        **{"half": g.half, "interleaved": g.interleaved, "turned": g.turned},
-        **{"cos": cos, "sin": sin, "cos_far": far[0], "sin_far": far[1], "taps": taps, "last": last},
+        q=q,
+        k=k,
+        v=v,
+        H=g.heads,
+        G=g.kv_heads,
+        D=g.head_dim,
+        half=g.half,
+        interleaved=g.interleaved,
+        turned=g.turned,
+        cos=cos,
+        sin=sin,
+        cos_far=far[0],
+        sin_far=far[1],
+        taps=taps,
+        last=last,
         **skipped,
     )
     names = [a.name for a in PUSH.arguments if a.output and a.name not in skipped]

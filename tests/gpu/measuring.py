@@ -46,6 +46,9 @@ WAITS = 'extern "C" __global__ void spin(long long n) { long long t = clock64();
 Run = Callable[[], Any]
 
 
+BACKEND = cuda.Backend
+
+
 class Shape(NamedTuple):
     layers: int
     width: int
@@ -194,7 +197,7 @@ class Bench:
     def __init__(self, options: Namespace, device: Any, cupy: Any = None) -> None:
         """cupy: None on the stand-in."""
         self.device, self.cupy, self.options = device, cupy, options
-        self.backend = cuda.Backend(None, device)
+        self.backend = BACKEND(None, device)
         self.until, self.failed = time.monotonic() + options.seconds, False
         cuda.Backend = lambda threads=None: self.backend  # type: ignore[misc, assignment]  # every model is of it
         packed_once()
@@ -386,7 +389,9 @@ def by_operator(b: Bench, model: Any, run: Run) -> list[str]:
     plan, launch, found = model.engine._plan, b.device.launch, {}
     names = {}
     for (_, at, *_), step in zip(plan._launches, [step for step in plan.steps if step.when & ~ONE], strict=True):
-        shape = f" {step.arguments['outputs']}x{32 * step.arguments['runs']}" if step.operator.name == "linear_many" else ""
+        shape = (
+            f" {step.arguments['outputs']}x{32 * step.arguments['runs']}" if step.operator.name == "linear_many" else ""
+        )
         names[at] = step.name + shape
 
     def timed(kernel: Any, a: int, *rest: Any, **named: Any) -> None:

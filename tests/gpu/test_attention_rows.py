@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from tcinfer.kernels import plan as words
 from tcinfer.kernels.cuda import packing
-from tcinfer.kernels.cuda.recorder import form_of
 from tcinfer.kernels.cuda.program import DESK, PART_END, constants
+from tcinfer.kernels.cuda.recorder import form_of
 from tcinfer.kernels.table import GPU
 
 F = np.float32

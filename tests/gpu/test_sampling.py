@@ -12,8 +12,8 @@ from host_device import HEADER, HostDevice, host_device
 from numpy.typing import NDArray
 
 from tcinfer.errors import TcinferError
-from tcinfer.kernels.plan import LOGITS, OUT_ROWS
 from tcinfer.kernels.cuda.program import CHOICES, HOW, PASS, constants
+from tcinfer.kernels.plan import LOGITS, OUT_ROWS
 from tcinfer.sampler import Draws, sample
 from tcinfer.sampling import SAMPLERS, Sampling, on_device
 

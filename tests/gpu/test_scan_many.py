@@ -124,7 +124,7 @@ def scanned(case: Case, numbers: Given, blocks: int = 2, seed: int = 0, skew: in
     to, a = a[-1], [*a, case.rule == "wedge", case.write_first]
     of_pass = np.zeros(words.PASS, np.int64)
     of_pass[[words.ROWS, words.SEQUENCES, words.TABLE]] = len(q), len(states), put(sequences)
-    shared = DESK + GPU["scan_many"].shared({"D": D}, ALONE_THREADS // 32)
+    shared = DESK + GPU["scan_many"].shared({"D": a[4]}, ALONE_THREADS // 32)
     assert shared <= DESK + 98304
     kernel = device.program(source()).kernel("test")
     device.launch(kernel, put(np.array(a, np.int64)), put(of_pass), blocks, ALONE_THREADS, shared)

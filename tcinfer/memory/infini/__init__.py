@@ -64,8 +64,15 @@ def wire(net: Net, q: Rows, k: Rows, v: Rows, h: Rows, into: Rows | None) -> Row
     far = net.call(
         SCAN,
         **{"field": net.field("M"), "P": 1, **shape, "E": D},
-        **{"q": fq, "k": fk, "v": new.v, "decay": one, "rate": one},
-        **{"retrieve": retrieve if delta else None, "mix": None, "wedge": False, "write_first": False},
+        q=fq,
+        k=fk,
+        v=new.v,
+        decay=one,
+        rate=one,
+        retrieve=retrieve if delta else None,
+        mix=None,
+        wedge=False,
+        write_first=False,
     )
     betas = net.weight("infini_beta", (H,))
     net.contributed(lambda: blended(near, far, norm, betas, H, D))

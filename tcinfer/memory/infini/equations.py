@@ -1,4 +1,7 @@
-"""What Infini-attention adds to ring and matrix: its feature map, its normaliser, its gate. Compiled: compiled.py, cuda.cu."""
+"""What Infini-attention adds to ring and matrix: its feature map, its normaliser, its gate.
+
+Compiled: compiled.py, cuda.cu. Source: docs/mechanisms.md, "Infini-attention".
+"""
 
 from __future__ import annotations
 
@@ -50,6 +53,4 @@ FEATURES = Operator(
     features,
     by_head=True,
 )
-BLEND = Operator(
-    "blend", "near<>H.D far<H.D norm<H betas H D", "tcinfer.memory.infini", blend, by_head=True
-)
+BLEND = Operator("blend", "near<>H.D far<H.D norm<H betas H D", "tcinfer.memory.infini", blend, by_head=True)

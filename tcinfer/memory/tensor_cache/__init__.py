@@ -83,8 +83,8 @@ def check(layer: LayerConfig) -> None:
 
 
 def state(layer: LayerConfig, capacity: int) -> tuple[Field, ...]:
-    """The ring's, A [timescales · slots, G, D, D], z [1, G, D] where reads are normalised, and [slots of the ring, G] of
-    each term that waits there with its token."""
+    """The ring's, A [timescales · slots, G, D, D], z [1, G, D] where reads are normalised, and [ring, G] of each term
+    that waits in the ring with its token."""
     o: Options = layer.options
     G, D = layer.n_kv_heads, layer.head_dim
     fields = (*ring.state(layer, capacity), Field("A", (o.timescales * o.slots, G, D, D)))
@@ -114,9 +114,15 @@ def wire(net: Net, q: Rows, k: Rows, v: Rows, h: Rows, into: Rows | None) -> Row
     wk, wv, decay, rate = net.call(
         WRITES,
         **_pairs(net, new, terms),
-        **{"G": G, "D": D, "window": layer.window, "sinks": layer.sinks},
-        **{"timescales": o.timescales, "slots": o.slots, "normalize": o.normalize_k},
-        **{"value_scale": float(o.value_scale), "temperature": float(o.router_temperature)},
+        G=G,
+        D=D,
+        window=layer.window,
+        sinks=layer.sinks,
+        timescales=o.timescales,
+        slots=o.slots,
+        normalize=o.normalize_k,
+        value_scale=float(o.value_scale),
+        temperature=float(o.router_temperature),
         **_back(net),
         **{name: net.weight(f"tc_{name[:-1]}", (o.timescales, G)) for name in ("decays", "rates")},
         slot_keys=slot_keys,
