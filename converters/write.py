@@ -27,7 +27,7 @@ from tcinfer.model import Model
 from tcinfer.net import Spec
 from tcinfer.progress import bar
 from tcinfer.tokenizer import from_metadata
-from tcinfer.transformer import tensors
+from tcinfer.transformer import file_tensors
 
 OUTTYPES = {
     "f32": Kind.F32,
@@ -115,7 +115,7 @@ def write(
     run.
     """
     wanted = OUTTYPES[outtype]
-    specs = tensors(source.config)
+    specs = file_tensors(source.config)
     _check_names(source, specs)
     kinds = {name: kind_of(specs[name], wanted) for name in source.tensors}
     done = Written(path, 0)

@@ -36,7 +36,7 @@ class LayerConfig:
     norm_eps: float
     rope_dim: int  # channels of a head that rotate, the first ones; 0: none
     rope_base: float
-    rope_scaling: str  # "linear": angles / factor; "ntk": base * factor^(D/(D-2)), D = head_dim
+    rope_scaling: str  # "none", "linear", "ntk" or "yarn" (kernels/reference/rotary.py)
     rope_factor: float
     memory: str  # a name of the registry in memory/
     window: int  # tokens in the ring; 0 is unbounded, the growing cache
@@ -53,7 +53,7 @@ class LayerConfig:
             check_count(name, getattr(self, name), 0)
         check_number("rope_base", self.rope_base, 0.0, above=True)
         check_number("rope_factor", self.rope_factor, 0.0, above=True)
-        check_choice("rope_scaling", self.rope_scaling, ("none", "linear", "ntk"))
+        check_choice("rope_scaling", self.rope_scaling, ("none", "linear", "ntk", "yarn"))
         check_choice("sink_positions", self.sink_positions, ("stored", "in-cache"))
         check_choice("key_conv", self.key_conv, (0, 2))
         if self.sinks and not self.window:
@@ -96,6 +96,7 @@ class ModelConfig:
     rope_scaling: str | tuple[str, ...] = "none"
     rope_factor: float | tuple[float, ...] = 1.0
     rope_attention: float = 1.0  # by which cosines and sines are multiplied (YaRN, longrope)
+    rope_original: int = 0  # tokens that a model was trained with before YaRN or longrope; 0: context_length
     memory: str | tuple[str, ...] = "full"
     window: int | tuple[int, ...] = 0
     sinks: int | tuple[int, ...] = 0
@@ -111,6 +112,7 @@ class ModelConfig:
         for name in ("vocab_size", "n_layers", "d_model", "head_dim"):
             check_count(name, getattr(self, name), 1)
         check_count("context_length", self.context_length, 0)
+        check_count("rope_original", self.rope_original, 0)
         check_number("norm_eps", self.norm_eps, 0.0)
         check_number("rope_attention", self.rope_attention, 0.0, above=True)
         check_number("attention_scale", self.attention_scale, 0.0)

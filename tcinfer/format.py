@@ -75,6 +75,11 @@ STANDARD = {
 NORM_EPS = {"layer": "attention.layer_norm_epsilon", "rms": "attention.layer_norm_rms_epsilon"}
 VALUE_LENGTH = "attention.value_length"
 OLD_FACTOR = "rope.scale_linear"  # of plain files, before rope.scaling.*
+# The same of plain files, with what they mean where they are absent
+ORIGINAL = (
+    ("rope_attention", "rope.scaling.attn_factor", 1.0),
+    ("rope_original", "rope.scaling.original_context_length", 0),
+)
 # Field of ModelConfig -> key below `tcinfer.memory.`
 FIRST_LEVEL = {"memory": "mechanism", "sinks": "sinks", "sink_positions": "sink_positions", "key_conv": "key_conv"}
 
@@ -93,7 +98,6 @@ UNSUPPORTED = {
     "embedding_scale": 1.0,
     "residual_scale": 1.0,
     "use_parallel_residual": False,
-    "rope.scaling.attn_factor": 1.0,
 }
 
 
@@ -111,6 +115,10 @@ def to_metadata(config: ModelConfig) -> dict[str, Any]:
         out[f"{arch}.{key}"] = getattr(config, name)
     out[f"{arch}.{VALUE_LENGTH}"] = config.head_dim
     out[f"{arch}.{NORM_EPS[kind.NORM]}"] = config.norm_eps
+    if not kind.OURS:
+        for name, key, harmless in ORIGINAL:
+            if getattr(config, name) != harmless:
+                out[f"{arch}.{key}"] = getattr(config, name)
     if kind.OURS:
         out[SCHEMA_KEY] = SCHEMA_VERSION
         for name, key in FIRST_LEVEL.items():
@@ -151,6 +159,9 @@ def from_metadata(metadata: Mapping[str, Any], vocab_size: int, n_tensors: int) 
         default = _default(metadata, arch, name, vocab_size, kind.OURS)
         type_ = str if name == "rope_scaling" else float if name in ("rope_base", "rope_factor") else int
         values[name] = _get(metadata, f"{arch}.{key}", type_, default, layered=name in LAYERED)
+    if not kind.OURS:
+        for name, key, harmless in ORIGINAL:
+            values[name] = _get(metadata, f"{arch}.{key}", type(harmless), harmless)
     values["norm_eps"] = _get(metadata, f"{arch}.{NORM_EPS[kind.NORM]}", float)
     if values["vocab_size"] != vocab_size:
         raise FileError(f"{arch}.vocab_size is {values['vocab_size']}, but the embedding has {vocab_size} rows")
@@ -285,7 +296,8 @@ def _get(metadata: Mapping[str, Any], key: str, kind: type, default: Any = None,
     if layered and isinstance(value, list | np.ndarray | tuple):
         listed = value.tolist() if isinstance(value, np.ndarray) else list(value)
         if len(listed) <= MOST_LAYERS:
-            return tuple(_get({key: one}, key, kind) for one in listed)
+            flags = kind is int and all(type(one) is bool for one in listed)  # a list of yes and no
+            return tuple(_get({key: one}, key, bool if flags else kind) for one in listed)
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:

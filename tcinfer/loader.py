@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from importlib import resources
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Kind
@@ -22,7 +22,8 @@ from tcinfer.errors import FileError, TcinferError
 from tcinfer.kernels.reference.quants import KINDS, Matrix, unpack
 from tcinfer.memory_options import with_memory
 from tcinfer.model import Model
-from tcinfer.transformer import tensors
+from tcinfer.net import Spec
+from tcinfer.transformer import QKV, fused, tensors
 
 BUNDLED = "storyteller.gguf"  # in models/
 
@@ -118,6 +119,32 @@ def read_config(file: reader.GGUFFile) -> ModelConfig:
     return schema.from_metadata(file.metadata, embedding.shape[0], len(file.tensors))
 
 
+class Part(NamedTuple):
+    """Some rows of a tensor that a file holds (Stored)."""
+
+    kind: Kind
+    shape: tuple[int, ...]
+    data: NDArray[np.uint8]
+
+
+def _apart(config: ModelConfig, specs: Mapping[str, Spec], stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The tensors by the names of `specs`, those that the file has fused taken apart; nothing is copied."""
+    out = dict(stored)
+    for whole, parts in fused(config, specs, QKV).items():
+        tensor = stored.get(whole)
+        counts = [specs[part].shape[0] for part in parts]
+        if tensor is None or tensor.shape[0] != sum(counts):
+            continue  # not there, or not fused: what is missing is told by name
+        del out[whole]
+        vector, first = len(tensor.shape) == 1, 0
+        data = tensor.data.reshape(tensor.shape[0], -1)
+        for part, count in zip(parts, counts, strict=True):
+            rows = data[first : first + count]
+            out[part] = Part(tensor.kind, (count, *tensor.shape[1:]), rows.reshape(1, -1) if vector else rows)
+            first += count
+    return out
+
+
 def dropped(file: ModelConfig, asked: ModelConfig) -> set[str]:
     """Tensors of the file's own memory that the memory asked for does not use."""
     return set(tensors(file)) - set(tensors(asked))
@@ -130,6 +157,7 @@ def bind(config: ModelConfig, stored: Mapping[str, Stored], without: Iterable[st
     that no part of the model uses.
     """
     specs = tensors(config)
+    stored = _apart(config, specs, stored)
     for name in stored:
         if name not in specs and name not in without:
             raise FileError(f"tensor {name!r} has no place in a {config.arch} model of this version")

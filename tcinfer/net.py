@@ -6,6 +6,7 @@ it as steps of a plan, and a dry run (`Dry`) collects the weights that the wirin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -61,13 +62,13 @@ class Net:
         config: ModelConfig,
         weights: Callable[[str, Spec], Any],
         fields: tuple[tuple[Any, ...], ...],
-        rotary: str,
+        architecture: Any,
         shares: dict[int, F32] | None = None,
     ) -> None:
         """weights: gives one by its name, or None for one that is optional and absent; fields: of each layer's state
-        (memory.layout); rotary: which channels make a pair, "interleaved" (0,1)(2,3).. or "half" (0,D/2)(1,D/2+1)..;
-        shares: if given, is told for each layer with a memory its share [T] in what the layer adds (NumPy alone)."""
-        self.recorder, self.config, self._weights, self._rotary = recorder, config, weights, rotary
+        (memory.layout); architecture: its module; shares: if given, is told for each layer with a memory its share [T]
+        in what the layer adds (NumPy alone)."""
+        self.recorder, self.config, self._weights, self._kind = recorder, config, weights, architecture
         self._fields, self._first_field, self.number, self._shares = fields, 0, 0, shares
         self.layer: LayerConfig = config.layers[0]
         self._made: dict[Any, Any] = {}
@@ -180,7 +181,7 @@ class Net:
     def geometry(self) -> Geometry:
         """The layer's first level, as operators know it."""
         c = self.layer
-        half, pairs = c.cache_type == "f16", self._rotary == "interleaved"
+        half, pairs = c.cache_type == "f16", self._kind.ROTARY == "interleaved"
         return Geometry(c.n_heads, c.n_kv_heads, c.head_dim, c.window, c.sinks, half, pairs, c.rope_dim)
 
     def angles(
@@ -188,15 +189,19 @@ class Net:
     ) -> tuple[Rows, Rows] | tuple[None, None]:
         """cos and sin [rope_dim / 2] of (position, at most `most`) + offset in the layer's rotation; (None, None) where
         it has none.  inverse: of what turns back, if it is applied with the sine's sign changed."""
-        c, by = self.layer, self.config.rope_attention
+        c, original = self.layer, self.config.rope_original or self.config.context_length
+        by = self.config.rope_attention
         if not c.rope_dim:
             return None, None
+        if c.rope_scaling == "yarn":
+            by *= 1 + 0.1 * math.log(c.rope_factor)
         key = c.rope_dim, c.rope_base, c.rope_scaling, c.rope_factor
         given = {"most": most, "offset": offset, "factor": float(1 / by if inverse else by)}
 
         def make() -> tuple[Rows, Rows]:
-            divisors = self.tensor("rope_freqs.weight", (c.rope_dim // 2,), required=False)
-            freq = frequencies(c.rope_dim, c.rope_base, c.rope_scaling, c.rope_factor, divisors)
+            own = getattr(self._kind, "divisors", None)
+            divisors = own(self) if own else self.tensor("rope_freqs.weight", (c.rope_dim // 2,), required=False)
+            freq = frequencies(*key, divisors, original)
             return self.recorder.call(ANGLES, freq=freq, pairs=len(freq), **given)
 
         return self.once(("angles", key, *given.values()), make)

@@ -54,7 +54,7 @@ MOST_LAYERS = 4096
 MOST_TOKENS = 2**53  # up to which float64 counts, and angles of rotation are computed from it
 HAS_LOGITS, HAS_DRAWS = 1, 2
 # What `--memory` and its fellows change: a session goes on in a model that was loaded with the same.
-ADDED = ("rope_attention", "attention_scale", "softcap")  # fields that files of before do not have
+ADDED = ("rope_attention", "rope_original", "attention_scale", "softcap")  # fields that files of before do not have
 MEMORY_FIELDS = ("memory", "window", "sinks", "sink_positions", "key_conv", "cache_type", "options")
 
 

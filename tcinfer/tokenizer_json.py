@@ -32,7 +32,7 @@ PRE_TOKENIZERS = {
     "gpt-2": _byte_level(True),
     "smollm": _sequence({"type": "Digits", "individual_digits": True}, _byte_level(True)),
     "qwen2": _sequence(_words(r"\p{N}"), _byte_level(False)),
-    "llama-bpe": _sequence(_words(r"\p{N}{1,3}"), _byte_level(False)),
+    **dict.fromkeys(("llama-bpe", "smaug-bpe", "dbrx"), _sequence(_words(r"\p{N}{1,3}"), _byte_level(False))),
 }
 IGNORES_MERGES = "llama-bpe"  # a word that is a token is that token, whatever the merges make of it
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ def transformer(
 ) -> None:
     """Wire the model, its logits last; weights and shares as Net takes them."""
     kind = architecture(config.arch)
-    net = Net(recorder, config, weights, layout(config).layers, kind.ROTARY, shares)
+    net = Net(recorder, config, weights, layout(config).layers, kind, shares)
     x = kind.embed(net) if hasattr(kind, "embed") else net.embed()
     recorder.hold()
     for i in range(config.n_layers):
@@ -30,6 +30,36 @@ def transformer(
         x = kind.block(net, x)
         recorder.reuse()
     net.logits(net.norm(x, "output_norm", kind.NORM, whole=True))
+
+
+QKV = {"attn_qkv": ("attn_q", "attn_k", "attn_v")}  # any file may have them fused
+
+
+def fused(
+    config: ModelConfig, specs: Mapping[str, Spec], more: Mapping[str, tuple[str, ...]] | None = None
+) -> dict[str, tuple[str, ...]]:
+    """Names of tensors in which files of an architecture hold several of `specs`, rows one after another: -> those.
+
+    more: what others may hold beside what its FUSED says.
+    """
+    found = {}
+    for whole, parts in ((more or {}) | getattr(architecture(config.arch), "FUSED", {})).items():
+        for i in range(config.n_layers):
+            for end in ("weight", "bias"):
+                names = tuple(f"blk.{i}.{part}.{end}" for part in parts)
+                if all(name in specs for name in names):
+                    found[f"blk.{i}.{whole}.{end}"] = names
+    return found
+
+
+def file_tensors(config: ModelConfig) -> dict[str, Spec]:
+    """Every tensor of a file, by its name there."""
+    specs = tensors(config)
+    for whole, parts in fused(config, specs).items():
+        those = [specs.pop(part) for part in parts]
+        rows = sum(spec.shape[0] for spec in those)
+        specs[whole] = those[0]._replace(shape=(rows, *those[0].shape[1:]))
+    return specs
 
 
 def tensors(config: ModelConfig) -> dict[str, Spec]:

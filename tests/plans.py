@@ -11,11 +11,12 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import quantize
 
-from tcinfer.kernels.cpu.plan import Plan, Rows
+from tcinfer.kernels.cpu.plan import Rows
+from tcinfer.kernels.cpu.recorder import Recorder
 from tcinfer.kernels.cpu.threads import pool
 from tcinfer.kernels.reference.quants import Kind, Matrix
 
-UNTOUCHED = 12345.0  # what lies behind the rows of a pass, and must lie there afterwards
+UNTOUCHED = 12344.0  # what lies behind the rows of a pass, and must lie there afterwards
 
 
 def at(address: int, *shape: int, dtype: Any = np.float32) -> np.ndarray:
@@ -26,7 +27,7 @@ def at(address: int, *shape: int, dtype: Any = np.float32) -> np.ndarray:
     )
 
 
-class Pass(Plan):
+class Pass(Recorder):
     """A plan for one pass of T rows: of one sequence that has taken `first` tokens, or of T sequences, a token each."""
 
     def __init__(self, T: int, first: int | Sequence[int] = 0, threads: int = 1) -> None:
@@ -34,24 +35,28 @@ class Pass(Plan):
         self.T, self.first = T, first
 
     def room(self, size: int) -> int:
-        """As Plan's, but full of NaN: what is read before it is written shows."""
+        """As a plan's, but full of NaN: what is read before it is written shows."""
         address = super().room(size)
         at(address, size, dtype=np.uint8)[:] = 255
         return address
 
     def filled(self, values: np.ndarray) -> Rows:
         """Rows that hold these values [T, ..]."""
-        rows = Rows(self, values[0].size)
+        rows = Rows(self, values[0].size, values.dtype == np.float16)
         self.array(rows)[:] = values.reshape(self.T, -1)
         return rows
 
     def array(self, rows: Rows) -> np.ndarray:
         """What is in some rows, [T, columns]."""
-        return at(rows.address, self.T, rows.columns)
+        return self._at(rows, 0, self.T)
+
+    def _at(self, rows: Rows, first: int, count: int) -> np.ndarray:
+        dtype = np.float16 if rows.half else np.float32
+        return at(rows.address + first * rows.stride, count, rows.columns, dtype=dtype)
 
     def compute(self, *results: Rows, fields: Sequence[Sequence[np.ndarray]] = ((),), **words: int) -> list[np.ndarray]:
         """Run once, and give what is in these rows.  fields: of each sequence, the arrays of its state."""
-        behind = [at(rows.address + self.T * rows.stride, rows.columns) for rows in results]
+        behind = [self._at(rows, self.T, 1) for rows in results]
         for row in behind:
             row[:] = UNTOUCHED
         firsts = [self.first] if isinstance(self.first, int) else list(self.first)

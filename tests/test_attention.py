@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import Pass, normal
-from test_reference import REFERENCE, close
+from test_reference import close
 
 from tcinfer.kernels.cpu import attention, machine, tiles, vectors
-from tcinfer.kernels.cpu.plan import LONG, SHORT
-from tcinfer.kernels.cpu.ring import Entering, Geometry
+from tcinfer.kernels.plan import FEW, ONE, PROMPT, SESSIONS, Geometry
+from tcinfer.kernels.reference.attention import attention as exactly
 from tcinfer.kernels.reference.quants import Kind
+from tcinfer.memory.ring import Entering
 
 F = np.float32
 
@@ -49,29 +50,29 @@ def attended(D, G, R, window, sinks, far, kind, first, T, seed, spoil=None) -> t
     q, q_far = (3 * normal(seed + i, T, G * R, D) for i in (2, 3))
     if spoil:
         (k, v)[spoil[0]][spoil[1], -1, -1] = math.nan
-    geometry, p = Geometry(G * R, G, D, window, sinks, kind, False), Pass(T, first)
+    geometry, p = Geometry(G * R, G, D, window, sinks, kind == Kind.F16, False, D), Pass(T, first)
     ring = [np.full((sinks + (window or first + T), G, D), math.nan, stored) for _ in (k, v)]
     for i in range(first):
         for cache, values in zip(ring, (k, v), strict=True):
             cache[slot(i, window, sinks)] = values[i]
     new = [p.keep(values[first:].copy()) for values in (k, v)]
     rows_far = p.filled(q_far) if far else None
-    entering = Entering(p.filled(q), rows_far, *new, geometry.size * G * D, None, None, None)
-    out = attention.attention(p, geometry, entering, 0, 1)
-    if T <= attention.FEW:
+    entering = Entering(p.filled(q), rows_far, *new, None, None, None)
+    out = p.attention(geometry, entering, 0, 1)
+    if T <= attention.MOST_FEW:
         splits = attention.splits_of(geometry, first + T - 1)
         parts = p.room(attention.parts_bytes(geometry, T, splits))
-        words = {"kind": SHORT, "splits": splits, "parts": parts}
+        words = {"kind": ONE if T == 1 else FEW, "splits": splits, "parts": parts}
     else:
-        places, size = attention.gathered(geometry, first, T)
-        words = {"kind": LONG, "keys": places, "gathered": p.room(size)}
+        places = attention.places(geometry, first, T)
+        words = {"kind": PROMPT, "keys": places, "gathered": p.room(attention.gathered_bytes(geometry, places))}
     (got,) = p.compute(out, fields=[ring], **words)
     want = []
     for t, now in enumerate(range(first, first + T)):
         seen = [i for i in range(now + 1) if not window or i < sinks or i > now - window]
         keys_seen, values_seen = (a[seen].astype(F) for a in (k, v))
         near_sinks = sum(i < sinks for i in seen) if far else 0
-        want.append(REFERENCE.attention(q[t : t + 1], keys_seen, values_seen, None, near_sinks, q_far[t : t + 1])[0])
+        want.append(exactly(q[t : t + 1], keys_seen, values_seen, None, near_sinks, q_far[t : t + 1])[0])
     return got.reshape(T, G * R, D), np.array(want)
 
 
@@ -102,7 +103,7 @@ def test_what_is_no_number_shows_in_attention(first: int, T: int, where: int, wh
 def test_attention_of_many_sequences_is_that_of_each(kind: Kind) -> None:
     """One token each, at positions of their own, bit for bit."""
     G, R, D, window, sinks, firsts = 2, 3, 24, 200, 3, [0, 5, 130, 203, 1000]
-    geometry = Geometry(G * R, G, D, window, sinks, kind, False)
+    geometry = Geometry(G * R, G, D, window, sinks, kind == Kind.F16, False, D)
     stored = np.float16 if kind == Kind.F16 else F
     rings = [[normal(s + i, window + sinks, G, D).astype(stored) for i in (0, 50)] for s in range(5)]
     new = [normal(i, 5, G, D).astype(stored) for i in (7, 8)]
@@ -111,12 +112,10 @@ def test_attention_of_many_sequences_is_that_of_each(kind: Kind) -> None:
     def run(which: list[int]) -> np.ndarray:
         p = Pass(len(which), [firsts[s] for s in which])
         k, v = (p.keep(a[which]) for a in new)
-        out = attention.attention(
-            p, geometry, Entering(p.filled(q[which]), None, k, v, geometry.size * G * D, None, None, None), 0, 1
-        )
+        out = p.attention(geometry, Entering(p.filled(q[which]), None, k, v, None, None, None), 0, 1)
         splits = attention.splits_of(geometry, max(firsts[s] for s in which))
         parts = p.room(attention.parts_bytes(geometry, len(which), splits))
-        return p.compute(out, fields=[rings[s] for s in which], kind=SHORT, splits=splits, parts=parts)[0]
+        return p.compute(out, fields=[rings[s] for s in which], kind=SESSIONS, splits=splits, parts=parts)[0]
 
     np.testing.assert_array_equal(run([0, 1, 2, 3, 4]), np.concatenate([run([s]) for s in range(5)]))
 

@@ -143,7 +143,7 @@ def test_tensor_cache_tensors_land_where_they_belong(tmp_path: Path) -> None:
     file = reader.read(converted(source, tmp_path / "f32.gguf"))
     got, layer = values(file.path), "model.layers.1.self_attn."
     assert file.metadata["general.architecture"] == "tcllama"
-    assert file.metadata["tcinfer.memory.layers"] == 1
+    assert list(file.metadata["tcinfer.memory.mechanism"]) == ["window", "tensor"]
     assert not any(name.startswith("blk.0.tc_") for name in got)
     for ours, theirs in {
         "attn_q.weight": tensors[layer + "q_proj.weight"],  # not permuted

@@ -26,6 +26,7 @@ from tcinfer.chat import launch, snapshots
 from tcinfer.cli import cli
 from tcinfer.cli.repl import COMMANDS
 from tcinfer.loader import Opened
+from tcinfer.memory_options import with_memory
 from tcinfer.sampling import SAMPLERS, Sampling
 
 DOCS = ROOT / "docs"
@@ -237,7 +238,7 @@ def test_a_number_of_chat_md_is_the_one_that_holds(fact: str) -> None:
 
 
 def test_a_session_of_smollm2_is_as_large_as_chat_md_says() -> None:
-    config = memory.with_memory(Opened(smollm2()).config, "sinks", 512)
+    config = with_memory(Opened(smollm2()).config, "sinks", 512)
     assert f"{memory.layout(config).nbytes / 1e6:.0f} MB for SmolLM2 with a window of 512" in " ".join(CHAT.split())
 
 

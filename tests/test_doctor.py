@@ -81,7 +81,7 @@ def test_a_machine_that_has_compiled_nothing_yet_is_told_so_once(tmp_path: Path)
 def test_operators_that_were_compiled_count(tmp_path: Path) -> None:
     cold = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     code = "from tcinfer.kernels.cpu import rows\nfrom tcinfer.kernels.cpu.jit import OPERATORS\n"
-    assert python(code + "OPERATORS['_norm'].address, OPERATORS['_gelu'].address", env=cold).returncode == 0
+    assert python(code + "OPERATORS['norm'].address, OPERATORS['gelu'].address", env=cold).returncode == 0
     operators = found(env=cold)["operators"]
     assert (operators["compiled"], operators["all"] > 2) == (2, True)
     files = [path for path in tmp_path.rglob("*.nb?") if path.is_file()]

@@ -9,8 +9,8 @@ import pytest
 from conftest import SMALL, ByBytes, build, small
 from test_memory import CASES, config_of, difference, feed, weights_of
 
-from tcinfer import engine
 from tcinfer.config import CHUNK, ModelConfig
+from tcinfer.engine import compiled
 from tcinfer.errors import TcinferError
 from tcinfer.kernels.reference.quants import Kind
 from tcinfer.model import Model
@@ -143,7 +143,7 @@ def test_a_token_that_one_session_cannot_take_changes_none(backend: str) -> None
 @pytest.mark.parametrize("name", ["sinks-in-cache-qwen2-key-conv", "infini-delta-gqa-key-conv", "tensor-everything"])
 def test_any_number_of_threads_gives_the_same_bits(name: str, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts, single tokens and many sessions; logits and states."""
-    monkeypatch.setattr(engine, "WORTH_SHARING", 0)
+    monkeypatch.setattr(compiled, "WORTH_SHARING", 0)
     config = other_shape(name, cache_type="f16", vocab_size=90)
     wanted: list[np.ndarray] = []
     for threads in (1, 2, 3, 8):

@@ -20,8 +20,9 @@ from test_memory import IDS
 from test_session_file import BOUNDED, GROWING, model
 
 import tcinfer as package
-from tcinfer import engine, session_file
+from tcinfer import session_file
 from tcinfer.constraint import Constraint
+from tcinfer.engine import compiled
 from tcinfer.errors import TcinferError
 from tcinfer.model import Model
 from tcinfer.session import RECENT, Session
@@ -357,7 +358,7 @@ def test_stop_ids_end_it_and_are_not_fed(shakespeare: Model) -> None:
 
 
 def test_a_seed_is_a_text_on_any_threads_however_the_prompt_was_fed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "WORTH_SHARING", 0)
+    monkeypatch.setattr(compiled, "WORTH_SHARING", 0)
     found, prompt = set(), PROMPT * 40
     for threads in (1, 2, 3):
         m = package.load(threads=threads)

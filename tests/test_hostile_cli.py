@@ -21,7 +21,7 @@ from hostile_files import hostile_checkpoints, hostile_ggufs
 from test_cli import COMMAND, FAST, command, refused, write_model
 
 from tcinfer import format as schema
-from tcinfer.memory.tensor import Options
+from tcinfer.memory.tensor_cache import Options
 from tcinfer.tokenizer import MODEL, SCORES, TOKENS, TYPES
 
 MARKER = Path("/tmp") / f"tcinfer-hostile-file-ran-{os.getpid()}"
@@ -190,7 +190,7 @@ KEYS = [
     ("tcinfer.schema_version", MISSING, "'tcinfer.schema_version' is missing"),
     ("tcinfer.memory.foo", 1, "key 'tcinfer.memory.foo' is not known"),
     ("tcinfer.memory.mechanism", "quantum", "mechanism 'quantum' is not known"),
-    ("tcinfer.memory.mechanism", "infini", "key 'tcinfer.memory.layers' is not known"),
+    ("tcinfer.memory.mechanism", "infini", "key 'tcinfer.memory.write_on_evict' is not known"),
     ("tcinfer.memory.sinks", LARGE, "smaller window"),
     ("tcinfer.memory.sink_positions", "elsewhere", "sink_positions must be one of"),
     ("tcinfer.memory.key_conv", 2, "'blk.0.attn_key_conv' is missing"),

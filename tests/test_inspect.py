@@ -19,7 +19,7 @@ import tcinfer
 from tcinfer import memory, reader
 from tcinfer.inspect import WIDTH, facts, report
 from tcinfer.loader import bundled
-from tcinfer.memory.tensor import Options
+from tcinfer.memory.tensor_cache import Options
 
 TENSOR = {"memory": "tensor", "window": 16, "options": Options()}
 
@@ -121,7 +121,8 @@ def test_infini_shares_and_layers_without_a_memory(tmp_path: Path) -> None:
     infini = facts(write_model(tmp_path / "i.gguf", memory="infini", window=8, options=memory.infini.Options()))
     assert all(len(layer["memory_share"]) == 4 and layer["gate"] is None for layer in infini["layers"])
     assert "memory's share" in report(infini)
-    top = report(facts(write_model(tmp_path / "t.gguf", **TENSOR | {"options": Options(layers=1)})))
+    one = {"memory": ("window", "tensor"), "options": (None, Options())}
+    top = report(facts(write_model(tmp_path / "t.gguf", **TENSOR | one)))
     assert "  layer 1" in top
     assert "  layer 0" not in top
 

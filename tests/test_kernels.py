@@ -1,4 +1,7 @@
-"""Every compiled operator against its plain equation, each in a plan of its own (tests/plans.py)."""
+"""What blocks are made of, compiled: each operator in a plan of its own (tests/plans.py) against its equation.
+
+Those that the backends share are in test_operators.py.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,16 @@ from gguf.quants import quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import SCALES, Pass, at, normal, random_matrix, scales
-from test_reference import REFERENCE, close, memory_arguments, run
+from test_reference import close, memory_arguments, run
 
-from tcinfer.kernels.cpu import linear, machine, matrix_memory, rows, tiles
+from tcinfer.kernels.cpu import machine, rows, tiles
 from tcinfer.kernels.cpu.plan import Rows
+from tcinfer.kernels.reference import pointwise
 from tcinfer.kernels.reference.matrix_memory import Writes, scan_recurrent
+from tcinfer.kernels.reference.matrix_memory import scan as chunked
 from tcinfer.kernels.reference.quants import KINDS, Kind, Matrix
 from tcinfer.kernels.reference.rotary import frequencies
+from tcinfer.kernels.table import ANGLES, SCAN
 
 F = np.float32
 K_KINDS = (Kind.Q4_K, Kind.Q5_K, Kind.Q6_K)
@@ -35,7 +41,7 @@ def each_kind(function):
 
 def embedded(w: Matrix, ids: list[int], first: int = 0, positions: np.ndarray | None = None) -> np.ndarray:
     p = Pass(len(ids), first)
-    (x,) = p.compute(rows.embed(p, w, positions), ids=p.keep(np.array(ids)))
+    (x,) = p.compute(p.embed(w, positions), ids=p.keep(np.array(ids)))
     return x
 
 
@@ -81,17 +87,10 @@ def test_numbers_are_rounded_to_16_bits_as_numpy_rounds_them() -> None:
 # Products with weights
 
 
-def weights(w: Matrix) -> linear.Weights:
-    p = Pass(1)
-    packed = linear.repacked(p, w)
-    p.compute()
-    return packed
-
-
 def product(x: np.ndarray, w: Matrix, bias: np.ndarray | None = None, gate=None, into=None, threads: int = 1):
     p = Pass(len(x), threads=threads)
     gate, into = (None if a is None else p.filled(a) for a in (gate, into))
-    (y,) = p.compute(linear.linear(p, p.filled(x), weights(w), bias, into, gate))
+    (y,) = p.compute(p.linear(p.filled(x), p.stored(w), bias, into, gate))
     return y
 
 
@@ -157,7 +156,7 @@ def test_the_head_gives_the_last_rows_to_the_pass(kind: Kind) -> None:
     for wanted in (1, 4, 9, 0):
         p = Pass(9)
         logits = np.full((wanted + 1, 70), 7, F)
-        linear.linear(p, p.filled(x), weights(w), head=True)
+        p.linear(p.filled(x), p.stored(w), head=True)
         p.compute(out_first=9 - wanted, out_rows=wanted, logits=logits.ctypes.data)
         want = exactly(x, w, as_bytes_twice)[9 - wanted :]
         close(logits[:wanted], want, tolerance(kind))
@@ -168,7 +167,7 @@ def test_small_matrices_of_a_mechanism() -> None:
     for shape in ((1, 32), (2, 24), (16, 8), (19, 7)):
         matrix, x = normal(7, *shape), normal(8, 5, shape[1])
         p = Pass(5)
-        (y,) = p.compute(linear.linear(p, p.filled(x), linear.small(p, matrix)))
+        (y,) = p.compute(p.linear(p.filled(x), p.small(matrix)))
         close(y, x @ matrix.T)
 
 
@@ -263,14 +262,15 @@ def test_the_scale_of_bytes_shows_what_is_no_number(value: float) -> None:
     assert np.isfinite(in_bytes(filled, 1)[1][0, :, 0]).tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize("maker", ["norm", "swiglu", "gelu"])
+@pytest.mark.parametrize("maker", ["norm", "silu", "gelu_tanh", "gelu"])
 def test_what_makes_rows_makes_their_bytes_when_asked(maker: str) -> None:
     x, up = normal(11, 5, 96), normal(12, 5, 96)
     p = Pass(5)
     y = {
-        "norm": lambda: rows.norm(p, p.filled(x), np.ones(96, F), None, 1e-5, False),
-        "swiglu": lambda: rows.swiglu(p, p.filled(x), p.filled(up)),
-        "gelu": lambda: rows.gelu(p, p.filled(x)),
+        "norm": lambda: p.norm(p.filled(x), np.ones(96, F), None, 1e-5, False),
+        "silu": lambda: p.gated(p.filled(x), p.filled(up), maker),
+        "gelu_tanh": lambda: p.gated(p.filled(x), p.filled(up), maker),
+        "gelu": lambda: p.gelu(p.filled(x)),
     }[maker]()
     rows.quantised(p, y)
     assert len(p.steps) == 1
@@ -287,12 +287,12 @@ def test_norms(columns: int, T: int) -> None:
     x, w, b = normal(13, T, columns) * 3 + 1, normal(14, columns), normal(15, columns)
     x[0] *= 1e-3  # where eps counts
     for layer, bias, want in (
-        (False, None, REFERENCE.rms_norm(x, w, 1e-5)),
-        (True, None, REFERENCE.layer_norm(x, w, None, 1e-5)),
-        (True, b, REFERENCE.layer_norm(x, w, b, 1e-5)),
+        (False, None, pointwise.rms_norm(x, w, 1e-5)),
+        (True, None, pointwise.layer_norm(x, w, None, 1e-5)),
+        (True, b, pointwise.layer_norm(x, w, b, 1e-5)),
     ):
         p = Pass(T)
-        (y,) = p.compute(rows.norm(p, p.filled(x), w, bias, 1e-5, layer))
+        (y,) = p.compute(p.norm(p.filled(x), w, bias, 1e-5, layer))
         close(y, want)
 
 
@@ -305,10 +305,12 @@ def test_activations(columns: int) -> None:
     x[3] = np.resize(EXTREMES, columns)
     up[3] = 1
     p, q = Pass(4), Pass(4)
-    (product,) = p.compute(rows.swiglu(p, p.filled(x), p.filled(up)))
-    (gelu,) = q.compute(rows.gelu(q, q.filled(x)))
+    products = {name: p.gated(p.filled(x), p.filled(up), name) for name in ("silu", "gelu_tanh")}
+    found = dict(zip(products, p.compute(*products.values()), strict=True))
+    (gelu,) = q.compute(q.gelu(q.filled(x)))
     with np.errstate(all="ignore"):
-        np.testing.assert_allclose(product, REFERENCE.swiglu(x, up), rtol=2e-6, atol=1e-6)
+        for name, got in found.items():
+            np.testing.assert_allclose(got, pointwise.gated(x, up, name), rtol=2e-6, atol=1e-6, err_msg=name)
         exact = [[0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in row] for row in x.astype(float).tolist()]
         np.testing.assert_allclose(gelu, exact, rtol=2e-6, atol=1e-6)
 
@@ -318,11 +320,11 @@ def test_angles_far_out() -> None:
     ever = 2**62
     for first, most, offset in ((0, ever, 0), (10_000_000, ever, 0), (10**8 + 1, 10**8 + 3, 0), (900, 902, -128)):
         p = Pass(5, first)
-        cos, sin = rows.angles(p, freq, most, offset)
-        p.compute()
+        made = p.call(ANGLES, freq=freq, pairs=32, most=most, offset=offset, factor=1.0)
+        cos, sin = p.compute(*made)
         a = (np.minimum(first + np.arange(5), most) + offset)[:, None] * freq  # float64
-        assert np.abs(at(cos, 5, 32) - np.cos(a)).max() < 6e-8
-        assert np.abs(at(sin, 5, 32) - np.sin(a)).max() < 6e-8
+        assert np.abs(cos - np.cos(a)).max() < 6e-8
+        assert np.abs(sin - np.sin(a)).max() < 6e-8
 
 
 # The matrix memory
@@ -338,17 +340,18 @@ def compiled_scan(A, q, writes: Writes, mix=None, write_first: bool = False, thr
 
     k, v, decay, rate, retrieve, wedge = writes
     retrieve = None if retrieve is None else p.filled(retrieve)
-    compiled = matrix_memory.Writes(p.filled(k), p.filled(v), by_row(decay), by_row(rate), retrieve, wedge)
     held = np.full(A.size + 32, 7, F)
     held[: A.size] = A.ravel()
-    out = matrix_memory.scan(p, 0, P, (G, R, D, E), p.filled(q), compiled, by_row(mix), write_first)
+    pairs = {"k": p.filled(k), "v": p.filled(v), "decay": by_row(decay), "rate": by_row(rate)}
+    how = {"retrieve": retrieve, "mix": by_row(mix), "wedge": wedge, "write_first": write_first}
+    out = p.call(SCAN, field=0, P=P, G=G, R=R, D=D, E=E, q=p.filled(q), **pairs, **how)
     (got,) = p.compute(out, fields=[[held]])
     assert (held[A.size :] == 7).all()
     A[:] = held[: A.size].reshape(A.shape)
     return got.reshape(T, G, R, E)
 
 
-@pytest.mark.parametrize("scan", [REFERENCE.scan, compiled_scan], ids=["numpy", "numba"])
+@pytest.mark.parametrize("scan", [chunked, compiled_scan], ids=["numpy", "numba"])
 @pytest.mark.parametrize("rule", ["outer", "delta", "wedge"])
 @settings(max_examples=40, deadline=None)
 @given(

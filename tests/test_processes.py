@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import SMALL, build
 
-from tcinfer import engine
+from tcinfer.engine import compiled
 from tcinfer.kernels.cpu import simd
 
 TESTS = Path(__file__).parent
@@ -27,9 +27,9 @@ MODEL = """
 import os, signal, sys, threading, time
 import numpy as np
 from conftest import SMALL, build
-from tcinfer import engine
+from tcinfer.engine import compiled
 
-engine.WORTH_SHARING = 0
+compiled.WORTH_SHARING = 0
 
 def answers(threads, model=None):
     session = (model or build(SMALL, "numba", threads=threads)).session()
@@ -39,10 +39,9 @@ def answers(threads, model=None):
 NORM = """
 import numpy as np
 from plans import Pass, normal
-from tcinfer.kernels.cpu import rows
 
 p = Pass(9, threads=2)
-(y,) = p.compute(rows.norm(p, p.filled(normal(0, 9, 64)), normal(1, 64), None, 1e-5, False))
+(y,) = p.compute(p.norm(p.filled(normal(0, 9, 64)), normal(1, 64), None, 1e-5, False))
 print(y.tobytes().hex())
 """
 
@@ -89,13 +88,12 @@ def test_first_uses_at_once_start_one_set_of_threads() -> None:
     """Two sets would mix: one caller could wait for ever for a worker that the other has woken."""
     code = """
     from plans import Pass, normal
-    from tcinfer.kernels.cpu import rows
     from tcinfer.kernels.cpu.threads import Threads
 
     def work(pool, gate, out):
         p = Pass(9)
         p.threads = pool
-        y = rows.norm(p, p.filled(normal(0, 9, 64)), normal(1, 64), None, 1e-5, False)
+        y = p.norm(p.filled(normal(0, 9, 64)), normal(1, 64), None, 1e-5, False)
         gate.wait()
         out += p.compute(y)
 
@@ -187,7 +185,7 @@ def test_an_interruption_where_python_looks_for_signals_leaves_no_lock() -> None
 
 
 def test_a_forked_process_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "WORTH_SHARING", 0)
+    monkeypatch.setattr(compiled, "WORTH_SHARING", 0)
     model = build(SMALL, "numba", threads=2)
     want = model.session().feed(IDS)
     child = os.fork()

@@ -22,7 +22,7 @@ from tcinfer import reader
 from tcinfer.converters.write import OUTTYPES
 from tcinfer.kernels.reference.quants import Kind, unpack
 from tcinfer.loader import bundled
-from tcinfer.memory.tensor import Options
+from tcinfer.memory.tensor_cache import Options
 from tcinfer.transformer import tensors as specs_of
 
 PACKING = ("general.file_type", "general.quantization_version")

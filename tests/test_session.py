@@ -13,6 +13,7 @@ from conftest import SHAKESPEARE, small
 import tcinfer
 from tcinfer.config import CHUNK
 from tcinfer.errors import TcinferError
+from tcinfer.kernels.reference.eager import Eager
 from tcinfer.memory import tensor_cache
 from tcinfer.session import RECENT, Session
 
@@ -136,11 +137,11 @@ def test_an_interrupted_pass_leaves_a_session_that_says_so(monkeypatch: pytest.M
     s = model.session()
     snap = s.snapshot()
 
-    def stop(x: np.ndarray) -> np.ndarray:
+    def stop(chunk: Eager, x: np.ndarray) -> np.ndarray:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(model.ops, "gelu", stop, raising=False)
+        patch.setattr(Eager, "gelu", stop)
         with pytest.raises(KeyboardInterrupt):
             s.feed([1])
     for use in (lambda: s.feed([1]), s.snapshot, s.fork, lambda: next(s.generate([1]))):

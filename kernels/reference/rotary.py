@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,19 +12,35 @@ F32 = NDArray[np.float32]
 
 
 def frequencies(
-    head_dim: int, base: float, scaling: str = "none", factor: float = 1.0, divisors: F32 | None = None
+    head_dim: int,
+    base: float,
+    scaling: str = "none",
+    factor: float = 1.0,
+    divisors: F32 | None = None,
+    original: int = 0,
 ) -> NDArray[np.float64]:
     """Angle per position of each channel pair, float64 [head_dim / 2]: base^(-2i / head_dim).
 
     scaling "linear" divides every angle by `factor`; "ntk" raises the base by factor^(D / (D - 2)) where the
-    factor is above 1. divisors [head_dim / 2] are a file's own (`rope_freqs.weight`, Llama 3).
+    factor is above 1; "yarn" divides the angles that make less than one turn over the `original` tokens that a model
+    was trained with, keeps those that make 32 and more, and mixes between. divisors [head_dim / 2] are a file's own
+    (`rope_freqs.weight`, Llama 3).
     """
     if scaling == "ntk" and factor > 1:
         base = base * factor ** (head_dim / (head_dim - 2))
     angles = np.float64(base) ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling == "linear":
         angles /= factor
+    if scaling == "yarn":
+        angles *= _kept(head_dim, base, original) * (1 - 1 / factor) + 1 / factor
     return angles if divisors is None else angles / divisors.astype(np.float64)
+
+
+def _kept(head_dim: int, base: float, original: int, many: float = 32, few: float = 1) -> NDArray[np.float64]:
+    """How much of each angle YaRN keeps, 1 to 0: by the pair that makes so many turns over `original` tokens."""
+    low, high = (head_dim * math.log(original / (2 * math.pi * turns)) / (2 * math.log(base)) for turns in (many, few))
+    low, high = max(0, math.floor(low)), min(head_dim - 1, math.ceil(high))
+    return 1 - np.clip((np.arange(head_dim // 2) - low) / max(0.001, high - low), 0, 1)
 
 
 def angles(

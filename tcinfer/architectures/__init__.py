@@ -9,10 +9,21 @@ An architecture is a module with
 
 and where it differs from a Llama
 
-    embed(net)                    the wiring in front of the first layer
-    read(metadata, get, values)   what its own keys change in the configuration's fields (format.py)
-    adapt(name, tensor)           tensors under the names of `block`, made of the file's where it fuses them (loader.py)
-    HUGGING_FACE                  how folders name it, and what is different there (converters/huggingface.py)
+    embed(net)              the wiring in front of the first layer
+    divisors(net)           of a layer's angles; without it they are the tensor rope_freqs.weight, if it is there
+    read(values, get)       what its own keys change in `values`, the fields of ModelConfig; get(key, default) reads one
+    write(config)           its own keys
+    KEYS                    those of them that other plain files may not have (format.py)
+    FUSED                   name in a file -> the names of `block` whose rows lie there one after another
+
+and where folders of Hugging Face hold such models
+
+    HUGGING_FACE            its names there (model_type)
+    NAMES                   name in a layer there -> in a file
+    TIED                                   whether the head is the embedding where config.json does not say
+    ACTIVATION                             what config.json must call the feed-forward's activation, if not "silu"
+    from_hugging_face(hf, values)          as `read`, of config.json; tensors that it holds, by name
+    converted(config, layer, name, tensor) a folder's tensor as a file has it
 
 To add one: write the file, name it in ARCHITECTURES.
 """
@@ -24,7 +35,16 @@ from typing import Any
 
 from tcinfer.errors import TcinferError
 
-ARCHITECTURES = ("tcgpt", "tcllama", "llama", "qwen2")  # `general.architecture`, and the name of the module
+ARCHITECTURES = (
+    "tcgpt",
+    "tcllama",
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma3",
+    "phi3",
+    "smollm3",
+)  # `general.architecture`, and the name of the module
 
 
 def architecture(name: str) -> Any:

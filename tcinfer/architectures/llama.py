@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from tcinfer.errors import FileError
 from tcinfer.memory import remember
 
 if TYPE_CHECKING:
+    from tcinfer.config import ModelConfig
     from tcinfer.net import Net, Rows
 
+F32 = NDArray[np.float32]
+
 NORM, ROTARY, OURS = "rms", "interleaved", False
-
-
-def attend(net: Net, x: Rows) -> Rows:
-    """x + attention of the normed x, [C]."""
-    h = net.norm(x, "attn_norm")
-    return remember(net, *projections(net, h), h, into=x)
+HUGGING_FACE = ("llama", "mistral")
+ATTENTIONS = ("sliding_attention", "full_attention")  # of config.json's layer_types
+NAMES = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.up_proj": "ffn_up",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.down_proj": "ffn_down",
+}
 
 
 def projections(net: Net, h: Rows) -> tuple[Rows, Rows, Rows]:
@@ -36,6 +51,51 @@ def feed_forward(net: Net, h: Rows, activation: str = "silu", into: Rows | None 
     return net.linear(net.gated(gate, net.linear(h, "ffn_up", F), activation), "ffn_down", net.config.d_model, into)
 
 
+def from_hugging_face(hf: dict[str, Any], values: dict[str, Any]) -> None:
+    """Windows of a folder's config.json. llama.cpp runs a plain file with the full cache, whatever its window says: a
+    model with windows becomes one of ours."""
+    count, kind = values["n_layers"], hf.get("model_type")
+    window = hf.get("sliding_window") if hf.get("use_sliding_window", kind == "mistral") else None
+    first = hf.get("max_window_layers", 28) if kind == "qwen2" else 0  # the layers below have none
+    kinds = hf.get("layer_types")
+    if kinds is None:
+        local = [bool(window) and i >= first for i in range(count if window and first else 1)]
+    elif not isinstance(kinds, list) or len(kinds) != count or not set(map(str, kinds)) <= set(ATTENTIONS):
+        raise FileError(f"layer_types in config.json must name {' or '.join(ATTENTIONS)} for each of {count} layers")
+    else:
+        local = [one == ATTENTIONS[0] for one in kinds]
+    if not any(local):
+        return
+    if not window:
+        raise FileError("layer_types in config.json names layers with a window, and sliding_window says none")
+    values["arch"] = "tcllama"
+    values["memory"] = "window" if all(local) else tuple("window" if here else "full" for here in local)
+    values["window"] = window if all(local) else tuple(window if here else 0 for here in local)
+
+
+def without_window(hf: dict[str, Any], values: dict[str, Any]) -> None:
+    """Raise FileError for windows in config.json: files of the architecture have no key for them."""
+    from_hugging_face(hf, found := dict(values))
+    if found["arch"] != values["arch"]:
+        raise FileError(f"use_sliding_window in config.json is not supported for {values['arch']}")
+
+
+def converted(config: ModelConfig, layer: int, name: str, tensor: Any) -> Any:
+    """A folder's tensor as a file has it: folders rotate the halves of a head, files neighbouring channels."""
+    own = config.layers[layer]
+    heads = {"attn_q": own.n_heads, "attn_k": own.n_kv_heads}.get(name.split(".")[0])
+    if heads is None:
+        return tensor
+    tensor.check((heads * own.head_dim, config.d_model)[: 1 + name.endswith(".weight")])
+    return tensor.changed(tensor.shape, partial(_interleaved, heads))
+
+
+def _interleaved(heads: int, x: F32) -> F32:
+    """Rows of each head from (0 .. D/2-1, D/2 .. D-1) to (0, D/2, 1, D/2+1, ..).  [heads · D, ...]."""
+    return x.reshape(heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+
+
 def block(net: Net, x: Rows) -> Rows:
-    x = attend(net, x)
+    h = net.norm(x, "attn_norm")
+    x = remember(net, *projections(net, h), h, into=x)
     return feed_forward(net, net.norm(x, "ffn_norm"), into=x)
