@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from tcinfer.architectures import ARCHITECTURES, architecture
 from tcinfer.config import ModelConfig, check_count, check_number
-from tcinfer.converters import source
+from tcinfer.converters import source, trainer_args
 from tcinfer.converters.source import F32, Names, Source, Tensor, typed
 from tcinfer.errors import FileError
 
@@ -65,7 +65,7 @@ def read(path: Path) -> Source:
     names.drop(tuple(f"model.layers.{i}.self_attn.rotary_emb." for i in range(config.n_layers)))
     names.finish()
     notes = [f"tensors without a use at inference: {', '.join(names.idle)}"] if names.idle else []
-    if memory and (ignored := sorted(set(memory) & source.TRAINING_ARGS)):
+    if memory and (ignored := sorted(set(memory) & trainer_args.TRAINING)):
         notes.append(f"arguments for training only: {', '.join(ignored)}")
     return Source(config, names.out, path, notes)
 
@@ -92,7 +92,7 @@ def _layer(names: Names, config: ModelConfig, i: int, kind: Any, plain: bool) ->
     if plain and hasattr(kind, "converted"):
         for name in names.out.keys() - before:
             names.out[name] = kind.converted(config, i, name.removeprefix(blk), names.out[name])
-    source.take_memory(names, config, i, h + "self_attn.")
+    trainer_args.take_memory(names, config, i, h + "self_attn.")
 
 
 def _architecture(hf: Mapping[str, Any]) -> str:
@@ -151,9 +151,9 @@ def _config(
     if memory is not None:
         if values["arch"] not in REMEMBER:
             raise FileError(f"tensor_cache in config.json does not go with model_type {hf['model_type']!r}")
-        known = {*source.MEMORY_ARGS, *source.TENSOR_ARGS, *source.TRAINING_ARGS}
+        known = {*trainer_args.defaults(), *trainer_args.TRAINING}
         source.refuse_unknown(memory, known, "tensor_cache")
-        values |= {"arch": "tcllama"} | source.memory_fields(memory, values["n_layers"])
+        values |= {"arch": "tcllama"} | trainer_args.memory_fields(memory, values["n_layers"])
     return ModelConfig(**values), arrays
 
 

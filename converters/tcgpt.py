@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tcinfer.config import ModelConfig, check_choice, check_count, check_number
-from tcinfer.converters import source
+from tcinfer.converters import source, trainer_args
 from tcinfer.converters.pickles import StoredTensor, load_torch
 from tcinfer.converters.source import Names, Source, Tensor, shown, typed
 from tcinfer.errors import FileError
@@ -51,7 +51,7 @@ def read(path: Path) -> Source:
         raise FileError("'model' and 'model_args' must be dictionaries")
     source.refuse_unknown(
         args,
-        {*BLOCK_ARGS, *source.MEMORY_ARGS, *source.TENSOR_ARGS, *source.TRAINING_ARGS},
+        {*BLOCK_ARGS, *trainer_args.defaults(), *trainer_args.TRAINING},
         "model_args",
     )
     config = _config(args, source.name_of(path.resolve().parent))
@@ -67,7 +67,7 @@ def read(path: Path) -> Source:
         have[plain] = Tensor(name, value.shape, value.numpy)
     names = _rename(config, have, typed(args, "bias", BLOCK_ARGS["bias"]))
     notes = []
-    if ignored := sorted(set(args) & source.TRAINING_ARGS):
+    if ignored := sorted(set(args) & trainer_args.TRAINING):
         notes.append(f"arguments for training only: {', '.join(ignored)}")
     if names.idle:
         notes.append(f"tensors of layers without a memory: {', '.join(names.idle)}")
@@ -100,7 +100,7 @@ def _config(args: Mapping[str, Any], name: str) -> ModelConfig:
         rope_base=a["rope_base"],
         rope_scaling="ntk" if scaled else "none",
         rope_factor=a["rope_scaling_factor"] if scaled else 1.0,
-        **source.memory_fields(args, a["n_layer"]),
+        **trainer_args.memory_fields(args, a["n_layer"]),
     )
 
 
@@ -123,7 +123,7 @@ def _rename(config: ModelConfig, have: dict[str, Tensor], biases: bool) -> Names
         ):
             names.move(h + theirs, blk + ours)
         names.move(h + "attn.c_attn", blk + "attn_qkv")  # queries, keys and values in one
-        layer = config.layers[i]
+        layer = config.layer(i)
         heads = (layer.n_heads, layer.n_kv_heads, layer.n_kv_heads)
         for end in (".weight", ".bias"):
             fused = names.out.pop(blk + "attn_qkv" + end, None)
@@ -134,6 +134,6 @@ def _rename(config: ModelConfig, have: dict[str, Tensor], biases: bool) -> Names
                     rows = slice(start, start + count * config.head_dim)
                     names.out[blk + name + end] = fused.changed((rows.stop - start, *rest), itemgetter(rows))
                     start = rows.stop
-        source.take_memory(names, config, i, h + "attn.")
+        trainer_args.take_memory(names, config, i, h + "attn.")
     names.finish()
     return names

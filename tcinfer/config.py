@@ -129,7 +129,7 @@ class ModelConfig:
                 value = value[0] if all(v == value[0] and type(v) is type(value[0]) for v in value) else value
             object.__setattr__(self, name, value)
         for i in range(self.n_layers if self._differ else 1):
-            self._layer(i)
+            self.layer(i)
 
     @property
     def _differ(self) -> bool:
@@ -137,21 +137,24 @@ class ModelConfig:
 
     @cached_property
     def layers(self) -> tuple[LayerConfig, ...]:
-        return tuple(map(self._layer, range(self.n_layers))) if self._differ else (self._layer(0),) * self.n_layers
+        return tuple(map(self.layer, range(self.n_layers))) if self._differ else (self.layer(0),) * self.n_layers
 
-    def _layer(self, i: int) -> LayerConfig:
+    def layer(self, i: int) -> LayerConfig:
+        """One of `layers`, without making them all: a file may claim to have billions."""
         values = {f.name: getattr(self, f.name) for f in fields(LayerConfig)}
         return LayerConfig(**{n: v[i] if n in LAYERED and type(v) is tuple else v for n, v in values.items()})
 
     @property
     def widest(self) -> LayerConfig:
         """The layer that sees farthest back exactly (the first of them); its window 0: unbounded."""
+        if not self._differ:
+            return self.layer(0)
         return max(self.layers, key=lambda layer: layer.window + layer.sinks if layer.window else math.inf)
 
     @property
     def memories(self) -> str:
         """The memories of the layers, each once, as people read it."""
-        return ", ".join(dict.fromkeys(layer.memory for layer in self.layers))
+        return ", ".join(dict.fromkeys(self.memory if type(self.memory) is tuple else (self.memory,)))
 
     @property
     def learned_positions(self) -> bool:

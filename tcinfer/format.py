@@ -250,7 +250,7 @@ def _read_memory(metadata: Mapping[str, Any], arch: str, standard: Mapping[str, 
     if MEMORY + "layers" in metadata and "tensor" in chosen:  # of files from before layers could differ: the top n
         known.add(MEMORY + "layers")
         values["memory"] = top_layers(
-            _get(metadata, MEMORY + "layers", int), n_layers, standard["window"], values["sinks"]
+            "tensor", _get(metadata, MEMORY + "layers", int), n_layers, standard["window"], values["sinks"]
         )
     modes = values["memory"] if type(values["memory"]) is tuple else (values["memory"],) * n_layers
     if any(type(value) is tuple and len(value) != n_layers for value in (modes, *values.values())):
@@ -266,13 +266,13 @@ def _read_memory(metadata: Mapping[str, Any], arch: str, standard: Mapping[str, 
     return values
 
 
-def top_layers(top: int, n_layers: int, window: int, sinks: int) -> str | tuple[str, ...]:
-    """The memories of a Tensor Cache model whose top layers alone have a matrix; below 0: all of them have."""
+def top_layers(mode: str, top: int, n_layers: int, window: int, sinks: int) -> str | tuple[str, ...]:
+    """The memories of a model whose `top` last layers alone have `mode`; below 0: all of them have."""
     plain = "sinks" if sinks else "window" if window else "full"
     if not 0 <= top < n_layers:
-        return "tensor"
+        return mode
     check_count("the number of layers", n_layers, 1, MOST_LAYERS)
-    return tuple("tensor" if i >= n_layers - top else plain for i in range(n_layers))
+    return tuple(mode if i >= n_layers - top else plain for i in range(n_layers))
 
 
 def _chosen(mode: str, chosen: dict[str, Any] | None, layer: int, n_layers: int) -> Any:

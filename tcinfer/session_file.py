@@ -229,13 +229,13 @@ def _config(description: bytes, nbytes: int) -> ModelConfig:
             if kinds is not None and any(type(one) not in kinds for one in several):
                 raise TcinferError(f"{name} in its description is {value!r}"[:200])
         config = ModelConfig(**_with_options(values))
+        # A layout is a list of layers: bound it before it is made.
+        if config.n_layers > MOST_LAYERS or config.vocab_size * 4 > nbytes:
+            raise TcinferError("its description is of a larger session than the file holds")
         for layer in dict.fromkeys(config.layers):
             memory.mechanism(layer)
     except (ValueError, TypeError, RecursionError, OverflowError, MemoryError) as e:
         raise TcinferError(f"its description is no model's configuration: {e}") from None
-    # A layout is a list of layers: bound it before it is made.
-    if config.n_layers > MOST_LAYERS or config.vocab_size * 4 > nbytes:
-        raise TcinferError("its description is of a larger session than the file holds")
     return config
 
 
@@ -245,7 +245,7 @@ def _with_options(values: dict[str, Any]) -> dict[str, Any]:
     if isinstance(options, Mapping) and "layers" in options:  # before layers could differ: the top ones have a matrix
         options = {name: value for name, value in options.items() if name != "layers"}
         top = values["options"]["layers"]
-        modes = schema.top_layers(top, values["n_layers"], values["window"], values["sinks"])
+        modes = schema.top_layers(modes, top, values["n_layers"], values["window"], values["sinks"])
 
     def made(mode: Any, given: Any) -> Any:
         of = memory.room(mode).Options

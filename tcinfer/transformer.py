@@ -43,7 +43,7 @@ def fused(
     more: what others may hold beside what its FUSED says.
     """
     found = {}
-    for whole, parts in ((more or {}) | getattr(architecture(config.arch), "FUSED", {})).items():
+    for whole, parts in {**(more or {}), **getattr(architecture(config.arch), "FUSED", {})}.items():
         for i in range(config.n_layers):
             for end in ("weight", "bias"):
                 names = tuple(f"blk.{i}.{part}.{end}" for part in parts)

@@ -73,7 +73,7 @@ def rotate(config: LayerConfig, arch: str, w: Weights, x: np.ndarray, position: 
     """One head's vector at a position; the vector itself where the model has learned positions."""
     if config.rope_dim == 0:
         return x
-    D, base, scale = config.head_dim, config.rope_base, 1.0
+    D, base, scale = config.rope_dim, config.rope_base, 1.0  # the first channels rotate
     if config.rope_scaling == "ntk" and config.rope_factor > 1:
         base *= config.rope_factor ** (D / (D - 2))
     elif config.rope_scaling == "linear":

@@ -369,7 +369,13 @@ def test_text_is_utf8_in_a_plain_locale(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "lines"),
     {
-        "": ("tcllama", "memory                tensor", "window                64", "  layer 3", "llama, 4,096 tokens"),
+        "": (
+            "tcllama",
+            "memory                window in layers 0-2; tensor in layers 3-5",
+            "window                64",
+            "  layer 3",
+            "llama, 4,096 tokens",
+        ),
         "stories260K-f32.gguf": ("llama", "llama, 512 tokens", "grows by 640 bytes a token", "292,800 in 48 tensors"),
     }.items(),
 )

@@ -15,6 +15,7 @@ from test_convert import bf16, converted, logits, values
 
 import tcinfer
 from tcinfer import reader
+from tcinfer.loader import Opened
 
 NAN = float("nan")
 HF = {
@@ -209,6 +210,26 @@ def test_llama3_angles(tmp_path: Path, key: str) -> None:
     assert len(set(got.round(4))) == 3  # kept, between, slowed
 
 
+def test_layers_with_a_window_and_layers_without(tmp_path: Path) -> None:
+    """Of a model that would be a plain file: it becomes one of ours, because llama.cpp knows nothing of the window."""
+    kind = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}
+    for name, told in (
+        ("a", {"max_window_layers": 1}),
+        ("b", {"layer_types": ["full_attention", "sliding_attention"]}),
+    ):
+        tensors = weights()
+        for i in range(2):
+            tensors |= {f"model.layers.{i}.self_attn.{n}_proj.bias": np.ones(s, np.float32) for n, s in BIASES}
+        config = Opened(converted(folder(tmp_path / name, tensors, **kind, **told), tmp_path / f"{name}.gguf")).config
+        assert (config.arch, config.memory, config.window) == ("tcllama", ("full", "window"), (0, 8))
+
+
+def test_yarn(tmp_path: Path) -> None:
+    told = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    config = Opened(converted(folder(tmp_path / "m", rope_scaling=told), tmp_path / "out.gguf")).config
+    assert (config.rope_scaling, config.rope_factor, config.rope_original) == ("yarn", 4.0, 16)
+
+
 # What is refused
 
 NESTED = "[" * 100_000 + "]" * 100_000
@@ -231,7 +252,9 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"rope_theta": 0.0}, "rope_base must be"),
     ({"rope_theta": 10**400}, "rope_theta must be of type float"),
     ({"rope_theta": -1.0, "rope_scaling": LLAMA3}, "rope_theta must be"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling 'yarn' is not supported"),
+    ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling in config.json has no factor"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16.0}}, "beta_fast 16.0"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0}}, "argument 'mscale' in rope_scaling"),
     ({"rope_scaling": {"rope_type": "dynamic"}}, "rope_scaling 'dynamic' is not supported"),
     ({"rope_scaling": {"rope_type": ["llama3"]}}, "is not supported"),
     ({"rope_scaling": [8.0]}, "rope_scaling in config.json must be an object"),
@@ -247,7 +270,6 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"model_type": ...}, "model_type None is not supported"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ({"model_type": "mistral", "sliding_window": "many"}, "window must be"),
-    ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "max_window"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     ({"tie_word_embeddings": ...}, "'lm_head.weight' is missing"),
     ({"tie_word_embeddings": False}, "'lm_head.weight' is missing"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tcinfer import format as schema
 from tcinfer.config import ModelConfig
 from tcinfer.errors import TcinferError
-from tcinfer.memory import MODES, infini, tensor_cache
+from tcinfer.memory import MODES, infini, room, tensor_cache
 
 PLAIN = replace(SMALL, cache_type="f16")  # chosen when a file is opened, so that it does not travel in one
 TENSOR = replace(PLAIN, memory="tensor", window=8, options=tensor_cache.Options())
@@ -26,6 +26,23 @@ CONFIGS = {
     "tensor": TENSOR,
     "llama block": replace(TENSOR, arch="tcllama", n_kv_heads=2, rope_scaling="linear", rope_factor=4.0, key_conv=2),
     "plain": replace(PLAIN, arch="llama", rope_base=500000.0),
+    "layers that differ": replace(
+        PLAIN,
+        arch="tcllama",
+        n_heads=(4, 2),
+        n_kv_heads=(2, 1),
+        d_ff=(64, 32),
+        rope_dim=(8, 4),
+        rope_base=(1e4, 1e6),
+        rope_scaling=("none", "yarn"),
+        rope_factor=(1.0, 2.0),
+        memory=("sinks", "tensor"),
+        window=(8, 16),
+        sinks=(4, 0),
+        sink_positions=("in-cache", "stored"),
+        key_conv=(0, 2),
+        options=(None, tensor_cache.Options(slots=2)),
+    ),
     "plain with a window": replace(PLAIN, arch="qwen2", memory="window", window=16),
 }
 
@@ -53,7 +70,6 @@ def test_every_option_of_the_tensor_cache_survives(data: st.DataObject) -> None:
     drawn = {
         "rule": data.draw(st.sampled_from(["outer", "delta", "wedge"])),
         "write_route": data.draw(st.sampled_from("kq")),
-        "layers": data.draw(st.integers(-1, 2)),
         "slots": data.draw(st.integers(1, 5)),
         "read_topk": data.draw(st.integers(1, 5)),
         "router_temperature": data.draw(st.floats(0.125, 8, width=32)),
@@ -62,13 +78,26 @@ def test_every_option_of_the_tensor_cache_survives(data: st.DataObject) -> None:
     }
     flags = [f.name for f in fields(tensor_cache.Options) if f.type == "bool" and f.name != "normalize_read"]
     drawn |= {name: data.draw(st.booleans()) for name in flags}
-    config = replace(TENSOR, options=tensor_cache.Options(**drawn))
+    options, there = tensor_cache.Options(**drawn), data.draw(st.tuples(st.booleans(), st.booleans()))
+    memories = tuple("tensor" if here else "window" for here in there)
+    config = replace(TENSOR, memory=memories, options=tuple(options if here else None for here in there))
     assert same(through(config), config)
+
+
+@pytest.mark.parametrize(
+    ("top", "memories"), [(-1, "tensor"), (0, "window"), (1, ("window", "tensor")), (2, "tensor"), (5, "tensor")]
+)
+def test_a_file_from_before_layers_could_differ_names_how_many_have_a_matrix(top: int, memories: object) -> None:
+    config = schema.from_metadata(schema.to_metadata(TENSOR) | {"tcinfer.memory.layers": top}, 50, 100)
+    assert config.memory == memories
+    assert [layer.options for layer in config.layers] == [
+        TENSOR.options if layer.memory == "tensor" else None for layer in config.layers
+    ]
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_option_has_a_key_of_its_own(mode: str) -> None:
-    options = MODES[mode].mechanism.Options
+    options = room(mode).Options
     names = [f.name for f in fields(options)] if options else []
     assert not set(names) & set(schema.FIRST_LEVEL.values())
 
@@ -90,7 +119,12 @@ def test_every_option_has_a_key_of_its_own(mode: str) -> None:
         ("tcgpt.attention.alibi", 1, "'tcgpt.attention.alibi' is not known"),
         ("tcgpt.embedding_length", None, "'tcgpt.embedding_length' is missing"),
         ("tcgpt.attention.head_count", 0, "n_heads must be"),
-        ("tcgpt.attention.head_count", np.array([4, 4]), "not an array of 2"),
+        ("tcgpt.embedding_length", np.array([32, 32]), "not an array of 2"),
+        ("tcgpt.attention.head_count", np.array([4, 4, 4]), "n_heads has 3 values, and the model 2 layers"),
+        ("tcgpt.attention.head_count", np.array([4, 0]), "n_heads must be"),
+        ("tcinfer.memory.mechanism", ["tensor", "tensor", "tensor"], "has not one value for each of 2 layers"),
+        ("tcinfer.memory.mechanism", ["tensor", 1], "must be of type str"),
+        ("tcinfer.memory.slots", [1, 2, 3], "'tcinfer.memory.slots' has 3 values"),
         ("tcgpt.attention.head_count_kv", 3, "not a multiple of n_kv_heads 3"),
         ("tcgpt.attention.value_length", 4, "differs from the key length"),
         ("tcgpt.block_count", 2**31, "the file has 100 tensors|n_layers"),
@@ -100,7 +134,8 @@ def test_every_option_has_a_key_of_its_own(mode: str) -> None:
         ("tcinfer.memory.value_scale", 1e300, "value_scale must be"),
         ("tcinfer.memory.router_temperature", 1e-300, "router_temperature must be"),
         ("tcgpt.rope.freq_base", 0.0, "rope_base must be"),
-        ("tcgpt.rope.dimension_count", 4, "rope_dim 4 is not supported"),
+        ("tcgpt.rope.dimension_count", 10, "rope_dim 10 is not supported"),
+        ("tcgpt.rope.dimension_count", 3, "rope_dim 3 is not supported"),
         ("tcgpt.vocab_size", 49, "the embedding has 50 rows"),
         ("general.architecture", "mamba", "architecture 'mamba' is not supported"),
         ("general.architecture", None, "no model"),

@@ -123,7 +123,7 @@ def test_shares_are_shares_and_leave_the_session_alone(name: str, backend: str) 
 @pytest.mark.parametrize("name", ["tensor-everything", "tensor-token-gate", "tensor-delta", "infini-delta"])
 def test_a_shut_gate_leaves_no_share(name: str, backend: str) -> None:
     config = config_of(name)
-    shut = changed(weights_of(config), BETA[config.memory], SHUT)
+    shut = changed(weights_of(config), BETA[config.layers[-1].memory], SHUT)
     assert shares_of(config, changed(shut, "tc_gate.weight", 0), backend) == [0] * len(shares_of(config, shut, backend))
 
 

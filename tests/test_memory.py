@@ -73,6 +73,7 @@ CASES = {
     "sinks-in-cache": IN_CACHE,
     "sinks-in-cache-llama-gqa-linear": {**IN_CACHE, "arch": "llama", **GQA, **LINEAR},
     "sinks-in-cache-qwen2-key-conv": {**IN_CACHE, "arch": "qwen2", **CONV},
+    "sinks-in-cache-llama-half-rotation": {**IN_CACHE, "arch": "llama", **GQA, "rope_dim": 4},
     "infini-linear": inf("linear"),
     "infini-delta": inf("delta"),
     "infini-delta-gqa-key-conv": inf("delta", arch="tcllama", **GQA, **CONV),
@@ -100,6 +101,7 @@ CASES = {
     "tensor-slots-wedge-plain-insert": tc(slots=2, rule="wedge", rope=False, write_on_insert=True),
     "tensor-write-then-read-insert": tc(write_then_read=True, write_on_insert=True),
     "tensor-plain-keys": tc({"arch": "tcllama"}, rope=False),
+    "tensor-plain-keys-half-rotation": tc({"arch": "tcllama", "rope_dim": 4}, rope=False),
     "tensor-token-decay": tc(CONV, token_decay=True, rule="outer"),
     "tensor-token-rates-two-timescales": tc(GQA, token_rate=True, token_decay=True, two_timescales=True),
     "tensor-unbounded-insert": tc({"window": 0, **CONV}, write_on_insert=True, token_rate=True),
@@ -122,7 +124,7 @@ def weights_of(config: ModelConfig) -> Weights:
     weights = random_weights(config)
     if config.arch == "llama":
         weights = without(weights, "bias")
-        weights["rope_freqs.weight"] = np.linspace(1, 3, config.head_dim // 2, dtype=np.float32)
+        weights["rope_freqs.weight"] = np.linspace(1, 3, config.rope_dim // 2, dtype=np.float32)
     if config.arch == "qwen2":
         weights["output.weight"] = weights["token_embd.weight"][::-1].copy()
     if config.memory == "tensor" and not config.options.normalize_k:  # diverges where rate · |k|² > 1 + decay

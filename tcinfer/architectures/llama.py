@@ -82,7 +82,7 @@ def without_window(hf: dict[str, Any], values: dict[str, Any]) -> None:
 
 def converted(config: ModelConfig, layer: int, name: str, tensor: Any) -> Any:
     """A folder's tensor as a file has it: folders rotate the halves of a head, files neighbouring channels."""
-    own = config.layers[layer]
+    own = config.layer(layer)
     heads = {"attn_q": own.n_heads, "attn_k": own.n_kv_heads}.get(name.split(".")[0])
     if heads is None:
         return tensor
