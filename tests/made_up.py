@@ -3,7 +3,7 @@
     python tests/made_up.py OUTDIR
 
 They stand for models that are too large to be here. Each has a tokenizer of its architecture's kind, of 288 tokens.
-MODELS names them; `write` writes one, `weights` are its tensors as in the file, made_up_folders.py its Hugging Face form.
+MODELS names them; `write` writes one, `weights` are its tensors as in the file; made_up_folders.py writes folders.
 """
 
 from __future__ import annotations

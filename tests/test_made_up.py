@@ -71,7 +71,7 @@ def test_gemma_against_llama_cpp(name: str, file: Callable[[str], Path], tmp_pat
     """
     large = made_up.write(replace(MODELS[name], gate=1e5), tmp_path / f"{name}-large.gguf")
     assert compare(large, gelu=gguf_oracle.table_gelu) < 1e-4
-    assert compare(file(name), gelu=gguf_oracle.table_gelu) < 1e-3
+    assert compare(file(name), gelu=gguf_oracle.table_gelu) < (1e-3 if name == "gemma3-27b" else 4e-4)
     assert compare(file(name)) < 3e-3
 
 
