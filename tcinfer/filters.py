@@ -73,14 +73,22 @@ def find(ids: Ids, tokens: Ids) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
 
 def log_probabilities(logits: Logits) -> NDArray[np.float64]:
     """log softmax(logits) in float64, [n]."""
+    top, log_sum = _top_and_log_sum(logits)
+    return logits - top - log_sum
+
+
+def _top_and_log_sum(logits: Logits) -> tuple[np.float64, float]:
+    """The largest logit, and log sum exp(logits - it), in float64."""
     z = logits.astype(np.float64)
-    z -= z.max()
-    return z - math.log(np.exp(z).sum())
+    top = z.max()
+    z -= top  # in place: large new arrays cost more than the arithmetic
+    return top, math.log(np.exp(z, out=z).sum())
 
 
 def probabilities(logits: Logits) -> NDArray[np.float64]:
     """softmax(logits) in float64, [n]."""
-    return np.exp(log_probabilities(logits))
+    p = log_probabilities(logits)
+    return np.exp(p, out=p)
 
 
 def penalties(c: Candidates, recent: Ids, repeat: float, presence: float, frequency: float) -> Candidates:
@@ -157,16 +165,15 @@ def top_n_sigma(c: Candidates, n: float) -> Candidates:
     """Logits within n standard deviations of the largest. Tang et al. 2024 (arXiv:2411.07641)."""
     if n <= 0:
         return c
-    return c.take(c.logits >= c.logits.max() - n * c.logits.std(dtype=np.float64))
+    return c.take(np.flatnonzero(c.logits >= c.logits.max() - n * c.logits.std(dtype=np.float64)))
 
 
 def top_k(c: Candidates, k: int) -> Candidates:
     """The k likeliest. Fan et al. 2018 (arXiv:1805.04833)."""
-    n = len(c.ids)
-    if not 0 < k < n:
+    if not 0 < k < len(c.ids):
         return c
     if not c.falling:  # sorting all would cost more than the rest of the chain
-        c = c.take(np.flatnonzero(c.logits >= np.partition(c.logits, n - k)[n - k])).by_logit()
+        c = c.take(np.flatnonzero(c.logits >= _reached(c.logits, k))).by_logit()
     return c.take(slice(k))
 
 
@@ -187,8 +194,13 @@ def top_p(c: Candidates, mass: float) -> Candidates:
     """The fewest that hold `mass`, the likeliest first. Holtzman et al. 2019 (arXiv:1904.09751)."""
     if mass >= 1:
         return c
-    c = c.by_logit()
-    return c.take(slice(_fewest(probabilities(c.logits), mass)))
+    top, log_sum = _top_and_log_sum(c.logits)
+    least = float(top + log_sum + math.log((1 - mass) / len(c.ids)))  # all below hold less than 1 - mass together
+    some = c if c.falling else c.take(np.flatnonzero(c.logits >= least)).by_logit()
+    count = _fewest(np.exp(some.logits - top - log_sum), mass)
+    if count > len(some.ids) and not c.falling:  # rounding left out what is needed
+        return top_p(c.by_logit(), mass)
+    return some.take(slice(count))
 
 
 def min_p(c: Candidates, share: float) -> Candidates:
@@ -196,7 +208,8 @@ def min_p(c: Candidates, share: float) -> Candidates:
     if share <= 0:
         return c
     z = c.logits.astype(np.float64)
-    return c.take(z - z.max() >= math.log(share))
+    z -= z.max()
+    return c.take(np.flatnonzero(z >= math.log(share)))
 
 
 def xtc(c: Candidates, probability: float, threshold: float, rng: np.random.Generator) -> Candidates:
@@ -239,16 +252,28 @@ def _fewest(p: NDArray[np.float64], mass: float) -> int:
     return int(np.searchsorted(np.cumsum(p), mass)) + 1
 
 
+def _reached(logits: Logits, k: int) -> np.floating:
+    """A number that the k largest of logits [n] reach, and that few others reach.
+
+    Of the largest ones of any groups, the k-th is reached by k logits at least: one in each of k groups.
+    """
+    groups = 8 * max(k, 128)
+    rows = len(logits) // groups
+    if rows >= 8:
+        logits = logits[: rows * groups].reshape(rows, groups).max(axis=0)
+    return np.partition(logits, len(logits) - k)[len(logits) - k]
+
+
 def _falling(logits: Logits) -> NDArray[np.intp]:
     """Positions [n] from the largest logit to the smallest, of equal ones the first first."""
     if logits.dtype != np.float32:
         return np.argsort(-logits, kind="stable")
-    # A stable sort of floats is slow. Instead, integers that differ: the float's bits so that they rise as it falls,
-    # and below them its position.
+    # A stable sort of floats is slow. Instead, integers that rise as the float falls, sorted by their lower and then
+    # by their upper half: a radix sort.
     bits = (logits + np.float32(0)).view(np.uint32)  # -0 is 0
-    upper = np.where(logits < 0, bits, bits ^ 0x7FFFFFFF).astype(np.uint64)
-    keys = np.sort(upper << 32 | np.arange(len(logits), dtype=np.uint64))
-    return (keys & 0xFFFFFFFF).astype(np.intp)
+    keys = np.where(logits < 0, bits, bits ^ 0x7FFFFFFF)
+    order = np.argsort(keys.astype(np.uint16), kind="stable")
+    return order[np.argsort((keys >> 16).astype(np.uint16)[order], kind="stable")]
 
 
 # Name -> the filter with the options it takes. The order is that of the default chain.

@@ -135,7 +135,7 @@ def _candidates(logits: NDArray[np.float32], how: Sampling, allowed: NDArray[np.
     ids = _all_ids(V) if allowed is None else np.flatnonzero(allowed)
     if not len(ids):
         raise TcinferError("no token may come next: grammar, banned texts and logit_bias leave none")
-    c = Candidates(ids, logits if allowed is None else logits[ids])
+    c = Candidates(ids, logits if allowed is None else logits.take(ids))
     if not len(tokens):
         return c
     at, which = filters.find(ids, tokens)

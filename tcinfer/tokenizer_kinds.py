@@ -117,6 +117,8 @@ class _SentencePiece(_Pieces):
         seen: set[str] = set()
         for token, score in enumerate(numbers(metadata, SCORES, "f", count)):
             piece, kind = self._tokens[token], self._types[token]
+            if kind == USER_DEFINED:  # the library looks for these after it has changed the text's spaces
+                piece = piece.replace(" ", SPACE)
             if token == self._unknown:
                 kind = UNKNOWN  # the library takes exactly one
             elif kind == UNKNOWN or (piece in seen and kind in (NORMAL, USER_DEFINED)):

@@ -88,6 +88,49 @@ def test_top_k_of_many_with_ties() -> None:
         assert filters.top_k(candidates(logits), k).ids.tolist() == ranked(logits)[:k]
 
 
+@st.composite
+def many_logits(draw: st.DrawFn) -> np.ndarray:
+    """Enough of them that the largest are looked for in groups, in several orders, with few or many ties."""
+    n, spread = draw(st.integers(8000, 30_000)), draw(st.sampled_from([0.0, 0.5, 3.0, 1e37]))
+    logits = np.random.default_rng(draw(st.integers(0, 99))).normal(0, spread, n).clip(-3e38, 3e38)
+    if draw(st.booleans()):
+        logits = np.round(logits)
+    if draw(st.booleans()):
+        logits = np.sort(logits)[:: draw(st.sampled_from([1, -1]))]
+    return logits.astype(np.float32)
+
+
+def ranked_many(logits: np.ndarray) -> np.ndarray:
+    return np.lexsort((np.arange(len(logits)), -logits))
+
+
+@settings(unhurried, max_examples=60)
+@given(many_logits(), st.sampled_from([1, 2, 40, 128, 129, 400, 1000, 7999]))
+def test_top_k_of_many_is_the_head_of_a_full_sort(logits: np.ndarray, k: int) -> None:
+    kept = filters.top_k(candidates(logits), k)
+    assert (kept.ids == ranked_many(logits)[:k]).all()
+    assert (kept.logits == logits[kept.ids]).all()
+
+
+@settings(unhurried, max_examples=60)
+@given(many_logits(), st.sampled_from([0.0, 0.3, 0.95, 1 - 1e-9, 1 - 2**-53]), st.booleans())
+def test_top_p_of_many_is_the_head_of_a_full_sort(logits: np.ndarray, mass: float, falling: bool) -> None:
+    order = ranked_many(logits)
+    e = np.exp(logits[order].astype(np.float64) - logits.max())
+    reached = np.cumsum(e) / math.fsum(e)
+    kept = filters.top_p(candidates(logits, falling), mass)
+    n = len(kept.ids)
+    assert (kept.ids == order[:n]).all()
+    assert reached[n - 1] >= mass - NEAR
+    assert n == 1 or reached[n - 2] < mass + NEAR
+
+
+@pytest.mark.parametrize("falling", [False, True])
+def test_top_p_where_by_rounding_even_all_hold_less(falling: bool) -> None:
+    logits = np.repeat(np.float32([0, -1e30]), [9, 9])
+    assert len(filters.top_p(candidates(logits, falling), 1 - 2**-53).ids) == 18  # nine ninths are 1 - 3e-16
+
+
 @unhurried
 @given(logits_of, st.floats(0, 1), st.booleans())
 def test_top_p_keeps_the_fewest_likeliest_that_hold_p(logits: np.ndarray, mass: float, falling: bool) -> None:

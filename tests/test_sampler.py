@@ -260,6 +260,73 @@ def test_any_logits_in_any_order(logits: list[float], temperature: float, order:
         assert 0 <= sample(np.array(logits, np.float32), how, draws, [0, 0, 0]) < len(logits)
 
 
+# The choice among many
+
+
+def plain(logits: np.ndarray, how: Sampling, draws: Draws, allowed: np.ndarray) -> int:
+    """Top-k, top-p, min-p and the temperature by their definition: everything sorted first."""
+    ids = np.flatnonzero(allowed)
+    ids = ids[np.lexsort((ids, -logits[ids]))][: how.top_k or None]
+    z = logits[ids].astype(np.float64)
+    if how.top_p < 1:
+        held = np.cumsum(filters.probabilities(z))
+        z = z[: np.searchsorted(held, how.top_p) + 1]
+    if how.min_p > 0:
+        z = z[z - z[0] >= math.log(how.min_p)]
+    reached = np.cumsum(filters.probabilities(z / how.temperature))
+    return int(ids[np.searchsorted(reached, draws.rng.random() * reached[-1], side="right")])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from([2, 100, 8192, 10_000, 30_000]),
+    st.integers(0, 99),
+    st.sampled_from([0.5, 3.0, 20.0]),
+    st.booleans(),
+    st.sampled_from([0.0, 0.01, 0.9]),
+    st.sampled_from([0, 1, 40, 1000]),
+    st.sampled_from([0.5, 0.95, 1.0]),
+    st.sampled_from([0.0, 0.05]),
+)
+def test_the_choice_is_that_of_a_full_sort(
+    V: int, seed: int, spread: float, ties: bool, banned: float, k: int, p: float, min_p: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, spread, V).astype(np.float32)
+    logits = np.round(logits) if ties else logits
+    allowed = rng.random(V) >= banned
+    allowed[0], never = True, V - 1
+    how = Sampling(top_k=k, top_p=p, min_p=min_p, seed=seed)
+    draws, same = how.draws(), how.draws()
+    for _ in range(3):
+        assert sample(logits, how, draws, allowed=allowed if banned else None) == plain(logits, how, same, allowed)
+    left = allowed & (np.arange(V) != never)
+    how = replace(how, logit_bias={never: -math.inf})
+    assert sample(logits, how, draws, allowed=allowed if banned else None) == plain(logits, how, same, left)
+
+
+@pytest.mark.parametrize("how", [Sampling(), Sampling(repeat_penalty=1.1), Sampling(top_k=0)], ids=str)
+def test_few_of_many_are_sorted(how: Sampling, monkeypatch: pytest.MonkeyPatch) -> None:
+    V = 262_144
+    logits = np.random.default_rng(0).normal(0, 3, V).astype(np.float32)
+    logits[7] = 24  # as in a text: the likeliest holds much
+    handled = []
+    for name in ("sort", "argsort", "partition", "lexsort", "cumsum", "unique"):
+        monkeypatch.setattr(np, name, counting(getattr(np, name), handled))
+    sample(logits, how, how.draws(), np.arange(64))
+    assert 0 < sum(handled) < V / 100
+
+
+def counting(function: Any, handled: list[int]) -> Any:
+    """A function of an array that also notes its size."""
+
+    def counted(array: Any, *arguments: Any, **options: Any) -> Any:
+        handled.append(np.size(array))
+        return function(array, *arguments, **options)
+
+    return counted
+
+
 # Mirostat
 
 

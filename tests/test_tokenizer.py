@@ -258,6 +258,23 @@ def test_special_tokens():
     assert llama.encode("</s2>", special=True) == [266]
 
 
+def test_user_defined_spaces():
+    """Gemma has a token for each number of them."""
+    tokenizer = from_metadata(spm(users=["  ", "   ", "\n"], **{ADD_SPACE_PREFIX: False}), None)
+    for text, ids in {
+        "a ab": [260, 264],
+        "  a  ab": [265, 260, 265, 263],
+        "   a": [266, 260],
+        "    a": [266, 262],
+        "a     ": [260, 266, 265],
+        "\n  \n": [267, 265, 267],
+    }.items():
+        assert tokenizer.encode(text) == ids  # as llama.cpp has them
+        assert tokenizer.decode(ids) == text
+    prefixed = from_metadata(spm(users=["  "]), None)
+    assert prefixed.decode(prefixed.encode("  a  b")) == "  a  b"
+
+
 def test_one_letter_control_token_is_not_text():
     metadata = spm(pieces=["▁", "a", "b"])
     metadata[TYPES][260] = CONTROL
@@ -386,13 +403,14 @@ def test_trained_sentencepiece(unigram, rule, fallback):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([" ".join(rng.choices(words, k=9)) for _ in range(400)]), model_writer=model,
         vocab_size=400 if fallback else 120, model_type="unigram" if unigram else "bpe",
-        normalization_rule_name=rule, byte_fallback=fallback, user_defined_symbols=["<u>", "xy"],
+        normalization_rule_name=rule, byte_fallback=fallback, user_defined_symbols=["<u>", "xy", "▁▁"],
         hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
     proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
     library = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     metadata = {
-        MODEL: "t5" if unigram else "llama", TOKENS: [piece.piece for piece in proto.pieces],
+        MODEL: "t5" if unigram else "llama",
+        TOKENS: [piece.piece.replace("▁▁", "  ") for piece in proto.pieces],  # as llama.cpp's converter writes it
         SCORES: [piece.score for piece in proto.pieces], TYPES: [piece.type for piece in proto.pieces],
         "tokenizer.ggml.remove_extra_whitespaces": proto.normalizer_spec.remove_extra_whitespaces,
     }  # fmt: skip
