@@ -12,7 +12,7 @@ other runtimes refuse it; plain `llama` and `qwen2` files are read too, and then
 | `<arch>.attention.layer_norm_epsilon` or `.layer_norm_rms_epsilon` | eps of the block's norm |
 | `<arch>.attention.sliding_window` (u32) | tokens in the ring, sinks not counted; 0 is unbounded |
 | `<arch>.rope.dimension_count`, `.freq_base`, `.scaling.type`, `.scaling.factor` | rotation; 0: learned positions |
-| `tcinfer.memory.mechanism` (string) | full, window, sinks, infini, tensor |
+| `tcinfer.memory.mechanism` (string) | a name of the registry in `memory/__init__.py` |
 | `tcinfer.memory.sinks` (u32), `.sink_positions` (string), `.key_conv` (u32) | first level |
 | `tcinfer.memory.<option>` | each option of the mechanism: the fields of `Options` in its room in `memory/` |
 
@@ -29,13 +29,8 @@ Tensors (NumPy order, [out, in]; matrices may be quantised, all else is float32 
 | `output_norm.*`, `blk.i.attn_norm.*`, `blk.i.ffn_norm.*` | [C] | weight, and bias where there is one |
 | `blk.i.attn_{q,k,v,output}.*`, `blk.i.ffn_{up,gate,down}.*` | | projections: weight, and bias where there is one |
 | `blk.i.attn_key_conv` | [2, G, D] | taps of the key convolution |
-| `blk.i.tc_output.*` | [C, H D] | projection of the memory's read |
-| `blk.i.tc_gate.bias`, `.weight` | [1], [C] | gate logit; its weight where it depends on the token |
-| `blk.i.tc_decay`, `blk.i.tc_rate` | [timescales, G] | logits of decay and write rate, fast first |
-| `blk.i.tc_alpha` | [G] | logit of the slow read's share |
-| `blk.i.tc_slot_keys` | [G, S, D] | router |
-| `blk.i.tc_rate_proj`, `blk.i.tc_decay_proj` | [G, C] | per-token terms of the logits |
-| `blk.i.infini_beta` | [H] | logit of the memory's share |
+
+Those of a memory mechanism stand in its room (`memory/`).
 """
 
 from __future__ import annotations
@@ -247,11 +242,11 @@ def _read_memory(metadata: Mapping[str, Any], arch: str, standard: Mapping[str, 
                 f.name: _get(metadata, MEMORY + f.name, type(f.default), layered=True) for f in fields(made)
             }
             known |= {MEMORY + name for name in chosen[mode]}
-    if MEMORY + "layers" in metadata and "tensor" in chosen:  # of files from before layers could differ: the top n
-        known.add(MEMORY + "layers")
-        values["memory"] = top_layers(
-            "tensor", _get(metadata, MEMORY + "layers", int), n_layers, standard["window"], values["sinks"]
-        )
+    for mode in chosen:  # of files from before layers could differ
+        top = MEMORY + getattr(room(mode), "TOP_KEY", "")
+        if top in metadata:
+            known.add(top)
+            values["memory"] = top_layers(mode, _get(metadata, top, int), n_layers, standard["window"], values["sinks"])
     modes = values["memory"] if type(values["memory"]) is tuple else (values["memory"],) * n_layers
     if any(type(value) is tuple and len(value) != n_layers for value in (modes, *values.values())):
         raise FileError(f"an array below {MEMORY} has not one value for each of {n_layers} layers")

@@ -33,8 +33,10 @@ LONGEST = 60  # characters that it shows of a name or a token
 STEP = 64  # tokens by which a cache grows in whole cache lines, whatever its heads are
 
 
-def facts(path: str | PathLike[str] | None = None) -> dict[str, Any]:
+def facts(path: str | PathLike[str] | None = None, **asked: Any) -> dict[str, Any]:
     """All of it as plain values, ready for JSON; without a path, of the bundled model.
+
+    asked: memory, window, sinks, cache_type as `tcinfer.load` takes them, in place of the file's.
 
     Raises TcinferError for a file that this version cannot run.
     """
@@ -42,6 +44,7 @@ def facts(path: str | PathLike[str] | None = None) -> dict[str, Any]:
     try:
         config = read_config(file)
         weights = bind(config, file.tensors)
+        config = with_memory(config, **asked)
         words = tokenizer.from_metadata(file.metadata, config.vocab_size)
     except TcinferError as e:
         raise FileError(f"{file.path}: {e}") from e

@@ -62,7 +62,7 @@ def load(
     The numba backend repacks the weights into memory of its own; numpy's stay in the mapped file until they are used.
 
     backend: "numpy" (the reference), "numba", "cuda", or "auto"; memory, window, sinks: in place of the file's own
-    (full, window, sinks, infini or tensor; tokens; tokens beside the window); threads: of the numba backend, one for
+    (a name of the registry in memory/; tokens; tokens beside the window); threads: of the numba backend, one for
     each CPU unless said; cache_type: of the exact keys and values, "f16" (the default) or "f32"; notice: told in
     a line what is going to take longer than usual, such as compiling for this CPU the first time.
     Raises TcinferError for a file that cannot be run exactly, or options that do not go together.

@@ -9,7 +9,7 @@ from typing import Any
 from tcinfer.architectures import architecture
 from tcinfer.config import DEFAULT_SINKS, DEFAULT_WINDOW, LayerConfig, ModelConfig, check_count
 from tcinfer.errors import TcinferError
-from tcinfer.memory import MODES, room
+from tcinfer.memory import MODES
 
 FIELDS = ("memory", "window", "sinks", "sink_positions", "options")  # of a layer, that may change
 
@@ -41,10 +41,11 @@ def with_memory(
     if cache_type is not None:
         config = replace(config, cache_type=cache_type)
     farthest = _reach(config.widest)
+    there = [layer for layer in config.layers if _reach(layer) == farthest]
+    another = memory is not None and any(layer.memory != memory for layer in there) and not MODES[memory].needs_weights
+    ours = architecture(config.arch).OURS
     asked = [
-        _asked(layer, memory, window, sinks, architecture(config.arch).OURS)
-        if _reach(layer) == farthest
-        else _kept(layer)
+        _asked(layer, memory if another else None, window, sinks, ours) if layer in there else _kept(layer)
         for layer in config.layers
     ]
     changed: dict[str, Any] = {name: tuple(values[name] for values in asked) for name in FIELDS}
@@ -61,10 +62,9 @@ def _kept(layer: LayerConfig) -> dict[str, Any]:
 
 
 def _asked(layer: LayerConfig, memory: str | None, window: int | None, sinks: int | None, ours: bool) -> dict[str, Any]:
-    """The fields of a layer that was asked to have another memory, window or sinks; None: its own."""
-    mode = layer.memory if memory is None or MODES[memory].needs_weights else memory
-    changed = mode != layer.memory
-    options = room(mode).Options and room(mode).Options() if changed else layer.options
+    """The fields of a layer that is to have another memory, window or sinks; None: its own."""
+    mode, changed = memory or layer.memory, memory is not None
+    options = None if changed else layer.options
     if mode == "full":
         if window is not None or sinks is not None:
             raise TcinferError("full memory has no window and no sinks; choose memory 'window' or 'sinks' for them")

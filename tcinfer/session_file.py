@@ -242,9 +242,10 @@ def _config(description: bytes, nbytes: int) -> ModelConfig:
 def _with_options(values: dict[str, Any]) -> dict[str, Any]:
     """The mechanisms' options made of what describes them. Raises TypeError for what does not."""
     modes, options = values["memory"], values["options"]
-    if isinstance(options, Mapping) and "layers" in options:  # before layers could differ: the top ones have a matrix
-        options = {name: value for name, value in options.items() if name != "layers"}
-        top = values["options"]["layers"]
+    top_key = getattr(memory.room(modes), "TOP_KEY", "") if isinstance(modes, str) else ""
+    if top_key and isinstance(options, Mapping) and top_key in options:  # before layers could differ
+        top = options[top_key]
+        options = {name: value for name, value in options.items() if name != top_key}
         modes = schema.top_layers(modes, top, values["n_layers"], values["window"], values["sinks"])
 
     def made(mode: Any, given: Any) -> Any:

@@ -167,7 +167,7 @@ def test_all_logits_are_not_kept_by_the_session() -> None:
     s = small(**TENSOR).session()
     s.feed(IDS, all_logits=True)
     assert s._logits is not None
-    assert s._logits.base is None
+    assert s._logits.fetch().base is None
 
 
 def test_arguments_of_the_wrong_kind_are_our_errors(shakespeare: tcinfer.Model) -> None:
@@ -297,7 +297,7 @@ def test_threads_may_each_run_a_session_of_one_model(backend: str) -> None:
 
 def test_weights_that_are_no_numbers_are_reported_when_a_token_is_drawn() -> None:
     model = small()
-    model._final["output_norm.weight"] = np.full(32, np.nan, np.float32)
+    model.weights["output_norm.weight"] = np.full(32, np.nan, np.float32)
     with pytest.raises(TcinferError, match="not finite"):
         next(model.session().generate([1]))
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tcinfer.cli.console import one_line, say, terminated
+from tcinfer.cli.options import CACHE_TYPE, MEMORY, together
 from tcinfer.errors import TcinferError
 
 if TYPE_CHECKING:
@@ -120,12 +121,13 @@ def _conclude(out: Path, outtype: str, source: Source, written: Written, origin:
 
 @click.command()
 @click.argument("model", metavar="[MODEL.gguf]", required=False)
+@together(*MEMORY, CACHE_TYPE)
 @click.option("--json", "as_json", is_flag=True, help="The same as one JSON object.")
-def inspect(model: str | None, as_json: bool) -> None:
+def inspect(model: str | None, as_json: bool, **asked: Any) -> None:
     """Show what a model file holds (the bundled one's, without a name): shape, weights, tokenizer, memory, state."""
     import json
 
     from tcinfer.inspect import facts, report
 
-    found = facts(model)
+    found = facts(model, **asked)
     click.echo(json.dumps(found, indent=2) if as_json else report(found))

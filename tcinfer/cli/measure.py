@@ -85,7 +85,7 @@ def bench(**options: Any) -> None:
         "--memory",
         multiple=True,
         metavar="MODE",
-        help="full, window, sinks, infini or tensor, or with sizes as window:256, sinks:512:4; may be repeated.",
+        help="full, window, sinks or the file's own, or with sizes as window:256, sinks:512:4; may be repeated.",
     ),
     *MEMORY[1:],
     *RUNNING,

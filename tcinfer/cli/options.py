@@ -19,14 +19,15 @@ if TYPE_CHECKING:
 
 MODEL = click.option("-m", "--model", metavar="MODEL.gguf", help="The model; without it, the bundled one.")
 MEMORY = (
-    click.option("--memory", metavar="MODE", help="full, window, sinks, infini or tensor, in place of the file's own."),
+    click.option("--memory", metavar="MODE", help="full, window or sinks, in place of the file's own."),
     click.option("--window", type=int, metavar="N", help="Tokens kept exactly."),
     click.option("--sinks", type=int, metavar="N", help="First tokens kept for ever, beside the window."),
 )
+CACHE_TYPE = click.option("--cache-type", metavar="TYPE", help="Of exact keys and values: f16 (default) or f32.")
 RUNNING = (
     click.option("--backend", default="auto", show_default=True, metavar="NAME", help="auto, numpy, numba or cuda."),
     click.option("--threads", type=int, metavar="N", help="Threads; without it, one for each CPU."),
-    click.option("--cache-type", metavar="TYPE", help="Of exact keys and values: f16 (default) or f32."),
+    CACHE_TYPE,
 )
 CONSTRAINT = (
     click.option(

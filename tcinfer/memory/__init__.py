@@ -17,7 +17,9 @@ A room is a module or, where it has operators of its own, a package. It has
     PREFIX                  with which the names of its own weights begin, "" where it has none
     LEARNED                 what its weights say, for `inspect`: name -> how people read it
     learned(weights)        those of a layer's weights, where there are any
-    CHECKPOINT              how the published trainer names its options and tensors (converters/trainer_args.py)
+
+and, where a model must be trained for it, `checkpoint.py`: how the published trainer names its options and tensors
+(converters/trainer_args.py).
 
 To add one: write the room, name it in MODES.
 """

@@ -6,7 +6,7 @@ write  M += φ(k_t) ⊗ v_t                                            "linear"
        z += φ(k_t)
 out    σ(β_h) m + (1 - σ(β_h)) local, per head, before the output projection
 
-Source: docs/mechanisms.md, "Infini-attention".
+Of a layer: the tensor `infini_beta` [H], logits of the memory's share. Source: docs/mechanisms.md, "Infini-attention".
 """
 
 from __future__ import annotations

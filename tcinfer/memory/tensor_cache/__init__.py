@@ -5,6 +5,15 @@
 A holds one plane per timescale and slot. Each written pair (k̃, v) changes it by the rule's recurrence
 (kernels/reference/matrix_memory.py) with decay λ = σ(logit) and write rate η = σ(logit), per key head; without a
 write nothing decays. Read comes before write unless write_then_read. Source: docs/mechanisms.md, "Tensor Cache".
+
+| tensor of a layer | shape | what |
+|---|---|---|
+| `tc_output.*` | [C, H D] | projection of the memory's read |
+| `tc_gate.bias`, `.weight` | [1], [C] | gate logit; its weight where it depends on the token |
+| `tc_decay`, `tc_rate` | [timescales, G] | logits of decay and write rate, fast first |
+| `tc_alpha` | [G] | logit of the slow read's share |
+| `tc_slot_keys` | [G, S, D] | router |
+| `tc_rate_proj`, `tc_decay_proj` | [G, C] | per-token terms of the logits |
 """
 
 from __future__ import annotations
@@ -26,6 +35,7 @@ if TYPE_CHECKING:
 
 MATRICES = ("A",)
 PREFIX = "tc_"
+TOP_KEY = "layers"  # of files from before layers could differ: how many of the last ones have a matrix, -1 for all
 LEARNED = {
     "gate": "gate",
     "half_life_tokens": "half-life in written tokens",
