@@ -59,16 +59,16 @@ def facts(path: str | PathLike[str] | None = None, **asked: Any) -> dict[str, An
         "gguf_version": file.version,
         "architecture": config.arch,
         "name": config.name,
-        "sizes": {name: getattr(config, name) for name in SIZES},
-        "positions": {name: getattr(config, name) for name in POSITIONS},
+        "sizes": {name: _listed(getattr(config, name)) for name in SIZES},
+        "positions": {name: _listed(getattr(config, name)) for name in POSITIONS},
         "parameters": sum(math.prod(tensor.shape) for tensor in file.tensors.values()),
         "tensors": len(file.tensors),
         "tensor_types": _types(file.tensors),
         "tokenizer": _tokenizer(file.metadata, words),
         "chat_template": _template(file.metadata.get(tokenizer.CHAT_TEMPLATE)),
         "memory": {
-            "mechanism": config.memory,
-            **{name: getattr(config, name) for name in FIRST_LEVEL},
+            "mechanism": _listed(config.memory),
+            **{name: _listed(getattr(config, name)) for name in FIRST_LEVEL},
             "options": _options(config),
         },
         "layers": [{"layer": i, **_own(config.layers[i]), **_learned(config, i, w)} for i, w in enumerate(layers)],
@@ -144,6 +144,11 @@ def _template(template: object) -> dict[str, Any] | None:
     if not isinstance(template, str):
         return None
     return {"characters": len(template), "chatml": "<|im_start|>" in template}
+
+
+def _listed(value: Any) -> Any:
+    """What differs from layer to layer, as a list."""
+    return list(value) if type(value) is tuple else value
 
 
 def _own(layer: LayerConfig) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from tcinfer.architectures import architecture
 from tcinfer.config import DEFAULT_SINKS, DEFAULT_WINDOW, LayerConfig, ModelConfig, check_count
 from tcinfer.errors import TcinferError
-from tcinfer.memory import MODES
+from tcinfer.memory import MODES, room
 
 FIELDS = ("memory", "window", "sinks", "sink_positions", "options")  # of a layer, that may change
 
@@ -64,7 +64,8 @@ def _kept(layer: LayerConfig) -> dict[str, Any]:
 def _asked(layer: LayerConfig, memory: str | None, window: int | None, sinks: int | None, ours: bool) -> dict[str, Any]:
     """The fields of a layer that is to have another memory, window or sinks; None: its own."""
     mode, changed = memory or layer.memory, memory is not None
-    options = None if changed else layer.options
+    made = room(mode).Options
+    options = layer.options if not changed else made and made()
     if mode == "full":
         if window is not None or sinks is not None:
             raise TcinferError("full memory has no window and no sinks; choose memory 'window' or 'sinks' for them")
