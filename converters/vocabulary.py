@@ -157,8 +157,10 @@ def _gpt2_of_json(facts: dict[str, Any], ids: dict[str, int]) -> Metadata | None
     if any(model[key] for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")):
         return None
     shape = _without_offsets(facts["pre_tokenizer"])
-    pre = next((name for name, known in PRE_TOKENIZERS.items() if shape == _without_offsets(known)), None)
-    if pre is None or bool(model["ignore_merges"]) != (pre == IGNORES_MERGES):
+    ignores = bool(model["ignore_merges"])
+    alike = (name for name, known in PRE_TOKENIZERS.items() if shape == _without_offsets(known))
+    pre = next((name for name in alike if ignores == (name == IGNORES_MERGES)), None)
+    if pre is None:
         return None
     if any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in added):
         return None

@@ -152,6 +152,14 @@ class ModelConfig:
         return max(self.layers, key=lambda layer: layer.window + layer.sinks if layer.window else math.inf)
 
     @property
+    def farthest(self) -> str | None:
+        """The memory of the layers that see farthest back; None where they differ in it."""
+        if not self._differ:
+            return self.layer(0).memory
+        found = {layer.memory for layer in self.layers if layer.window == self.widest.window}
+        return found.pop() if len(found) == 1 else None
+
+    @property
     def memories(self) -> str:
         """The memories of the layers, each once, as people read it."""
         return ", ".join(dict.fromkeys(self.memory if type(self.memory) is tuple else (self.memory,)))

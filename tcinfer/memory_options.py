@@ -44,8 +44,9 @@ def with_memory(
     there = [layer for layer in config.layers if _reach(layer) == farthest]
     another = memory is not None and any(layer.memory != memory for layer in there) and not MODES[memory].needs_weights
     ours = architecture(config.arch).OURS
+    mixed = config.farthest is None  # then sinks stand beside a window wherever one is
     asked = [
-        _asked(layer, memory if another else None, window, sinks, ours) if layer in there else _kept(layer)
+        _asked(layer, memory if another else None, window, sinks, ours, mixed) if layer in there else _kept(layer)
         for layer in config.layers
     ]
     changed: dict[str, Any] = {name: tuple(values[name] for values in asked) for name in FIELDS}
@@ -61,16 +62,20 @@ def _kept(layer: LayerConfig) -> dict[str, Any]:
     return {name: getattr(layer, name) for name in FIELDS}
 
 
-def _asked(layer: LayerConfig, memory: str | None, window: int | None, sinks: int | None, ours: bool) -> dict[str, Any]:
+def _asked(
+    layer: LayerConfig, memory: str | None, window: int | None, sinks: int | None, ours: bool, mixed: bool
+) -> dict[str, Any]:
     """The fields of a layer that is to have another memory, window or sinks; None: its own."""
     mode, changed = memory or layer.memory, memory is not None
+    if mixed and memory is None and sinks is not None and mode in ("window", "sinks"):
+        mode = "sinks" if sinks else "window"
     made = room(mode).Options
     options = layer.options if not changed else made and made()
     if mode == "full":
         if window is not None or sinks is not None:
             raise TcinferError("full memory has no window and no sinks; choose memory 'window' or 'sinks' for them")
         return _kept(layer) | {"memory": mode, "window": 0, "sinks": 0, "options": options}
-    if mode == "window" and sinks is not None:
+    if mode == "window" and sinks is not None and not mixed:
         raise TcinferError("memory 'window' has no sinks; choose memory 'sinks' for them")
     positions = layer.sink_positions
     if changed:

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from tcinfer import format as schema
 from tcinfer import memory
+from tcinfer.architectures import architecture
 from tcinfer.atomic import replacing
 from tcinfer.config import LAYERED, ModelConfig
 from tcinfer.errors import FileError, TcinferError
@@ -78,11 +79,10 @@ class SessionFile:
     def memory_options(self) -> dict[str, Any]:
         """The arguments of `tcinfer.load` with which a model goes on from this file."""
         config, layer = self.config, self.config.widest
-        alike = {other.memory for other in config.layers if other.window == layer.window}
         return {
-            "memory": layer.memory if len(alike) == 1 else None,  # else as the file has it
+            "memory": config.farthest,
             "window": layer.window or None,
-            "sinks": None if alike <= {"full", "window"} else layer.sinks,
+            "sinks": layer.sinks if layer.sinks or config.farthest not in (None, "full", "window") else None,
             "cache_type": config.cache_type,
         }
 
@@ -222,6 +222,7 @@ def _config(description: bytes, nbytes: int) -> ModelConfig:
         known = {f.name: f for f in fields(ModelConfig)}
         if not isinstance(values, dict) or not set(known) - set(ADDED) <= set(values) <= set(known):
             raise TcinferError("its description is that of another version, or of no model")
+        architecture(str(values["arch"]))
         values = {name: tuple(value) if type(value) is list else value for name, value in values.items()}
         for name, value in values.items():
             kinds = {"s": (str,), "i": (int,), "f": (int, float)}.get(str(known[name].type)[0])  # of `options` none

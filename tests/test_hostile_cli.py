@@ -157,7 +157,6 @@ KEYS = [
     ("tcgpt.attention.head_count", 3, "is not a multiple|has shape"),
     ("tcgpt.attention.head_count", LARGE, "is not a multiple|has shape"),
     ("tcgpt.attention.head_count", [4, 4, 4], "n_heads has 3 values, and the model 2 layers"),
-    ("tcgpt.attention.head_count", [4, "4"], "must be of type int"),
     ("tcgpt.attention.head_count", [4, 2], "has shape|is not a multiple"),
     ("tcgpt.embedding_length", [32, 32], "must be of type int, not an array of 2"),
     ("tcgpt.attention.head_count", "4", "must be of type int"),

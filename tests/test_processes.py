@@ -252,7 +252,7 @@ def test_products_of_a_lesser_cpu(tier: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("tier", TIERS)
 def test_all_operators_of_a_lesser_cpu(tier: str) -> None:
-    on_tier(tier, "test_kernels.py", "test_attention.py", "test_engine.py")
+    on_tier(tier, "test_kernels.py", "test_operators.py", "test_attention.py", "test_engine.py")
 
 
 # The cache of compiled code

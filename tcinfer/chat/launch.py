@@ -122,8 +122,7 @@ class Chats:
         asked, config = dict(self._asked), self.opened.config
         mode = asked["memory"]
         if mode is None:
-            mode = "sinks" if config.widest.memory == "full" else config.widest.memory
-            asked["memory"] = mode
+            mode = asked["memory"] = "sinks" if not config.widest.window else config.farthest
         if mode != "sinks":
             return asked
         pinned = self._pinned(system)
