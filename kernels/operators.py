@@ -3,7 +3,8 @@
 A row names an operator's arguments in the order in which its compiled forms take them, says what is read and written,
 and holds the equation in NumPy. An argument is written as
 
-    name          a word: a number, or the address of weights, which nobody writes
+    name          a word: a whole number, or the address of weights, which nobody writes
+    name:f        a word that holds the bits of a float64 (kernels take them back by `number`)
     name<         rows that are read          name>  rows that are written, for the next steps
     name<>        rows that are changed       name~  rows that the operator works in by itself
     @name<        (and so on) the number of a field of the state
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-ARGUMENT = re.compile(r"([@%]?)(\w+)(<>|<|>|~|)([\w.]*)(?:/(\w+))?$")
+ARGUMENT = re.compile(r"([@%]?)(\w+)(:f|<>|<|>|~|)([\w.]*)(?:/(\w+))?$")
 Room = Callable[[Mapping[str, int]], int]
 
 
@@ -40,6 +41,7 @@ class Argument:
     field: bool = False  # the number of a field of the state
     word: bool = False  # no argument, but a word of the pass
     shape: tuple[str, ...] = ()  # of a row: names of words, or numbers
+    number: bool = False  # a float64
     half: str = ""  # the word that says whether elements are float16
 
     @property
@@ -67,6 +69,7 @@ def _argument(text: str) -> Argument:
         field=kind == "@",
         word=kind == "%",
         shape=tuple(shape.split(".")) if shape else (),
+        number=mark == ":f",
         half=half or "",
     )
 

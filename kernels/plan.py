@@ -181,7 +181,11 @@ class Plan:
         Raises TypeError unless they are those of the operator.
         """
         operator.check(arguments)
-        words = {name: self._word(value) for name, value in arguments.items()}
+        numbers = {a.name for a in operator.arguments if a.number}
+        words = {
+            name: as_words([float(value or 0)])[0] if name in numbers else self._word(value)
+            for name, value in arguments.items()
+        }
         self.steps.append(Step(operator, kind, words, when))
         return self.steps[-1]
 
@@ -211,8 +215,7 @@ class Plan:
             return 0
         if isinstance(value, np.ndarray):
             return self.keep(value)
-        if isinstance(value, float):
-            return as_words([value])[0]
+        assert not isinstance(value, float), "mark it as a number in the table"
         return int(getattr(value, "address", value))
 
     def conflict(self, first: Step, second: Step) -> Conflict:

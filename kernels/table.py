@@ -25,11 +25,11 @@ def padded(count: int) -> int:
 
 # Of every backend
 
-ANGLES = Operator("angles", "freq pairs most offset factor cos>pairs sin>pairs", "rows", rotary.angles)
+ANGLES = Operator("angles", "freq pairs most offset factor:f cos>pairs sin>pairs", "rows", rotary.angles)
 ADD = Operator("add", "x<>columns y<columns columns", "rows", pointwise.add)
-SCALE = Operator("scale", "x<>columns columns factor", "rows", pointwise.scale)
-SOFTCAP = Operator("softcap", "columns cap %logits<>", "rows", pointwise.softcap)
-HEAD_NORM = Operator("head_norm", "x<>heads.width heads width weight eps", "rows", pointwise.head_norm, by_head=True)
+SCALE = Operator("scale", "x<>columns columns factor:f", "rows", pointwise.scale)
+SOFTCAP = Operator("softcap", "columns cap:f %logits<>", "rows", pointwise.softcap)
+HEAD_NORM = Operator("head_norm", "x<>heads.width heads width weight eps:f", "rows", pointwise.head_norm, by_head=True)
 PUSH = Operator(
     "push",
     "q<H.D k<G.D v<G.D H G D half interleaved turned cos< sin< cos_far< sin_far< "
@@ -67,7 +67,7 @@ SCAN = Operator(
 # CPUs
 
 CPU_EMBED = Operator("embed", "table columns x> stride positions", "rows", launch="none")
-CPU_NORM = Operator("norm", "x< columns y> stride weight bias eps layer out> out_stride", "rows", launch="none")
+CPU_NORM = Operator("norm", "x< columns y> stride weight bias eps:f layer out> out_stride", "rows", launch="none")
 CPU_GATED = Operator("gated", "gate< up<> columns stride out> out_stride tanh", "rows", launch="none")
 CPU_GELU = Operator("gelu", "x<> columns stride out> out_stride", "rows", launch="none")
 QUANTISE = Operator("quantise", "x< stride columns out> out_stride", "rows", launch="none")
@@ -122,7 +122,7 @@ LOOK = Operator("look", "data size sums", "bandwidth", launch="none")  # measure
 # GPUs. `make` to `eps`: what a row is made into on its way into a product (staging.h).
 
 MATRIX = "at runs tile_bytes chunk_bytes"  # of kinds.h
-STAGED = "make x< x_stride columns weight< offset eps fresh"
+STAGED = "make x< x_stride columns weight< offset eps:f fresh"
 
 
 def _attention_room(a: Words, warps: int) -> int:

@@ -162,7 +162,7 @@ class ModelConfig:
     @property
     def memories(self) -> str:
         """The memories of the layers, each once, as people read it."""
-        return ", ".join(dict.fromkeys(self.memory if type(self.memory) is tuple else (self.memory,)))
+        return ", ".join(dict.fromkeys(self.memory) if isinstance(self.memory, tuple) else (self.memory,))
 
     @property
     def learned_positions(self) -> bool:

@@ -127,13 +127,13 @@ class Net:
         """RMS norm of each head by itself, in place.  [heads · D]."""
         D = self.config.head_dim
         weight, heads = self.weight(f"{name}.weight", (D,)), columns(x) // D
-        self.recorder.call(HEAD_NORM, x=x, heads=heads, width=D, weight=weight, eps=float(self.config.norm_eps))
+        self.recorder.call(HEAD_NORM, x=x, heads=heads, width=D, weight=weight, eps=self.config.norm_eps)
         return x
 
     def scale(self, x: Rows, factor: float) -> Rows:
         """x · factor, in place."""
         if factor != 1:
-            self.recorder.call(SCALE, x=x, columns=columns(x), factor=float(factor))
+            self.recorder.call(SCALE, x=x, columns=columns(x), factor=factor)
         return x
 
     def add(self, x: Rows, y: Rows) -> Rows:
@@ -157,7 +157,7 @@ class Net:
             head = self.tensor("token_embd.weight", shape, matrix=True)
         self.recorder.linear(x, self.recorder.stored(head), None, None, None, head=True)
         if c.softcap:
-            self.recorder.call(SOFTCAP, columns=c.vocab_size, cap=float(c.softcap))
+            self.recorder.call(SOFTCAP, columns=c.vocab_size, cap=c.softcap)
 
     def call(self, operator: Operator, **given: Any) -> Any:
         """An operator of a room of its own: rows that it writes, in order (kernels/operators.py)."""

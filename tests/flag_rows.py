@@ -23,6 +23,7 @@ BASES = {  # what both runs of a command have
     "perplexity": f"-m {MODEL} -f text.txt -o json",
     "convert": "m.gguf -o new.gguf",
     "quantize": "m.gguf new.gguf q8_0",
+    "inspect": MODEL,
     "session show": "s.tcs",
     "session verify": "s.tcs",
 }
@@ -197,6 +198,13 @@ PERPLEXITY = RUNS | {
     "--plot": Row("new.svg", lambda a, b: "<svg" in Path("new.svg").read_text(), needs="matplotlib"),
 }
 JSON = {"--json": Row(None, lambda a, b: isinstance(json.loads(b.out), dict))}
+BYTES = r"state +([\d,]+) bytes"
+INSPECT = JSON | {
+    "--memory": Row("window", shows("memory                window")),
+    "--window": Row("20", shows("window                20 tokens")),
+    "--sinks": Row("3", counts(BYTES, lambda a, b: a < b)),
+    "--cache-type": Row("f32", counts(BYTES, lambda a, b: a < b)),
+}
 TABLES = {
     "": {"--version": Row(None, lambda a, b: re.fullmatch(r"tcinfer [\d.]+\n", b.out))},
     "generate": GENERATE,
@@ -208,7 +216,7 @@ TABLES = {
     "bench": BENCH,
     "perplexity": PERPLEXITY,
     "session show": JSON,
-    "inspect": JSON,
+    "inspect": INSPECT,
     "doctor": JSON,
 }
 HELP = Row(None, lambda a, b: b.status == 0 and b.out.startswith("Usage: tcinfer") and not b.err)

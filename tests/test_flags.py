@@ -135,8 +135,9 @@ def test_numbers_that_cannot_be_are_refused_by_name(folder: Path, name: str, fla
     wrong = WORDS + (WHOLE if option.type == click.INT else REAL)
     wrong += () if flag in BELOW_ZERO else ("-2",) if flag in FROM_MINUS_ONE else ("-1",)
     wrong += (str(2**63),) if option.type == click.INT and flag != "--seed" else ()
+    model = f"-m {MODEL}" if (name, "--model") in OPTIONS else ""
     for value in wrong:
-        line = refused(run(name, f"-m {MODEL}", f"{flag}={value}"))
+        line = refused(run(name, model, f"{flag}={value}"))
         assert flag in line or flag[2:].replace("-", "_") in line or option.name in line, value
 
 

@@ -101,8 +101,3 @@ def layout(config: ModelConfig, capacity: int = 0) -> Layout:
 def bounded(config: ModelConfig) -> bool:
     """Whether the state has one size for ever."""
     return layout(config, 1).nbytes == layout(config, 1 + ALIGNMENT).nbytes
-
-
-def of_layers(config: ModelConfig) -> tuple[str, ...]:
-    """The memories of a model's layers, each once."""
-    return tuple(dict.fromkeys(layer.memory for layer in config.layers))

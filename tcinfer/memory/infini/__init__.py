@@ -57,9 +57,7 @@ def wire(net: Net, q: Rows, k: Rows, v: Rows, h: Rows, into: Rows | None) -> Row
     near = ring.attend(net, new)
     ring.settle(net, new, k)
     delta = net.layer.options.rule == "delta"
-    fq, fk, retrieve, norm = net.call(
-        FEATURES, q=new.q, k=new.k, z=net.field("z"), **shape, eps=float(EPS), delta=delta
-    )
+    fq, fk, retrieve, norm = net.call(FEATURES, q=new.q, k=new.k, z=net.field("z"), **shape, eps=EPS, delta=delta)
     one = net.ones(G)
     far = net.call(
         SCAN,

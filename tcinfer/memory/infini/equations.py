@@ -48,7 +48,7 @@ def blend(p: Any, near: F32, far: F32, norm: F32, betas: F32, H: int, D: int) ->
 
 FEATURES = Operator(
     "features",
-    "q<G.R.D k<G.D @z<> G R D eps delta fq>G.R.D fk>G.D retrieve>G norm>G.R",
+    "q<G.R.D k<G.D @z<> G R D eps:f delta fq>G.R.D fk>G.D retrieve>G norm>G.R",
     "tcinfer.memory.infini",
     features,
     by_head=True,

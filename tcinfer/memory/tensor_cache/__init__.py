@@ -131,8 +131,8 @@ def wire(net: Net, q: Rows, k: Rows, v: Rows, h: Rows, into: Rows | None) -> Row
         timescales=o.timescales,
         slots=o.slots,
         normalize=o.normalize_k,
-        value_scale=float(o.value_scale),
-        temperature=float(o.router_temperature),
+        value_scale=o.value_scale,
+        temperature=o.router_temperature,
         **_back(net),
         **{name: net.weight(f"tc_{name[:-1]}", (o.timescales, G)) for name in ("decays", "rates")},
         slot_keys=slot_keys,
@@ -141,7 +141,7 @@ def wire(net: Net, q: Rows, k: Rows, v: Rows, h: Rows, into: Rows | None) -> Row
     mix = None
     if planes > 1:
         alpha = net.weight("tc_alpha", (G,)) if o.two_timescales else None
-        routing = {"slots": o.slots, "topk": o.read_topk, "temperature": float(o.router_temperature)}
+        routing = {"slots": o.slots, "topk": o.read_topk, "temperature": o.router_temperature}
         mix = net.call(MIX, q=queries, **group, timescales=o.timescales, **routing, slot_keys=slot_keys, alpha=alpha)
     scanned: dict[str, Any] = {**group, "q": queries, "k": wk, "decay": decay, "rate": rate}
     scanned |= {"write_first": o.write_then_read}
@@ -150,7 +150,7 @@ def wire(net: Net, q: Rows, k: Rows, v: Rows, h: Rows, into: Rows | None) -> Row
     if o.normalize_read:
         counts = {"P": 1, "E": 1, "v": net.ones(G), "mix": None, "retrieve": None, "wedge": False}
         norm = net.call(SCAN, field=net.field("z"), **counts, **scanned)
-        net.call(DIVIDE, x=read, by=norm, heads=H, width=D, eps=float(o.normalize_read_eps))
+        net.call(DIVIDE, x=read, by=norm, heads=H, width=D, eps=o.normalize_read_eps)
     logit = net.project(h, net.weight("tc_gate.weight", (C,))[None]) if o.token_gate else None
     gate = net.call(GATE, logit=logit, bias=net.weight("tc_gate.bias", (1,)))
     out = ring.attend(net, new)

@@ -152,8 +152,8 @@ def gate(p: Any, logit: F32 | None, bias: F32) -> F32:
 SOURCE = "{0}_k<G.D {0}_v<G.D {0}_decay<G {0}_rate<G"
 WRITES = Operator(
     "writes",
-    f"{SOURCE.format('entering')} {SOURCE.format('leaving')} G D window sinks timescales slots normalize value_scale "
-    "temperature cos< sin< turned interleaved decays rates slot_keys route<G.D "
+    f"{SOURCE.format('entering')} {SOURCE.format('leaving')} G D window sinks timescales slots normalize value_scale:f "
+    "temperature:f cos< sin< turned interleaved decays rates slot_keys route<G.D "
     "k>G.D v>G.D decay>timescales.slots.G rate>timescales.slots.G work~slots.G",
     HOME,
     writes,
@@ -163,11 +163,11 @@ WRITES = Operator(
 UNIT = Operator("unit", "x<heads.width heads width y>heads.width", HOME, unit, by_head=True)
 MIX = Operator(
     "mix",
-    "q<G.R.D G R D timescales slots topk temperature slot_keys alpha mix>timescales.slots.G.R work~2.slots.G.R",
+    "q<G.R.D G R D timescales slots topk temperature:f slot_keys alpha mix>timescales.slots.G.R work~2.slots.G.R",
     HOME,
     mix,
     by_head=True,
     shared=lambda a, warps: 8 * a["slots"],
 )
-DIVIDE = Operator("divide", "x<>heads.width by<heads heads width eps", HOME, divide, by_head=True)
+DIVIDE = Operator("divide", "x<>heads.width by<heads heads width eps:f", HOME, divide, by_head=True)
 GATE = Operator("gate", "logit<1 bias gate>1", HOME, gate, by_head=True)
