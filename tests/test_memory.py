@@ -268,7 +268,7 @@ def test_prompts_longer_than_one_pass(name, backend):
         assert difference(got, expected(name, 300)[0]) < TOLERANCE[backend]
 
 
-# identities of mechanisms.md 1.5 and 2.2
+# identities: what mechanisms become where a part of them is closed
 
 
 def tensor_model(**options) -> tuple[ModelConfig, Weights]:

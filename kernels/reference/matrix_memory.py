@@ -1,6 +1,6 @@
 """The matrix memory: one matrix A per head, written pair by pair and read with one product.
 
-One recurrence serves every rule (mechanisms.md 1.2 and 2.1). For each token t, with key k, value v, query q:
+One recurrence serves every rule (docs/mechanisms.md, "The matrix memory"). For each token t, with key k, value v, query q:
 
     u_t = rate_t (v_t - c_t k_t A_{t-1})          c = 0: outer, wedge;  1: delta;  1 / (φ(k)·z + eps): Infini
     A_t = decay_t A_{t-1} + k_t ⊗ u_t             retrieval is from the un-decayed A
@@ -8,8 +8,8 @@ One recurrence serves every rule (mechanisms.md 1.2 and 2.1). For each token t, 
     o_t = q_t A_{t-1}   (read first)   or   q_t A_t   (write first)
 
 Planes (slots, timescales) are a leading axis: each has its own decay and rate, and o = Σ_p mix_p q A_p. A token
-that is not written to a plane has decay 1 and rate 0 there. `scan` is the exact chunk form (memory-that-works.md
-section 1); `scan_recurrent` the recurrence itself.
+that is not written to a plane has decay 1 and rate 0 there. `scan` is the exact chunk form,
+`scan_recurrent` the recurrence itself.
 """
 
 from __future__ import annotations
