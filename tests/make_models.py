@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
+import random_llama
 
 # The name of a file's type -> llama.cpp's name for that mixture of types.
 SMOLLM2 = {kind: kind.upper() for kind in ("bf16", "q4_0", "q5_0", "q5_1", "q8_0", "q4_k_m", "q6_k")}
 LLAMA2048 = {"q4_k": "Q4_K_S", "q6_k": "Q6_K", "q4_0": "Q4_0", "q8_0": "Q8_0"}
-WIDTH, LAYERS, HEADS, KV_HEADS, FEED_FORWARD, VOCABULARY = 2048, 8, 32, 8, 8192, 32000
+WIDE = random_llama.Shape(width=2048, layers=8, heads=32, kv_heads=8, feed_forward=8192, vocabulary=32000)
 
 
 def once(path: Path, make: Callable[[Path], object]) -> Path:
@@ -65,48 +65,6 @@ def vocabulary(source: Path, size: int) -> dict[str, gguf.GGUFValue]:
     return values
 
 
-def write_random_llama(path: Path, tokenizer: dict[str, gguf.GGUFValue], seed: int = 0) -> None:
-    """A Llama of random weights (deviation 0.02, norms 1) with tied embeddings, as F16."""
-    rng = np.random.default_rng(seed)
-    kv_width = WIDTH // HEADS * KV_HEADS
-    block: dict[str, tuple[int, ...]] = {
-        "attn_norm": (WIDTH,),
-        "attn_q": (WIDTH, WIDTH),
-        "attn_k": (kv_width, WIDTH),
-        "attn_v": (kv_width, WIDTH),
-        "attn_output": (WIDTH, WIDTH),
-        "ffn_norm": (WIDTH,),
-        "ffn_gate": (FEED_FORWARD, WIDTH),
-        "ffn_up": (FEED_FORWARD, WIDTH),
-        "ffn_down": (WIDTH, FEED_FORWARD),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"token_embd": (VOCABULARY, WIDTH), "output_norm": (WIDTH,)}
-    shapes |= {f"blk.{layer}.{name}": shape for layer in range(LAYERS) for name, shape in block.items()}
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name(f"Random Llama, {WIDTH} wide")
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    writer.add_block_count(LAYERS)
-    writer.add_context_length(4096)
-    writer.add_embedding_length(WIDTH)
-    writer.add_feed_forward_length(FEED_FORWARD)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_rope_dimension_count(WIDTH // HEADS)
-    writer.add_rope_freq_base(10000)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(VOCABULARY)
-    for key, entry in tokenizer.items():
-        writer.add_key_value(key, entry.value, entry.type, entry.sub_type)
-    for name, shape in shapes.items():
-        matrix = len(shape) == 2
-        values = 0.02 * rng.standard_normal(shape, np.float32) if matrix else np.ones(shape, np.float32)
-        writer.add_tensor(f"{name}.weight", values.astype(np.float16) if matrix else values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def make_smollm2(folder: Path, source: Path) -> list[Path]:
     """SmolLM2 in every type of SMOLLM2, from its weights as F16, which are kept; the Q4_1 is a link to the source."""
     q4_1 = once(folder / "smollm2-q4_1.gguf", lambda part: part.symlink_to(source.resolve()))
@@ -120,7 +78,7 @@ def make_llama2048(folder: Path, source: Path) -> list[Path]:
     if not all(path.exists() for path in paths.values()):
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             f16 = Path(scratch, "f16.gguf")
-            write_random_llama(f16, vocabulary(source, VOCABULARY))
+            random_llama.write(f16, WIDE, tokenizer=vocabulary(source, WIDE.vocabulary))
             for kind, path in paths.items():
                 once(path, quantise(f16, LLAMA2048[kind], pure=True))
     return list(paths.values())
