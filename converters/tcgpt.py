@@ -1,4 +1,4 @@
-"""The published trainer's `ckpt.pt` (Swain et al. 2026): a GPT block with Tensor Cache, Infini, window or full.
+"""The published trainer's `ckpt.pt` (docs/mechanisms.md, "Published checkpoints"): a GPT block with Tensor Cache, Infini, window or full.
 
 This project's trainer writes the same, also with a Llama-style block.
 """

@@ -1,6 +1,6 @@
 """The matrix memory: one matrix A per head, written pair by pair and read with one product.
 
-One recurrence serves every rule (docs/mechanisms.md, "The matrix memory"). For each token t, key k, value v, query q:
+One recurrence serves every rule (docs/mechanisms.md, "Matrix memory"). For each token t, key k, value v, query q:
 
     u_t = rate_t (v_t - c_t k_t A_{t-1})          c = 0: outer, wedge;  1: delta;  1 / (φ(k)·z + eps): Infini
     A_t = decay_t A_{t-1} + k_t ⊗ u_t             retrieval is from the un-decayed A

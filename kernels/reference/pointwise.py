@@ -78,5 +78,5 @@ def elu_plus_one(x: F32) -> F32:
 
 
 def unit(x: F32) -> F32:
-    """x / (‖x‖ + 1e-5) over the last axis: the eps is added, not a floor (Tensor Cache)."""
+    """x / (‖x‖ + 1e-5) over the last axis: the eps is added, not a floor (docs/mechanisms.md, "Norms")."""
     return x / (np.sqrt(np.sum(x * x, axis=-1, keepdims=True)) + np.float32(1e-5))

@@ -220,7 +220,7 @@ class Infini(nn.Module):
     """Infini-attention's memory, mixed with local attention inside the heads: every token is written as it arrives.
 
     m_t = φ(q_t) M / (φ(q_t)·z + ε);  M += φ(k_t)ᵀ(v_t − φ(k_t) M / (φ(k_t)·z + ε)) or φ(k_t)ᵀv_t;  z += φ(k_t);
-    φ(x) = ELU(x) + 1. Read before write. Source: mechanisms.md 2.1.
+    φ(x) = ELU(x) + 1. Read before write. Source: docs/mechanisms.md, "Infini-attention".
     """
 
     def __init__(self, args: ModelArgs) -> None:

@@ -2,7 +2,7 @@
 
     x ← x + attention(ln1(x));  x ← x + mlp(ln2(x));  logits = wte · ln_f(x)
 
-Parameter names and shapes are those of the published checkpoints (mechanisms.md 1.1).
+Parameter names and shapes are those of the published checkpoints (docs/mechanisms.md, "Published checkpoints").
 """
 
 from pathlib import Path

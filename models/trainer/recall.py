@@ -8,7 +8,7 @@
 Each prints Markdown tables and writes its figures as JSON to the output folder; all follow from the seed. W is the
 window. After ± stands the standard error: over seeds, or with one seed over questions (binomial).
 
-Sources: memory-that-works.md 2; the task is that of Arora et al. 2023, "Zoology", arXiv 2312.04927.
+The task is that of Arora et al. 2023, "Zoology", arXiv 2312.04927.
 """
 
 import json

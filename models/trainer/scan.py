@@ -7,7 +7,7 @@ For each pair written, with key k, value v, decay λ, write rate η and retrieva
           (wedge: + η_i (k_iᵀ v_i − v_iᵀ k_i))
     o_i = q_i A_{i−1}  (read first, as published)   or   q_i A_i  (write first)
 
-Sources: mechanisms.md 1.2 for the recurrence, memory-that-works.md 1 for the chunk form.
+Source: docs/mechanisms.md, "Matrix memory" and "Chunk form".
 """
 
 import torch
