@@ -1,4 +1,6 @@
-"""The published trainer's `ckpt.pt` (docs/mechanisms.md, "Published checkpoints"): a GPT block with Tensor Cache, Infini, window or full.
+"""The published trainer's `ckpt.pt`: a GPT block with Tensor Cache, Infini, window or full.
+
+Source: docs/mechanisms.md, "Published checkpoints".
 
 This project's trainer writes the same, also with a Llama-style block.
 """

@@ -115,7 +115,7 @@ def write(
     run.
     """
     wanted = OUTTYPES[outtype]
-    specs = file_tensors(source.config)
+    specs = file_tensors(source.config, source.tensors)
     _check_names(source, specs)
     kinds = {name: kind_of(specs[name], wanted) for name in source.tensors}
     done = Written(path, 0)

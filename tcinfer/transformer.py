@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -52,10 +52,12 @@ def fused(
     return found
 
 
-def file_tensors(config: ModelConfig) -> dict[str, Spec]:
-    """Every tensor of a file, by its name there."""
+def file_tensors(config: ModelConfig, names: Collection[str] = ()) -> dict[str, Spec]:
+    """Every tensor of a file, by its name there; those that `names` has apart are not fused."""
     specs = tensors(config)
     for whole, parts in fused(config, specs).items():
+        if all(part in names for part in parts):
+            continue
         those = [specs.pop(part) for part in parts]
         rows = sum(spec.shape[0] for spec in those)
         specs[whole] = those[0]._replace(shape=(rows, *those[0].shape[1:]))

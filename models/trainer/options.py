@@ -8,8 +8,8 @@ from scan import CHUNK
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """The published keys in their order (docs/mechanisms.md, "Published checkpoints"), then what is not published: absent from a checkpoint
-    means the default, which is the published behaviour ("Tensor Cache" there)."""
+    """The published keys in their order (docs/mechanisms.md, "Published checkpoints"), then what is not published:
+    absent from a checkpoint means the default, which is the published behaviour ("Tensor Cache" there)."""
 
     n_layer: int = 12
     n_head: int = 12

@@ -14,7 +14,8 @@ def held(
     """The share of random unit keys for which A returns what is nearest to their own value, without decay.
 
     alike: every two keys have cosine 1/2. chunk > 1: one write of the mean key and the mean value of so many pairs, as
-    the published training of two timescales does (docs/mechanisms.md, "Tensor Cache"): 1/C² of all C² products k_i ⊗ v_j, right or not.
+    the published training of two timescales does ("Tensor Cache" in docs/mechanisms.md): 1/C² of all C² products
+    k_i ⊗ v_j, right or not.
     """
     numbers = torch.Generator().manual_seed(seed)
     trials = 32

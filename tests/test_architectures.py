@@ -1,0 +1,172 @@
+"""Every architecture that is not the Llama family's: made-up models with every option, beside a float64 oracle.
+
+The oracle (gguf_oracle.py) agrees with llama.cpp and transformers (test_made_up.py, test_made_up_folders.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf_oracle
+import numpy as np
+import pytest
+from made_up import MODELS, write
+from made_up_folders import FOLDERS, write_folder
+
+import tcinfer
+from tcinfer import converters
+from tcinfer.config import ModelConfig
+from tcinfer.errors import TcinferError
+from tcinfer.loader import read_config
+from tcinfer.memory_options import with_memory
+from tcinfer.model import Model
+from tcinfer.reader import read
+from tcinfer.session_file import read as read_session
+
+IDS = np.random.default_rng(1).integers(0, 280, 70)  # more than eight windows of 8
+LIMIT = 2e-5  # of the largest logit
+FAR = 100_000  # a context beyond what any of the models was trained with first
+NAMES = [name for name in MODELS if name not in ("llama", "qwen2")]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    folder, made = tmp_path_factory.mktemp("made-up"), {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = write(MODELS[name], folder / f"{name}.gguf")
+        return made[name]
+
+    return get
+
+
+def opened(path: Path, backend: str = "numpy", **options: Any) -> Model:
+    return tcinfer.load(path, backend=backend, cache_type="f32", **options)
+
+
+def asked(name: str) -> dict[str, Any]:
+    """phi3 runs with its window, as it was trained and llama.cpp does not; and with the divisors of long distances."""
+    return {"memory": "full"} if MODELS[name].arch == "phi3" and MODELS[name].window else {}
+
+
+def expected(name: str, path: Path) -> np.ndarray:
+    return gguf_oracle.logits(path, IDS, FAR if name in ("phi3-long", "phi3-split") else 0)
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_the_oracles(name: str, backend: str, file: Callable[[str], Path]) -> None:
+    """At once, in ragged chunks, one by one, and beside other sessions."""
+    model, want = opened(file(name), backend, **asked(name)), expected(name, file(name))
+    assert difference(model.session().feed(IDS, all_logits=True), want) < LIMIT
+    session = model.session()
+    parts = np.split(IDS, [1, 4, 9, 30, 31, 55])
+    assert difference(np.concatenate([session.feed(part, all_logits=True) for part in parts]), want) < LIMIT
+    together = [model.session() for _ in range(3)]
+    for i, one in enumerate(together):
+        one.feed(IDS[: 10 + 20 * i])
+    for step in range(3):
+        got = model.step_many(together, [IDS[10 + 20 * i + step] for i in range(3)])
+        assert difference(got, want[[10 + 20 * i + step for i in range(3)]]) < LIMIT
+
+
+def test_phi_takes_the_divisors_of_what_it_can_see(file: Callable[[str], Path]) -> None:
+    path = file("phi3-long")  # trained with 256 tokens first
+    near, far = (gguf_oracle.logits(path, IDS, context) for context in (0, FAR))
+    assert difference(near, far) > 1e-3
+    assert difference(opened(path).session().feed(IDS, all_logits=True), far) < LIMIT
+    window = opened(path, memory="window", window=200)  # longer than the text, within the first context
+    assert difference(window.session().feed(IDS, all_logits=True), near) < LIMIT
+
+
+def test_phi_runs_with_the_window_it_was_trained_with(file: Callable[[str], Path]) -> None:
+    assert (opened(file("phi3")).config.memory, opened(file("phi3")).config.window) == ("window", MODELS["phi3"].window)
+
+
+FORMS = [(name, version, False) for name in FOLDERS for version in (4, 5)]
+FORMS += [(name, 5, True) for name in FOLDERS if name.startswith("gemma3")]
+
+
+@pytest.mark.parametrize(("name", "version", "wrapped"), FORMS)
+def test_a_folder_becomes_the_same_model(name: str, version: int, wrapped: bool, tmp_path: Path) -> None:
+    """To the bit, whichever transformers wrote it, and as the text half of a model that sees."""
+    model = FOLDERS[name]
+    write(model, tmp_path / "want.gguf")
+    folder = write_folder(model, tmp_path / "folder", version, wrapped)
+    converters.convert(folder, tmp_path / "got.gguf", "f32")
+    got, want = (opened(tmp_path / f"{one}.gguf", **asked(name)) for one in ("got", "want"))
+    np.testing.assert_array_equal(*(m.session().feed(IDS, all_logits=True) for m in (got, want)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_that_is_written_again_says_the_same(name: str, file: Callable[[str], Path], tmp_path: Path) -> None:
+    if MODELS[name].fused and MODELS[name].arch != "phi3":
+        pytest.skip("is written with its projections apart")
+    converters.convert(file(name), tmp_path / "again.gguf", "f32")
+    before, after = (read_config(read(path)) for path in (file(name), tmp_path / "again.gguf"))
+    assert after == before
+
+
+def gemma(file: Callable[[str], Path]) -> ModelConfig:
+    return read_config(read(file("gemma3")))
+
+
+@pytest.mark.parametrize(("mode", "sinks"), [("window", 0), ("sinks", 3)])
+def test_what_is_asked_of_gemma_is_for_its_global_layers(
+    mode: str, sinks: int, backend: str, file: Callable[[str], Path], tmp_path: Path
+) -> None:
+    before = gemma(file)
+    config = with_memory(before, mode, 20, sinks or None)
+    for old, new in zip(before.layers, config.layers, strict=True):
+        assert (new.memory, new.window, new.sinks) == (
+            (old.memory, old.window, old.sinks) if old.window else (mode, 20, sinks)
+        )
+    model = opened(file("gemma3"), backend, memory=mode, window=20, sinks=sinks or None)
+    session = model.session()
+    assert model.bounded
+    size = session.nbytes
+    logits = session.feed(np.resize(IDS, 300), all_logits=True)
+    assert np.isfinite(logits).all()
+    assert session.nbytes == size
+    assert difference(logits[:20], expected("gemma3", file("gemma3"))[:20]) < LIMIT  # nothing has left yet
+    fork = session.fork()
+    session.save(tmp_path / "s.tcs")
+    again = model.load_session(tmp_path / "s.tcs")
+    want = session.feed(IDS[:9])
+    np.testing.assert_array_equal(fork.feed(IDS[:9]), want)
+    np.testing.assert_array_equal(again.feed(IDS[:9]), want)
+    options = read_session(tmp_path / "s.tcs").memory_options()
+    assert with_memory(before, **options) == model.config
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("gemma3", {"query_pre_attn_scalar": 100}, "query_pre_attn_scalar"),
+    ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+    ("gemma3", {"hidden_activation": "silu"}, "hidden_activation"),
+    ("gemma3", {"layer_types": ["full_attention"]}, "layer_types"),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}, "use_sliding_window"),
+    ("qwen3", {"tensor_cache": {"tc_enabled": True}}, "tensor_cache"),
+    ("smollm3", {"no_rope_layers": [1, 0, 1, 0]}, "no_rope_layers"),
+    ("phi3", {"rope_scaling": {"type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}}, "numbers for"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "says"), REFUSED)
+def test_what_would_give_wrong_answers_is_refused(
+    name: str, changes: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    import json
+
+    folder = write_folder(FOLDERS[name], tmp_path / "folder", 4)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(TcinferError, match=says) as caught:
+        converters.convert(folder, tmp_path / "out.gguf", "f32")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out.gguf").exists()
