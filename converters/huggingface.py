@@ -61,7 +61,7 @@ def read(path: Path) -> Source:
     if names.head("lm_head.weight", names.out["token_embd.weight"]) and tied:
         raise FileError("config.json ties lm_head.weight to the embedding, but it holds other values")
     for i in range(config.n_layers):
-        _layer(names, config, i, kind, plain)
+        _layer(names, config, i, kind, plain, memory or {})
     names.drop(tuple(f"model.layers.{i}.self_attn.rotary_emb." for i in range(config.n_layers)))
     names.finish()
     notes = [f"tensors without a use at inference: {', '.join(names.idle)}"] if names.idle else []
@@ -83,7 +83,7 @@ def _text_half(hf: dict[str, Any], have: dict[str, Tensor]) -> tuple[dict[str, A
     return text, found
 
 
-def _layer(names: Names, config: ModelConfig, i: int, kind: Any, plain: bool) -> None:
+def _layer(names: Names, config: ModelConfig, i: int, kind: Any, plain: bool, memory: Mapping[str, Any]) -> None:
     """A layer's tensors by the names of the architecture; plain: made as its files have them."""
     h, blk = f"model.layers.{i}.", f"blk.{i}."
     before = set(names.out)
@@ -92,7 +92,7 @@ def _layer(names: Names, config: ModelConfig, i: int, kind: Any, plain: bool) ->
     if plain and hasattr(kind, "converted"):
         for name in names.out.keys() - before:
             names.out[name] = kind.converted(config, i, name.removeprefix(blk), names.out[name])
-    trainer_args.take_memory(names, config, i, h + "self_attn.")
+    trainer_args.take_memory(names, config, i, h + "self_attn.", memory)
 
 
 def _architecture(hf: Mapping[str, Any]) -> str:

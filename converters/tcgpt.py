@@ -67,7 +67,7 @@ def read(path: Path) -> Source:
         if plain in have:
             raise FileError(f"tensor {plain!r} is there twice, once as {COMPILED + plain}")
         have[plain] = Tensor(name, value.shape, value.numpy)
-    names = _rename(config, have, typed(args, "bias", BLOCK_ARGS["bias"]))
+    names = _rename(config, have, args)
     notes = []
     if ignored := sorted(set(args) & trainer_args.TRAINING):
         notes.append(f"arguments for training only: {', '.join(ignored)}")
@@ -106,8 +106,8 @@ def _config(args: Mapping[str, Any], name: str) -> ModelConfig:
     )
 
 
-def _rename(config: ModelConfig, have: dict[str, Tensor], biases: bool) -> Names:
-    names, C = Names(have, biases), config.d_model
+def _rename(config: ModelConfig, have: dict[str, Tensor], args: Mapping[str, Any]) -> Names:
+    names, C = Names(have, typed(args, "bias", BLOCK_ARGS["bias"])), config.d_model
     names.out["token_embd.weight"] = names.take("transformer.wte.weight")
     names.move("transformer.ln_f", "output_norm")
     if config.learned_positions:
@@ -136,6 +136,6 @@ def _rename(config: ModelConfig, have: dict[str, Tensor], biases: bool) -> Names
                     rows = slice(start, start + count * config.head_dim)
                     names.out[blk + name + end] = fused.changed((rows.stop - start, *rest), itemgetter(rows))
                     start = rows.stop
-        trainer_args.take_memory(names, config, i, h + "attn.")
+        trainer_args.take_memory(names, config, i, h + "attn.", args)
     names.finish()
     return names

@@ -50,13 +50,16 @@ def memory_fields(args: Mapping[str, Any], n_layers: int) -> dict[str, Any]:
     return {"memory": "sinks" if sinks else "window" if window else "full", **shared}
 
 
-def take_memory(names: Names, config: ModelConfig, layer: int, prefix: str) -> None:
-    """The memory's tensors of one layer, from the trainer's names below `prefix`."""
+def take_memory(names: Names, config: ModelConfig, layer: int, prefix: str, args: Mapping[str, Any]) -> None:
+    """The memory's tensors of one layer, from the trainer's names below `prefix`; args: its model_args.
+
+    Those of layers that have no part of an enabled mechanism are left out.
+    """
     blk, own = f"blk.{layer}.", config.layer(layer)
     if own.key_conv:
         names.out[blk + "attn_key_conv"] = names.take(prefix + "key_conv.weight")
     for mode, checkpoint in CHECKPOINTS.items():
         if own.memory == mode:
             checkpoint.take(names, own, blk, prefix)
-        elif mode in config.memory:  # of other layers
+        elif args.get(checkpoint.ENABLED):
             names.drop(tuple(prefix + end for end in checkpoint.PREFIXES))

@@ -161,8 +161,10 @@ class ModelConfig:
 
     @property
     def memories(self) -> str:
-        """The memories of the layers, each once, as people read it."""
-        return ", ".join(dict.fromkeys(self.memory) if isinstance(self.memory, tuple) else (self.memory,))
+        """The memories of the layers, each once, as people read it; beside one that was trained, no plain ones."""
+        layers = self.layers if self._differ else (self.layer(0),)
+        trained = dict.fromkeys(layer.memory for layer in layers if layer.options is not None)
+        return ", ".join(trained or dict.fromkeys(layer.memory for layer in layers))
 
     @property
     def learned_positions(self) -> bool:

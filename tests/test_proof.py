@@ -63,7 +63,8 @@ def test_ask(trainer: SimpleNamespace, model: Path, books: Path, tmp_path: Path)
 
 def test_answers_are_paired_with_the_baselines(trainer: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand: in each of four trials `good` is right where `base` is wrong, and both are right about the rest."""
-    models = {name: SimpleNamespace(config=SimpleNamespace(window=2, memory=name)) for name in ("good", "base", "a")}
+    widest = SimpleNamespace(window=2)
+    models = {n: SimpleNamespace(config=SimpleNamespace(widest=widest, memories=n)) for n in ("good", "base", "a")}
     answers = {"good": [True, True], "base": [False, True], "a": [False, False]}
     monkeypatch.setattr(trainer.ask, "trial", lambda *_: answers)
     scores = trainer.ask.measure(models, list(range(99)), 4, 2, 1, "base")

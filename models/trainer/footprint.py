@@ -21,7 +21,7 @@ CONTEXTS = (64, 128, 256, 1024, 4096, 16_384, 131_072, 1_048_576, 10_485_760)  #
 def full_cache(model: Model, tokens: int) -> int:
     """Bytes of the keys and values of so many tokens."""
     c = model.config
-    return 2 * tokens * c.n_layers * c.n_kv_heads * c.head_dim * np.dtype(c.cache_dtype).itemsize
+    return 2 * tokens * sum(x.n_kv_heads * x.head_dim * np.dtype(x.cache_dtype).itemsize for x in c.layers)
 
 
 def rows(model: Model, measured: int) -> list[tuple[int, int, int]]:
