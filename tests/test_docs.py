@@ -203,7 +203,9 @@ CODE = {
 
 
 @pytest.mark.parametrize(
-    "page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", DOCS / "chat.md", DOCS / "mechanisms.md"], ids=lambda page: page.name
+    "page",
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", DOCS / "chat.md", DOCS / "mechanisms.md"],
+    ids=lambda page: page.name,
 )
 def test_every_file_of_ours_that_a_page_names_is_there(page: Path) -> None:
     spans = [word for span in re.findall(r"`([^`\n]+)`", page.read_text()) for word in span.split()]
