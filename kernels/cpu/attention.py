@@ -19,13 +19,13 @@ from numba.extending import register_jitable
 
 from tcinfer.kernels.cpu.jit import Operator, operator
 from tcinfer.kernels.cpu.machine import exp, floats, int64s, load_half
-from tcinfer.kernels.cpu.packing import FLOATS
 from tcinfer.kernels.cpu.plan import Plan, Rows
 from tcinfer.kernels.cpu.ring import slot_of
 from tcinfer.kernels.cpu.rows import claim, share
 from tcinfer.kernels.cpu.simd import LANES
 from tcinfer.kernels.cpu.tiles import MANY, float_tile, padded, product, side_by_side
 from tcinfer.kernels.cpu.vectors import NONE, exponentials, largest, merged, scaled
+from tcinfer.kernels.packing import FLOATS
 from tcinfer.kernels.plan import (
     ALWAYS,
     COUNT,

@@ -36,7 +36,8 @@ def cache_folder() -> Path | None:
     one calls has changed, so the folder is named by the text of all kernels.
     """
     text = hashlib.sha256(f"{sys.implementation.cache_tag} {numba.__version__}".encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    here = Path(__file__).parent
+    for source in sorted([*here.glob("*.py"), *here.parent.glob("*.py")]):
         text.update(source.read_bytes())
     try:
         folder = user_cache_path("tcinfer", appauthor=False) / f"kernels-{text.hexdigest()[:16]}"

@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 
 from tcinfer.kernels.cpu.jit import Operator, operator
 from tcinfer.kernels.cpu.machine import floats, int8s
-from tcinfer.kernels.cpu.packing import FLOATS, PACKINGS, RUN, interleaver
+from tcinfer.kernels.cpu.packing import interleaved, interleaver
 from tcinfer.kernels.cpu.plan import Plan, Rows
 from tcinfer.kernels.cpu.rows import claim, quantised, quantised_twice, share
 from tcinfer.kernels.cpu.simd import LANES
 from tcinfer.kernels.cpu.tiles import MANY, byte_tile, float_tile
 from tcinfer.kernels.cpu.vectors import delivered
+from tcinfer.kernels.packing import FLOATS, PACKINGS, RUN
 from tcinfer.kernels.plan import ALIGNMENT, EACH, LOGITS, OUT_FIRST, OUT_ROWS, ROWS, SCRATCH
 from tcinfer.kernels.reference.quants import Matrix
 from tcinfer.kernels.table import CPU_HEAD, CPU_LINEAR, INTERLEAVE
@@ -28,7 +29,7 @@ def _linear(kind: Kind) -> Operator:
     packed = kind in PACKINGS
     if packed:
         one, two, many = (byte_tile(kind, n) for n in (1, 2, MANY))
-        size, columns_of = PACKINGS[kind].bytes, RUN
+        size, columns_of = interleaved(PACKINGS[kind]).itemsize, RUN
     else:
         one, two, many = (float_tile(kind, n) for n in (1, 2, MANY))
         size, columns_of = LANES * FLOATS[kind], 1
@@ -96,8 +97,8 @@ for _kind in (*PACKINGS, *FLOATS):
 def _interleave(kind: Kind) -> Operator:
     packing = PACKINGS.get(kind)
     interleave: Any = interleaver(packing) if packing else None
-    columns_of = packing.per_block * RUN if packing else 1
-    size = packing.dtype.itemsize if packing else FLOATS[kind]
+    columns_of = packing.runs * RUN if packing else 1
+    size = packing.block.itemsize if packing else FLOATS[kind]
     packed = packing is not None
 
     @operator(name=f"interleave_{kind.name}")
@@ -135,7 +136,7 @@ def repacked(plan: Plan, w: Matrix) -> Weights:
     """`w` interleaved, once `plan` (of nothing else, at load) has run."""
     rows, columns = w.shape
     packing = PACKINGS.get(w.kind)
-    group = columns // RUN * packing.bytes if packing else columns * LANES * FLOATS[w.kind]
+    group = columns // RUN * interleaved(packing).itemsize if packing else columns * LANES * FLOATS[w.kind]
     groups = -(-rows // LANES)
     room = np.empty(groups * group + 2 * ALIGNMENT, np.uint8)
     skip = -room.ctypes.data % ALIGNMENT

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from tcinfer.kernels import plan as neutral
 from tcinfer.kernels.cpu.jit import OPERATORS
-from tcinfer.kernels.cpu.packing import RUN
 from tcinfer.kernels.cpu.threads import ARGUMENTS, OPERATOR, STEP, WAIT, WHEN
 from tcinfer.kernels.cpu.tiles import HEAD
 from tcinfer.kernels.operators import Operator
+from tcinfer.kernels.packing import RUN
 from tcinfer.kernels.plan import ALIGNMENT, ALWAYS, EACH, KIND_OF_PASS, PASS, SCRATCH, WORDS, Step, barriers
 
 KINDS = tuple(1 << i for i in range(ALWAYS.bit_length()))

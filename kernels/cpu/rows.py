@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from tcinfer.kernels.cpu.jit import Operator, operator
 from tcinfer.kernels.cpu.machine import atomic_add, doubles, floats, int64s, load_brain, load_half, number
-from tcinfer.kernels.cpu.packing import FLOATS, PACKINGS, RUN, unpacker
+from tcinfer.kernels.cpu.packing import unpacker
 from tcinfer.kernels.cpu.plan import Plan, Rows
 from tcinfer.kernels.cpu.tiles import HEAD
 from tcinfer.kernels.cpu.vectors import gelu_of, gelu_product, left_over, normed, quantise_run, silu_product, squares
+from tcinfer.kernels.packing import FLOATS, PACKINGS, RUN
 from tcinfer.kernels.plan import (
     EACH,
     FIRST,
@@ -226,7 +227,7 @@ def gelu(plan: Plan, x: Rows) -> Rows:
 def _embed(kind: Kind) -> Operator:
     packing = PACKINGS.get(kind)
     unpack: Any = unpacker(packing) if packing else None
-    size, count = (packing.dtype.itemsize, packing.per_block * RUN) if packing else (FLOATS[kind], 1)
+    size, count = (packing.block.itemsize, packing.runs * RUN) if packing else (FLOATS[kind], 1)
     packed, half, brain = packing is not None, kind == Kind.F16, kind == Kind.BF16
 
     @operator(name=f"embed_{kind.name}")

@@ -17,10 +17,9 @@ from gguf.constants import GGMLQuantizationType as Kind
 from numba.core import cgutils, types
 from numba.extending import register_jitable
 
-from tcinfer.kernels.cpu.packing import FLOATS, PACKINGS, RUN, element, to_float
+from tcinfer.kernels.cpu.packing import element, interleaved, read, to_float
 from tcinfer.kernels.cpu.simd import (
     F32,
-    I16,
     I32,
     I64,
     LANES,
@@ -33,6 +32,7 @@ from tcinfer.kernels.cpu.simd import (
     load_some,
     store,
 )
+from tcinfer.kernels.packing import FLOATS, PACKINGS, RUN
 
 MANY = 8 if TIER == "avx512vnni" else 4  # rows of activations whose sums fit the registers at once
 AHEAD = 4096  # bytes by which weights are fetched before they are needed, where each is used once
@@ -63,6 +63,7 @@ def byte_tile(kind: Kind, n: int) -> Any:
     Σ over runs of d_w d_x Σ q_w q_x + m_w (d_x Σ q_x), with m_w = -offset · d_w where the kind has no minimum.
     """
     packing = PACKINGS[kind]
+    size = interleaved(packing).itemsize
 
     @intrinsic
     def tile(typingctx: Any, w: Any, x: Any, x_stride: Any, runs: Any, out: Any) -> Any:
@@ -72,16 +73,12 @@ def byte_tile(kind: Kind, n: int) -> Any:
             heads = builder.mul(runs, I64(RUN))
             sums = _Sums(builder, n)
             with cgutils.for_range(builder, runs) as loop:
-                at = builder.add(w, builder.mul(loop.index, I64(packing.bytes)))
+                at = builder.add(w, builder.mul(loop.index, I64(size)))
                 if n <= 2:
-                    for line in range(0, packing.bytes, 64):
+                    for line in range(0, size, 64):
                         fetch_ahead(builder, at, AHEAD + line)
-                q = packing.read(builder, at)
-                d = [load(builder, at, 32 * i, I16).half() for i in range(packing.scales)]
-                if packing.minimum:
-                    m = [load(builder, at, 32 * packing.scales, I16).half()]
-                else:
-                    m = [scale * float(-packing.offset) for scale in d]
+                q, d, m = read(packing, builder, at)
+                m = m or [scale * float(-packing.offset) for scale in d]
                 for t in range(n):
                     byte = builder.add(rows[t], builder.mul(loop.index, I64(RUN)))
                     head = builder.add(builder.add(rows[t], heads), builder.mul(loop.index, I64(HEAD)))

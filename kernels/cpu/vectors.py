@@ -12,7 +12,6 @@ from typing import Any
 
 from numba.core import cgutils, types
 
-from tcinfer.kernels.cpu.packing import RUN
 from tcinfer.kernels.cpu.simd import (
     F32,
     I8,
@@ -27,6 +26,7 @@ from tcinfer.kernels.cpu.simd import (
     store,
     store_some,
 )
+from tcinfer.kernels.packing import RUN
 
 NONE = -1e30  # less than any score
 

@@ -1,6 +1,6 @@
 // Kinds of weights: how a matrix lies in memory, and the values that a run of 32 columns of one row stands for.
 //
-// A matrix is cut into chunks of ROWS rows and up to 32 runs, one after the other (packing.py writes them). Of each row
+// A matrix is cut into chunks of ROWS rows and up to 32 runs, one after the other (cuda/packing.py writes them). Of each row
 // a chunk has first the 16-byte loads of its runs, the first load of all runs, then the second, so that a warp reads 512
 // bytes in one piece; then the bits above the fourth (HIGH bytes a run), then scales (D bytes for each D_RUNS runs, and
 // S bytes a run). A kind says how many loads its run takes (LOADS), the integers or floats of the run (`values`), and

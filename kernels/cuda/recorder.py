@@ -14,9 +14,10 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 
-from tcinfer.kernels.cuda.packing import BYTES, CHUNK_RUNS, RUN, TILE_ROWS, packed
+from tcinfer.kernels.cuda.packing import CHUNK_RUNS, TILE_ROWS, packed
 from tcinfer.kernels.cuda.plan import Plan
 from tcinfer.kernels.cuda.program import GEGLU, GELU, LAYER_NORM, MERGED_PARTS, PART_END, PLAIN, RMS_NORM, SWIGLU
+from tcinfer.kernels.packing import FLOATS, RUN
 from tcinfer.kernels.plan import FEW, NONE, ONE, PROMPT, SESSIONS, Conflict, Geometry, Rows, Step
 from tcinfer.kernels.reference.quants import Matrix
 from tcinfer.kernels.table import (
@@ -253,7 +254,7 @@ class Recorder(Plan):
             elif before is not None and waits[i - 1] == NONE:
                 # tiles go on with the blocks that the step before has left without
                 shift = before.arguments["shift"] + -(-before.arguments["outputs"] // TILE_ROWS[Kind[before.kind]])
-                alike = (Kind[before.kind] in BYTES) == (Kind[step.kind] in BYTES)  # how x is staged
+                alike = (Kind[before.kind] in FLOATS) == (Kind[step.kind] in FLOATS)  # how x is staged
                 fresh = not alike or any(before.arguments[name] != step.arguments[name] for name in MADE)
             words = _share(step, shift, self.takers, self.device.multiprocessors)
             for name, value in words.items():

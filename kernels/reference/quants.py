@@ -9,19 +9,9 @@ from gguf.constants import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-KINDS = (
-    Kind.F32,
-    Kind.F16,
-    Kind.BF16,
-    Kind.Q8_0,
-    Kind.Q4_0,
-    Kind.Q4_1,
-    Kind.Q5_0,
-    Kind.Q5_1,
-    Kind.Q4_K,
-    Kind.Q5_K,
-    Kind.Q6_K,
-)
+from tcinfer.kernels.packing import FLOATS, PACKINGS
+
+KINDS = (*FLOATS, *PACKINGS)
 
 
 class Matrix:
