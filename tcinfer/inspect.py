@@ -292,27 +292,31 @@ def _columns(layers: list[dict[str, Any]]) -> list[list[str]]:
     columns = []
     for name, title in LEARNED.items():
         values = [layer[name] for layer in layers]
-        if not layers or values[0] is None:
+        some = next((value for value in values if value is not None), None)
+        if some is None:
             continue
-        title += ", base + token term" * (name in layers[0]["token_dependent"])
-        if not isinstance(values[0], list):
-            columns.append(_column(title, [[value] for value in values]))
-        elif not isinstance(values[0][0], list):
+        title += ", base + token term" * any(name in layer["token_dependent"] for layer in layers)
+        if not isinstance(some, list):
+            columns.append(_column(title, [None if value is None else [value] for value in values]))
+        elif not isinstance(some[0], list):
             columns.append(_column(title, values))
         else:
-            speeds = ("",) if len(values[0]) == 1 else (", fast", ", slow")
-            columns += [_column(title + speed, [v[i] for v in values]) for i, speed in enumerate(speeds)]
+            speeds = ("",) if len(some) == 1 else (", fast", ", slow")
+            for i, speed in enumerate(speeds):
+                rows = [value[i] if value is not None and i < len(value) else None for value in values]
+                columns.append(_column(title + speed, rows))
     return columns
 
 
-def _column(title: str, rows: list[list[float | None]]) -> list[str]:
-    """The heads side by side, or of many their least, median and largest."""
-    numbers = [[math.inf if x is None else x for x in row] for row in rows]
-    wide = max(len(_short(x)) for row in numbers for x in row)
-    if (wide + 1) * len(rows[0]) > ROOM + 1:
+def _column(title: str, rows: list[list[float | None] | None]) -> list[str]:
+    """The heads side by side, or of many their least, median and largest; "-" for a layer that has no such thing."""
+    numbers = [None if row is None else [math.inf if x is None else x for x in row] for row in rows]
+    there = [row for row in numbers if row is not None]
+    wide = max(len(_short(x)) for row in there for x in row)
+    if (wide + 1) * max(map(len, there)) > ROOM + 1:
         title += " (least, median, largest)"
-        numbers = [[min(row), median(row), max(row)] for row in numbers]
-    lines = [title, *(" ".join(f"{_short(x):>{wide}}" for x in row) for row in numbers)]
+        numbers = [None if row is None else [min(row), median(row), max(row)] for row in numbers]
+    lines = [title, *("-" if row is None else " ".join(f"{_short(x):>{wide}}" for x in row) for row in numbers)]
     return [f"{line:<{max(map(len, lines))}}" for line in lines]
 
 

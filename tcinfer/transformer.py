@@ -55,7 +55,7 @@ def fused(
 def file_tensors(config: ModelConfig, names: Collection[str] = ()) -> dict[str, Spec]:
     """Every tensor of a file, by its name there; those that `names` has apart are not fused."""
     specs = tensors(config)
-    for whole, parts in fused(config, specs).items():
+    for whole, parts in fused(config, specs, QKV if any("attn_qkv" in name for name in names) else None).items():
         if all(part in names for part in parts):
             continue
         those = [specs.pop(part) for part in parts]

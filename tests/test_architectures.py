@@ -5,6 +5,7 @@ The oracle (gguf_oracle.py) agrees with llama.cpp and transformers (test_made_up
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import gguf_oracle
 import numpy as np
 import pytest
-from made_up import MODELS, write
+from made_up import MODELS, VOCABULARY, write
 from made_up_folders import FOLDERS, write_folder
 
 import tcinfer
@@ -25,7 +26,7 @@ from tcinfer.model import Model
 from tcinfer.reader import read
 from tcinfer.session_file import read as read_session
 
-IDS = np.random.default_rng(1).integers(0, 280, 70)  # more than eight windows of 8
+IDS = np.random.default_rng(1).integers(0, VOCABULARY, 70)  # more than eight windows of 8
 LIMIT = 2e-5  # of the largest logit
 FAR = 100_000  # a context beyond what any of the models was trained with first
 NAMES = [name for name in MODELS if name not in ("llama", "qwen2")]
@@ -64,10 +65,10 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
 def test_logits_are_the_oracles(name: str, backend: str, file: Callable[[str], Path]) -> None:
     """At once, in ragged chunks, one by one, and beside other sessions."""
     model, want = opened(file(name), backend, **asked(name)), expected(name, file(name))
-    assert difference(model.session().feed(IDS, all_logits=True), want) < LIMIT
-    session = model.session()
-    parts = np.split(IDS, [1, 4, 9, 30, 31, 55])
-    assert difference(np.concatenate([session.feed(part, all_logits=True) for part in parts]), want) < LIMIT
+    for starts in ([], [1, 4, 9, 30, 31, 55], range(1, len(IDS))):
+        session = model.session()
+        got = [session.feed(part, all_logits=True) for part in np.split(IDS, starts)]
+        assert difference(np.concatenate(got), want) < LIMIT, starts
     together = [model.session() for _ in range(3)]
     for i, one in enumerate(together):
         one.feed(IDS[: 10 + 20 * i])
@@ -85,8 +86,60 @@ def test_phi_takes_the_divisors_of_what_it_can_see(file: Callable[[str], Path]) 
     assert difference(window.session().feed(IDS, all_logits=True), near) < LIMIT
 
 
-def test_phi_runs_with_the_window_it_was_trained_with(file: Callable[[str], Path]) -> None:
-    assert (opened(file("phi3")).config.memory, opened(file("phi3")).config.window) == ("window", MODELS["phi3"].window)
+class Remembering(gguf_oracle.Model):
+    """The oracle with a window of ours, and sinks that stand before it, in layers without one of their own.
+
+    Keys are rotated by their place among those that a query sees, not by their position.
+    """
+
+    def __init__(self, path: Path, window: int, sinks: int = 0) -> None:
+        super().__init__(path, len(IDS))
+        self.asked = window, sinks
+
+    def attend(self, h: np.ndarray, layer: int) -> np.ndarray:
+        blk = f"blk.{layer}."
+        q, k, v = self.qkv(h, blk)
+        self.keys[layer].append(k)
+        self.values[layer].append(v)
+        t = len(self.keys[layer]) - 1
+        window, sinks = (self.get("attention.sliding_window"), 0) if self.is_local(layer) else self.asked
+        seen = [i for i in range(t + 1) if i < sinks or i > t - window]
+        q = self.rotate(q, layer, len(seen) - 1) * self.scale
+        keys = np.array([self.rotate(self.keys[layer][i], layer, place) for place, i in enumerate(seen)])
+        values = np.array([self.values[layer][i] for i in seen])
+        groups = np.arange(self.H) * self.G // self.H
+        scores = np.einsum("ihd,hd->hi", keys[:, groups], q)
+        shares = np.exp(scores - scores.max(1, keepdims=True))
+        shares /= shares.sum(1, keepdims=True)
+        return self.linear(np.einsum("hi,ihd->hd", shares, values[:, groups]).ravel(), blk + "attn_output")
+
+
+ASKED: list[tuple[str, int, int]] = [
+    ("gemma3", 20, 0),
+    ("gemma3", 20, 3),
+    ("gemma3", 5, 2),  # less than the local layers see
+    ("gemma3-every", 8, 1),
+    ("qwen3-yarn", 9, 4),
+    ("phi3-long", 9, 2),
+    ("smollm3-every", 9, 2),
+]
+
+
+@pytest.mark.parametrize(("name", "window", "sinks"), ASKED)
+def test_logits_far_beyond_a_window_that_was_asked_for(
+    name: str, window: int, sinks: int, backend: str, file: Callable[[str], Path]
+) -> None:
+    options = {"memory": "sinks", "sinks": sinks} if sinks else {"memory": "window"}
+    model, definition = opened(file(name), backend, window=window, **options), Remembering(file(name), window, sinks)
+    assert difference(model.session().feed(IDS, all_logits=True), np.array([definition.step(i) for i in IDS])) < LIMIT
+
+
+def test_phi_runs_with_the_window_it_was_trained_with(backend: str, file: Callable[[str], Path]) -> None:
+    """As transformers does (test_made_up_folders.py); llama.cpp does not."""
+    model, window = opened(file("phi3"), backend), MODELS["phi3"].window
+    assert (model.config.memory, model.config.window) == ("window", window)
+    definition = Remembering(file("phi3"), window or 0)
+    assert difference(model.session().feed(IDS, all_logits=True), np.array([definition.step(i) for i in IDS])) < LIMIT
 
 
 FORMS = [(name, version, False) for name in FOLDERS for version in (4, 5)]
@@ -104,13 +157,20 @@ def test_a_folder_becomes_the_same_model(name: str, version: int, wrapped: bool,
     np.testing.assert_array_equal(*(m.session().feed(IDS, all_logits=True) for m in (got, want)))
 
 
+@pytest.mark.parametrize("outtype", ["f32", "q8_0"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_file_that_is_written_again_says_the_same(name: str, file: Callable[[str], Path], tmp_path: Path) -> None:
-    if MODELS[name].fused and MODELS[name].arch != "phi3":
-        pytest.skip("is written with its projections apart")
-    converters.convert(file(name), tmp_path / "again.gguf", "f32")
-    before, after = (read_config(read(path)) for path in (file(name), tmp_path / "again.gguf"))
-    assert after == before
+def test_a_file_that_is_written_again_says_the_same(
+    name: str, outtype: str, file: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """And computes what the new file holds, as the oracle does."""
+    path = tmp_path / "again.gguf"
+    converters.convert(file(name), path, outtype)
+    old, new = read(file(name)), read(path)
+    assert read_config(new) == read_config(old)
+    words = [{key: str(value) for key, value in f.metadata.items() if "tokenizer" in key} for f in (old, new)]
+    assert words[0] == words[1]
+    got = opened(path, **asked(name)).session().feed(IDS, all_logits=True)
+    assert difference(got, expected(name, path)) < LIMIT
 
 
 def gemma(file: Callable[[str], Path]) -> ModelConfig:
@@ -145,15 +205,67 @@ def test_what_is_asked_of_gemma_is_for_its_global_layers(
     assert with_memory(before, **options) == model.config
 
 
+@pytest.mark.parametrize("name", ["gemma3", "gemma3-local"])
+def test_gemma_as_it_is_copied_saved_and_put_back(
+    name: str, backend: str, file: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Past where a cache grows for the first time; with local layers alone nothing grows."""
+    model = opened(file(name), backend)
+    session = model.session()
+    size = session.nbytes
+    session.feed(np.resize(IDS, 300))
+    assert (session.nbytes == size) == model.bounded == (name == "gemma3-local")
+    before, fork = session.snapshot(), session.fork()
+    session.save(tmp_path / "s.tcs")
+    again, want = model.load_session(tmp_path / "s.tcs"), session.feed(IDS[:30], all_logits=True)
+    session.feed(IDS)
+    session.restore(before)
+    for copy in (session, fork, again):
+        np.testing.assert_array_equal(copy.feed(IDS[:30], all_logits=True), want)
+
+
+NOT_TOLD = pytest.mark.xfail(
+    strict=True, reason="a session does not tell which layers were asked; it is refused, not misread"
+)
+
+
+@pytest.mark.parametrize(
+    ("mode", "window", "sinks"),
+    [("window", 8, None), pytest.param("window", 5, None, marks=NOT_TOLD), pytest.param("sinks", 8, 1, marks=NOT_TOLD)],
+)
+def test_a_session_of_gemma_tells_the_memory_it_had(
+    mode: str, window: int, sinks: int | None, file: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Where global layers see no farther than the local ones, whose window is 8."""
+    model = opened(file("gemma3"), memory=mode, window=window, sinks=sinks)
+    session = model.session()
+    session.feed(IDS)
+    session.save(tmp_path / "s.tcs")
+    assert with_memory(gemma(file), **read_session(tmp_path / "s.tcs").memory_options()) == model.config
+
+
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gemma3", {"query_pre_attn_scalar": 100}, "query_pre_attn_scalar"),
     ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
     ("gemma3", {"hidden_activation": "silu"}, "hidden_activation"),
     ("gemma3", {"layer_types": ["full_attention"]}, "layer_types"),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}, "use_sliding_window"),
-    ("qwen3", {"tensor_cache": {"tc_enabled": True}}, "tensor_cache"),
+    *(
+        (name, {"tensor_cache": {"tc_enabled": True}}, "tensor_cache")
+        for name in ("gemma3", "qwen3", "phi3", "smollm3")
+    ),
+    ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ("smollm3", {"use_sliding_window": True, "sliding_window": 9, "layer_types": None}, "use_sliding_window"),
     ("smollm3", {"no_rope_layers": [1, 0, 1, 0]}, "no_rope_layers"),
     ("phi3", {"rope_scaling": {"type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}}, "numbers for"),
+]
+SCALED = {"rope_type": "linear", "factor": 2.0}
+LONGROPE = {"type": "longrope", "long_factor": [2.0] * 8, "short_factor": [1.0] * 8}
+REFUSED += [
+    ("phi3", {"rope_scaling": LONGROPE | {"attention_factor": "3"}}, "rope_attention"),
+    ("phi3", {"rope_scaling": LONGROPE | {"mscale": 2.0}}, "mscale"),
+    ("phi3", {"sliding_window": "8"}, "sliding_window"),
+    ("gemma3", {"rope_parameters": {"full_attention": {}, "sliding_attention": SCALED}}, "sliding_attention"),
 ]
 
 
@@ -161,8 +273,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 def test_what_would_give_wrong_answers_is_refused(
     name: str, changes: dict[str, Any], says: str, tmp_path: Path
 ) -> None:
-    import json
-
     folder = write_folder(FOLDERS[name], tmp_path / "folder", 4)
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(config))

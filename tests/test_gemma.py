@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, shared
 from gemma import gemma3
 
 import tcinfer
@@ -94,3 +94,64 @@ def test_with_a_window_in_the_global_layers_the_whole_state_is_constant(mode: st
     state = facts(gemma3(), **asked)["state"]
     assert (model.bounded, state["bounded"]) == (True, True)
     assert model.session().nbytes == state["bytes"]
+
+
+BOOK = "data", "books", "valid", "Arthur_Conan_Doyle__The_Valley_of_Fear.txt"
+PARTS = slice(0, 400), slice(2100, 2600)  # of its tokens: within the local window, and beyond four of them
+
+
+def of_book(count: int) -> list[int]:
+    text = shared(*BOOK).read_text()[:14000]
+    return from_metadata(read(gemma3()).metadata, None).encode(text, bos=True)[:count]
+
+
+def in_parts(model: Model, ids: list[int]) -> list[np.ndarray]:
+    """The logits of PARTS, of one session."""
+    session, (a, b) = model.session(), PARTS
+    first = session.feed(ids[a], all_logits=True)
+    session.feed(ids[a.stop : b.start])
+    return [first, session.feed(ids[b], all_logits=True)]
+
+
+@pytest.mark.peer
+def test_we_are_nearer_to_float32_arithmetic_than_llama_cpp():
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extra `peer`)")
+    ids = of_book(PARTS[1].stop)
+    assert len(ids) == PARTS[1].stop
+    peer = llama_cpp.Llama(str(gemma3()), n_ctx=2816, n_batch=512, logits_all=True, n_threads=2, verbose=False)
+    text = shared(*BOOK).read_text()[:14000].encode()
+    assert peer.tokenize(text, special=False)[: len(ids)] == ids
+    peer.eval(ids)
+    theirs = [np.array(peer.scores[part]) for part in PARTS]
+    peer.close()
+    ours, exact = (in_parts(tcinfer.load(gemma3(), backend=backend), ids) for backend in ("numba", "numpy"))
+    same = np.concatenate([a.argmax(-1) == b.argmax(-1) for a, b in zip(ours, theirs, strict=True)]).mean()
+    assert same >= 0.94
+    for a, b, f in zip(ours, theirs, exact, strict=True):
+        near, mine, its = np.median(cosine(a, b)), divergence(f, a).mean(), divergence(f, b).mean()
+        print(f"top-1 {same:.4f}, median cosine {near:.5f}, KL from float32 {mine:.4f}, llama.cpp's {its:.4f}")
+        assert near >= 0.999
+        assert mine <= its
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["window", "sinks"])
+def test_a_text_longer_than_the_window_leaves_the_state_as_large(mode: str):
+    """And is as likely as with the full cache for as long as it fits."""
+    ids, window = of_book(1400), 1024
+    full = tcinfer.load(gemma3()).session().feed(ids[:window], all_logits=True)
+    session = tcinfer.load(gemma3(), memory=mode, window=window).session()
+    size = session.nbytes
+    assert size == facts(gemma3(), memory=mode, window=window)["state"]["bytes"]
+    got = session.feed(ids, all_logits=True)
+    assert np.isfinite(got).all()
+    assert session.nbytes == size
+
+    def surprise(logits: np.ndarray, start: int) -> float:
+        """Nats a token."""
+        following = ids[start + 1 : start + 1 + len(logits)]
+        rows = logits[: len(following)]
+        return -np.mean([log_softmax(row)[token] for row, token in zip(rows, following, strict=True)])
+
+    assert abs(surprise(got[:window], 0) - surprise(full, 0)) < 0.01
+    assert surprise(got[window:], window) < surprise(full, 0) + 0.5  # of what comes when the window is full

@@ -9,10 +9,13 @@ import numpy as np
 import oracle
 import pytest
 from conftest import SMALL, build, random_weights
+from test_cli import write_model
 from test_memory import IDS, TOLERANCE, difference
 
+import tcinfer
 from tcinfer import format as schema
 from tcinfer.config import ModelConfig
+from tcinfer.inspect import facts, report
 from tcinfer.memory import infini, layout, tensor_cache
 
 CACHE, INFINI = tensor_cache.Options(write_on_insert=True), infini.Options("linear")
@@ -73,3 +76,44 @@ def test_a_file_says_what_each_layer_is(name: str) -> None:
     assert schema.from_metadata(keys, config.vocab_size, 99) == config
     lists = {key.rsplit(".", 1)[1] for key, value in keys.items() if type(value) is list}
     assert ("sliding_window" in lists) == (type(config.window) is tuple)
+
+
+SHOWN = {
+    "heads": ("2 of 8 channels, 2 of keys and values in layer 1", "32 in the feed-forward in layer 1"),
+    "memory in the middle": ("tensor in layer 1", "7 tokens in layer 1", "2, positions stored in layer 0"),
+    "every memory": ("infini in layer 1", "none in layer 2", "2 taps in layer 0"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_file_of_such_layers(name: str, backend: str, tmp_path: Path) -> None:
+    """Written, opened, run, and its session kept and gone on with."""
+    config = config_of(name)
+    path = write_model(tmp_path / "m.gguf", arch="tcllama", n_layers=3, **CASES[name])
+    model = tcinfer.load(path, backend=backend, cache_type="f32")
+    assert replace(model.config, norm_eps=config.norm_eps) == config  # a file has 32 bits of it
+    session = model.session()
+    got = session.feed(IDS, all_logits=True)
+    assert difference(got, oracle.logits(config, random_weights(config), IDS)) < TOLERANCE[backend]
+    session.save(tmp_path / "s.tcs")
+    np.testing.assert_array_equal(model.load_session(tmp_path / "s.tcs").feed(3), session.feed(3))
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_inspect_shows_such_layers(name: str, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m.gguf", arch="tcllama", n_layers=3, **CASES[name])
+    found, config = facts(path), config_of(name)
+    told = [(layer["memory"], layer["window"], layer["n_kv_heads"]) for layer in found["layers"]]
+    assert told == [(layer.memory, layer.window, layer.n_kv_heads) for layer in config.layers]
+    text = " ".join(report(found).split())
+    for part in SHOWN[name]:
+        assert part in text
+
+
+@pytest.mark.parametrize("heads", [(4, 2, 1), (1, 1, 2)])
+def test_a_plain_file_whose_heads_differ(heads: tuple[int, ...], backend: str, tmp_path: Path) -> None:
+    changes = {"arch": "llama", "n_layers": 3, "n_kv_heads": heads, "d_ff": (64, 32, 96)}
+    path = write_model(tmp_path / "m.gguf", **changes)
+    config = replace(SMALL, **changes)
+    got = tcinfer.load(path, backend=backend, cache_type="f32").session().feed(IDS, all_logits=True)
+    assert difference(got, oracle.logits(config, random_weights(config), IDS)) < TOLERANCE[backend]

@@ -1,4 +1,4 @@
-"""The float64 oracle of GGUF files against llama.cpp, on made-up models with every option that llama.cpp reads."""
+"""The float64 oracle of GGUF files, and tcinfer, against llama.cpp: made-up models with every option that it reads."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import made_up
 import numpy as np
 import pytest
 from made_up import MODELS
+
+import tcinfer
+from tcinfer import converters
 
 TOKENS = 70  # more than eight windows of 8
 CONTEXT = 256  # llama.cpp rounds up to such a multiple
@@ -79,6 +82,42 @@ def test_gemma_against_llama_cpp(name: str, file: Callable[[str], Path], tmp_pat
 @pytest.mark.parametrize("name", ["phi3-long", "phi3-split"])
 def test_a_context_beyond_the_original_one_takes_the_long_factors(name: str, file: Callable[[str], Path]) -> None:
     assert compare(file(name), 2 * CONTEXT) < 1e-4
+
+
+def ours(path: Path, backend: str, memory: str | None = None) -> np.ndarray:
+    model = tcinfer.load(path, backend=backend, memory=memory, cache_type="f32")
+    return model.session().feed(ids(), all_logits=True).astype(np.float64)
+
+
+def like_llama_cpp(name: str) -> tuple[str | None, int]:
+    """The memory and the context with which the two compute the same: without Phi's window, with its long factors."""
+    return "full" if MODELS[name].arch == "phi3" else None, 2 * CONTEXT if MODELS[name].factors else CONTEXT
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in GEMMAS])
+def test_ours_against_llama_cpp(name: str, backend: str, file: Callable[[str], Path]) -> None:
+    memory, context = like_llama_cpp(name)
+    assert difference(ours(file(name), backend, memory), llama_cpp_logits(file(name), ids(), context)) < 1e-4
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("name", GEMMAS)
+def test_our_gemma_against_llama_cpp(name: str, backend: str, file: Callable[[str], Path], tmp_path: Path) -> None:
+    """Ours has no table: with large gates it makes no difference, else as much as for the oracle."""
+    large = made_up.write(replace(MODELS[name], gate=1e5), tmp_path / "large.gguf")
+    assert difference(ours(large, backend), llama_cpp_logits(large, ids())) < 1e-4
+    assert difference(ours(file(name), backend), llama_cpp_logits(file(name), ids())) < 3e-3
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("name", MODELS)
+def test_files_that_we_write_are_plain_files(name: str, file: Callable[[str], Path], tmp_path: Path) -> None:
+    """llama.cpp gives the same for them, to the bit."""
+    path, (_, context) = tmp_path / "again.gguf", like_llama_cpp(name)
+    converters.convert(file(name), path, "f32")
+    old, new = (llama_cpp_logits(each, ids(), context) for each in (file(name), path))
+    np.testing.assert_array_equal(new, old)
 
 
 # name, and what is changed in it: all that the comparison above would not notice if neither side read it

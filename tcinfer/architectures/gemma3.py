@@ -124,6 +124,8 @@ def from_hugging_face(hf: dict[str, Any], values: dict[str, Any]) -> None:
 def _local_base(hf: dict[str, Any]) -> float:
     """The base of local layers, where folders of different ages have it."""
     told = (hf.get("rope_parameters") or {}).get("sliding_attention") or {}
+    if told.get("rope_type", "default") != "default":
+        raise FileError(f"rope_type {told['rope_type']!r} of sliding_attention in config.json is not supported")
     base = hf.get("rope_local_base_freq", told.get("rope_theta", LOCAL_BASE))
     check_number("rope_local_base_freq", base, 0.0, above=True)
     return float(base)

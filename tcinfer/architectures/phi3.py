@@ -35,6 +35,10 @@ NAMES = {
     "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+ROPE_ARGS = {
+    *("type", "rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"),
+    *("long_factor", "short_factor", "attention_factor"),
+}
 ROPE_TYPES = ("longrope", "su")  # names of it in config.json
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 
@@ -59,7 +63,10 @@ def divisors(net: Net) -> Any:
 def from_hugging_face(hf: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """Window, part of the head that rotates, and longrope of a folder's config.json; the sets of divisors."""
     scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if unknown := set(scaling) - ROPE_ARGS:
+        raise FileError(f"argument {min(unknown)!r} in rope_scaling is not known to this version of tcinfer")
     values["window"] = hf.get("sliding_window") or 0
+    check_count("sliding_window", values["window"], 0)
     part = hf.get("partial_rotary_factor", scaling.get("partial_rotary_factor", 1.0))
     values["rope_dim"] = int(values["head_dim"] * part)
     arrays = {}
@@ -72,7 +79,9 @@ def from_hugging_face(hf: dict[str, Any], values: dict[str, Any]) -> dict[str, A
         original = hf.get("original_max_position_embeddings", scaling.get("original_max_position_embeddings", context))
         check_count("original_max_position_embeddings", original, 2)
         values["rope_original"] = original
-        if context > original:
+        if "attention_factor" in scaling:
+            values["rope_attention"] = scaling["attention_factor"]
+        elif context > original:
             values["rope_attention"] = math.sqrt(1 + math.log(context / original) / math.log(original))
     if values["window"] >= values["context_length"]:
         values["window"] = 0

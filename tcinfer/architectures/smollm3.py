@@ -6,9 +6,22 @@ from collections.abc import Callable
 from typing import Any
 
 from tcinfer.architectures.llama import NAMES, block, converted, without_window
+from tcinfer.config import ModelConfig
 from tcinfer.errors import FileError
 
-__all__ = ["HUGGING_FACE", "NAMES", "NORM", "OURS", "ROTARY", "TIED", "block", "converted", "from_hugging_face", "read"]
+__all__ = [
+    "HUGGING_FACE",
+    "NAMES",
+    "NORM",
+    "OURS",
+    "ROTARY",
+    "TIED",
+    "block",
+    "converted",
+    "from_hugging_face",
+    "read",
+    "write",
+]
 
 NORM, ROTARY, OURS = "rms", "interleaved", False
 HUGGING_FACE = ("smollm3",)
@@ -20,6 +33,11 @@ def read(values: dict[str, Any], get: Callable[[str, Any], Any]) -> None:
     """Which layers rotate, which no key says."""
     count, D = values["n_layers"], values["head_dim"]
     values["rope_dim"] = tuple(0 if i % PLAIN_EVERY == PLAIN_EVERY - 1 else D for i in range(count))
+
+
+def write(config: ModelConfig) -> dict[str, Any]:
+    """Of the layers that rotate; a list would be read by nobody else."""
+    return {f"{config.arch}.rope.dimension_count": config.head_dim}
 
 
 def from_hugging_face(hf: dict[str, Any], values: dict[str, Any]) -> None:
