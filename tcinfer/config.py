@@ -152,11 +152,17 @@ class ModelConfig:
         return max(self.layers, key=lambda layer: layer.window + layer.sinks if layer.window else math.inf)
 
     @property
+    def far(self) -> tuple[int, ...]:
+        """The layers whose window is the largest, or that have none: of those a user asks for another memory."""
+        reach = [layer.window or math.inf for layer in self.layers]
+        return tuple(i for i, window in enumerate(reach) if window == max(reach))
+
+    @property
     def farthest(self) -> str | None:
         """The memory of the layers that see farthest back; None where they differ in it."""
         if not self._differ:
             return self.layer(0).memory
-        found = {layer.memory for layer in self.layers if layer.window == self.widest.window}
+        found = {self.layers[i].memory for i in self.far}
         return found.pop() if len(found) == 1 else None
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -40,8 +39,7 @@ def with_memory(
         check_count("sinks", sinks, 0)
     if cache_type is not None:
         config = replace(config, cache_type=cache_type)
-    farthest = _reach(config.widest)
-    there = [layer for layer in config.layers if _reach(layer) == farthest]
+    there = [config.layers[i] for i in config.far]
     another = memory is not None and any(layer.memory != memory for layer in there) and not MODES[memory].needs_weights
     ours = architecture(config.arch).OURS
     mixed = config.farthest is None  # then sinks stand beside a window wherever one is
@@ -51,11 +49,6 @@ def with_memory(
     ]
     changed: dict[str, Any] = {name: tuple(values[name] for values in asked) for name in FIELDS}
     return replace(config, **changed)
-
-
-def _reach(layer: LayerConfig) -> float:
-    """Tokens that a layer sees exactly."""
-    return layer.window if layer.window else math.inf
 
 
 def _kept(layer: LayerConfig) -> dict[str, Any]:

@@ -76,13 +76,17 @@ class SessionFile:
     def position(self) -> int:
         return self.state.position
 
-    def memory_options(self) -> dict[str, Any]:
-        """The arguments of `tcinfer.load` with which a model goes on from this file."""
-        config, layer = self.config, self.config.widest
+    def memory_options(self, model: ModelConfig) -> dict[str, Any]:
+        """The arguments of `tcinfer.load` with which a model of this configuration, its file's, goes on from here."""
+        config = self.config
+        asked = model.far if model.n_layers == config.n_layers else config.far  # else it is another model
+        layers = [config.layers[i] for i in asked]
+        memory = layers[0].memory if len({layer.memory for layer in layers}) == 1 else None  # None: as the file has it
+        sinks = max(layer.sinks for layer in layers)
         return {
-            "memory": config.farthest,
-            "window": layer.window or None,
-            "sinks": layer.sinks if layer.sinks or config.farthest not in (None, "full", "window") else None,
+            "memory": memory,
+            "window": layers[0].window or None,
+            "sinks": sinks if sinks or memory not in (None, "full", "window") else None,
             "cache_type": config.cache_type,
         }
 

@@ -59,7 +59,7 @@ class Chats:
             options = self._options(system)
         else:
             found = session_file.read(base)
-            options = found.memory_options()
+            options = found.memory_options(self.opened.config)
             session_file.attach(self._load(options), found)
         fingerprint = self._load(options).fingerprint.hex()
         name = store.new_name(self.folder) if name is None else name

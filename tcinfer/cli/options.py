@@ -55,13 +55,16 @@ model_options = together(MODEL, *MEMORY, *RUNNING)  # that choose a model and ho
 
 def load_model(options: dict[str, Any], like: SessionFile | None = None) -> Model:
     """The model that these options name; like: with the memory of this session unless they say otherwise."""
-    from tcinfer.loader import load
+    from tcinfer.engine import backend
+    from tcinfer.loader import Opened
 
+    runs = backend(options["backend"], options["threads"])
+    opened = Opened(options["model"])
     memory = {name: options[name] for name in ("memory", "window", "sinks", "cache_type")}
-    if like is not None and options["memory"] in (None, like.memory_options()["memory"]):
-        memory = {name: like.memory_options()[name] if value is None else value for name, value in memory.items()}
-    told = None if options.get("quiet") else notice
-    return load(options["model"], backend=options["backend"], threads=options["threads"], notice=told, **memory)
+    had = like.memory_options(opened.config) if like is not None else {}
+    if had and options["memory"] in (None, had["memory"]):
+        memory = {name: had[name] if value is None else value for name, value in memory.items()}
+    return opened.model(runs, **memory, notice=None if options.get("quiet") else notice)
 
 
 def notice(text: str) -> None:

@@ -197,11 +197,14 @@ def fork(file: str, copy: str) -> None:
 def verify(file: str, model: str | None) -> None:
     """Check every byte of a session file; with -m, also that it goes on in that model."""
     from tcinfer import session_file
-    from tcinfer.loader import load
+    from tcinfer.engine import backend
+    from tcinfer.loader import Opened
 
     found = session_file.read(file)
     fits = ""
     if model is not None:
-        session_file.attach(load(model, backend="numpy", **found.memory_options()), found)
+        opened = Opened(model)
+        asked = found.memory_options(opened.config)
+        session_file.attach(opened.model(backend("numpy"), **asked), found)
         fits = f"; it goes on in {one_line(model)}"
     click.echo(f"{one_line(file)}: whole, {found.position:,} tokens in {found.nbytes:,} bytes{fits}")
