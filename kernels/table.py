@@ -139,7 +139,8 @@ PREPARE = Operator("prepare", f"{STAGED} rows> rows_stride factors> head", "rows
 
 
 def _linear_one(more: str) -> Operator:
-    arguments = f"{MATRIX} outputs y<> bias gate< add shift each more how how_more number {STAGED}{more}"
+    after = "bias gate< add pair second y_2> bias_2 third y_3> bias_3"
+    arguments = f"{MATRIX} outputs y<> {after} shift each more how how_more number {STAGED}{more}"
     return Operator(
         "linear_one",
         arguments,
@@ -151,7 +152,8 @@ def _linear_one(more: str) -> Operator:
 
 
 def _linear_many(more: str) -> Operator:
-    arguments = f"{MATRIX} outputs rows< rows_stride factors< y<> y_stride bias gate< add head columns{more}"
+    after = "bias gate< add pair second y_2> y_2_stride bias_2 third y_3> y_3_stride bias_3"
+    arguments = f"{MATRIX} outputs rows< rows_stride factors< y<> y_stride {after} head columns{more}"
     return Operator(
         "linear_many",
         arguments,

@@ -31,8 +31,13 @@ FUNCTION int warps() { return threads() / 32; }
 FUNCTION int warp() { return threadIdx.x / 32; }
 FUNCTION int lane() { return threadIdx.x % 32; }
 
-// The first DESK bytes of shared memory: block-wide sums, and what stream.h has there. An operator's own room is behind.
+// The first DESK bytes of shared memory: block-wide sums, and what stream.h has there. Behind them, in a token's launch, HAND
+// bytes for what it is told (passes.cu). An operator's own room is behind that.
+#ifdef EACH_TOGETHER
+FUNCTION char *room() { return shared_memory() + DESK + HAND; }
+#else
 FUNCTION char *room() { return shared_memory() + DESK; }
+#endif
 
 // The sum over all threads of the block, in all of them; in an order that depends on the block's size alone.
 FUNCTION float block_sum(float x) {

@@ -3,8 +3,8 @@
 // such place to the next a fiber runs alone, and a seed says who comes first. An answer that depends on it is a race.
 //
 // What it cannot show: how long anything takes (on an H100 64-bit divisions, conversions of bytes to floats, and code that
-// is run once cost more than the arithmetic around them); copies that come in another order than a thread asked for
-// them; and what CuPy does.
+// is run once cost more than the arithmetic around them; what a thread keeps in local memory comes from the second cache
+// after every meeting of blocks); and what CuPy does.
 #pragma once
 #undef _FORTIFY_SOURCE // its longjmp refuses to leave one stack for another
 
@@ -88,7 +88,7 @@ struct Block {
 
 // A barrier of machine.h in shared memory.
 struct Mbarrier {
-    unsigned short arrivals, left, parity, unused;
+    unsigned short arrivals, left, parity, copies; // that a phase still waits for
 };
 static_assert(sizeof(Mbarrier) == 8);
 
@@ -100,6 +100,16 @@ struct Waiter {
     unsigned parity;
 };
 static std::vector<Waiter> waiters;
+
+// A chunk on its way.
+struct Chunk {
+    Block *block;
+    char *to;
+    const char *from;
+    unsigned bytes;
+    Mbarrier *full;
+};
+static std::vector<Chunk> chunks;
 
 static void (*kernel)(const int64 *, const int64 *);
 static const int64 *first_argument, *second_argument;
@@ -235,6 +245,37 @@ static void prepare(unsigned place, unsigned index) {
     }
 }
 
+// A phase of a barrier has ended if nothing is missing: who waits for that goes on.
+static void end_phase(Mbarrier &b) {
+    if (b.left || b.copies) return;
+    b.left = b.arrivals, b.parity ^= 1;
+    for (size_t i = 0; i < waiters.size();) {
+        Waiter &w = waiters[i];
+        if (w.at != &b || w.parity == b.parity) {
+            i++;
+            continue;
+        }
+        w.warp->ready |= 1u << w.lane;
+        w = waiters.back(), waiters.pop_back();
+    }
+}
+
+// One of the chunks that a block waits for comes: with seed 0 the first that it asked for, with seed 1 the last.
+static bool bring_one(Block &b) {
+    std::vector<unsigned> own, turns;
+    for (unsigned i = 0; i < chunks.size(); i++)
+        if (chunks[i].block == &b) own.push_back(i);
+    if (own.empty()) return false;
+    turns.resize(own.size());
+    deal(turns.data(), own.size());
+    Chunk c = chunks[own[turns[0]]];
+    chunks.erase(chunks.begin() + own[turns[0]]);
+    memcpy(c.to, c.from, c.bytes);
+    c.full->copies--;
+    end_phase(*c.full);
+    return true;
+}
+
 // Runs a block until none of its threads can go on; whether any could. A warp runs as far as it comes before another
 // does, and who has met leaves in the order of the seed, not the last to come first: so of two accesses with no barrier
 // between them one comes first in ascending order, the other in descending.
@@ -254,6 +295,10 @@ static bool run(Block &b) {
                 round();
                 if (!~warp->arrived) warp->arrived = 0, warp->ready = ~0u;
             }
+        if (!more && bring_one(b)) {
+            more = any = true;
+            continue;
+        }
         if (!b.arrived || b.arrived < b.wanted) continue;
         b.arrived = 0;
         for (unsigned w = 0; w * 32 < b.wanted; w++) b.warps[w].ready = lanes(w);
@@ -323,7 +368,7 @@ static void make_room(unsigned alive) {
     if (_setjmp(failure)) return false;
     if (!gridDim.x || !blockDim.x || blockDim.x > 1024) fail("%u blocks of %u threads", gridDim.x, blockDim.x);
     unsigned alive = together ? gridDim.x : 1;
-    waiters.clear();
+    waiters.clear(), chunks.clear();
     make_room(alive);
     if (together) {
         for (unsigned i = 0; i < alive; i++) prepare(i, i);
@@ -601,29 +646,28 @@ template <int left> FUNCTION void wait_for_groups() {
 }
 
 FUNCTION void mbarrier_init(uint64 *at, unsigned arrivals) {
-    *(host::Mbarrier *)at = {(unsigned short)arrivals, (unsigned short)arrivals, 0, 0};
+    *(host::Mbarrier *)at = {(unsigned short)arrivals, (unsigned short)arrivals, 0, 0}; // no copy is awaited
 }
 
 FUNCTION void mbarrier_arrive(uint64 *at) {
     host::Mbarrier &b = *(host::Mbarrier *)at;
-    if (!b.left) host::fault("an arrival at no mbarrier");
-    if (--b.left) return;
-    b.left = b.arrivals, b.parity ^= 1;
-    for (size_t i = 0; i < host::waiters.size();) {
-        host::Waiter &w = host::waiters[i];
-        if (w.at != &b || w.parity == b.parity) {
-            i++;
-            continue;
-        }
-        w.warp->ready |= 1u << w.lane;
-        w = host::waiters.back(), host::waiters.pop_back();
-    }
+    if (!b.left) host::fault("an arrival at no mbarrier, or a second one in a phase");
+    b.left--;
+    host::end_phase(b);
 }
 
-FUNCTION void mbarrier_arrive_copied(uint64 *at) {
-    for (const host::Copy &c : host::fiber->copies) memcpy(c.to, c.from, 16);
-    host::fiber->copies.clear();
-    mbarrier_arrive(at);
+const int CHUNK_ARRIVALS = 1;
+// Comes as late as it may, in the order of the seed. Until then its room holds garbage.
+FUNCTION void copy_chunk(void *to, const void *from, unsigned bytes, uint64 *full) {
+    if (threadIdx.x % 32) return;
+    host::want_aligned(to, true, "copy_chunk to an address that is no multiple of 16");
+    host::want_aligned(from, false, "copy_chunk from an address that is no multiple of 16");
+    if (bytes % 16) host::fault("copy_chunk of bytes that are no multiple of 16");
+    memset(to, 0xFF, bytes);
+    host::Mbarrier &b = *(host::Mbarrier *)full;
+    host::chunks.push_back({host::block, (char *)to, (const char *)from, bytes, &b});
+    b.copies++;
+    mbarrier_arrive(full);
 }
 
 FUNCTION void mbarrier_wait(uint64 *at, unsigned parity) {

@@ -47,65 +47,88 @@ template <class K> FUNCTION void chunk_times_x(const char *chunk, int first, int
     }
 }
 
-struct Into {
-    float *y;
-    const float *bias, *gate;
-    bool add;
-
-    MEMBER void put(int o, float sum) const {
-        float value = sum + (bias ? bias[o] : 0.0f);
-        if (gate) value *= *gate;
-        y[o] = add ? y[o] + value : value;
+// The sums over the warp's lanes of N rows, N a power of two: each lane gets that of row lane / (32 / N).
+template <int N> FUNCTION float row_sum(float (&x)[N]) {
+#pragma unroll
+    for (int apart = 16, left = N / 2; apart; apart /= 2, left /= 2) {
+        bool upper = lane() & apart;
+#pragma unroll
+        for (int i = 0; i < left; i++) {
+            float mine = upper ? x[left + i] : x[i], other = upper ? x[i] : x[left + i];
+            x[i] = mine + shuffle(other, lane() ^ apart);
+        }
+        if (!left) x[0] += shuffle(x[0], lane() ^ apart);
     }
-};
+    return x[0];
+}
 
-// a: W, its outputs; y (0: the pass's logits), bias, gate (0: none), whether to add to y; the block's share and the number
-// of this stream of weights (stream.h); then what x is (staging.h).
+// Output o of a product, to where it belongs; of a pair both, o the gate.
+FUNCTION void put_output(Words a, Words p, int o, float sum, float beside) {
+    using namespace linear_one_at;
+    int64 to = a[y] ? a[y] : p[LOGITS], more = a[bias];
+    if (o >= a[outputs]) return;
+    if (a[pair]) {
+        floats(to)[o / 2] = activated((int)a[pair], sum) * beside;
+        return;
+    }
+    if (a[second] && o >= a[second]) {
+        bool last = a[third] && o >= a[third];
+        to = a[last ? y_3 : y_2], more = a[last ? bias_3 : bias_2], o -= (int)a[last ? third : second];
+    }
+    if (more) sum += floats(more)[o];
+    if (a[linear_one_at::gate]) sum *= *floats(a[linear_one_at::gate]);
+    floats(to)[o] = a[linear_one_at::add] ? floats(to)[o] + sum : sum;
+}
+
+// a: W, its outputs; y (0: the pass's logits), bias, gate (0: none), whether to add to y; where outputs are gate and up by
+// turns, by which activation they become one; from which output on y and bias are others, and from which on others
+// again (0: none); the block's share and the number of this stream of weights (stream.h); then what x is (staging.h).
 template <class K> FUNCTION void linear_one(Words a, Words p, Work work) {
+    namespace at = linear_one_at;
     const Stream stream = stream_at_hand();
-    Words to = a + MATRIX;
-    int outputs = to[0], number = to[10];
+    const int EACH = 32 / K::ROWS;  // lanes that hold a row's sum
     int *begun = (int *)(shared_memory() + DESK_BEGUN);  // chunks of the streams before, by turns
-    unsigned n = begun[number & 1];
-    bool wanted = to[1] || p[OUT_ROWS];
+    unsigned n = begun[a[at::number] & 1];
+    bool wanted = a[at::y] || p[OUT_ROWS];
     Matrix w = matrix_at(a);
     int chunks = (w.runs + 31) / 32;
-    Share share = share_of(to + 5, work.block, work.blocks);
-    if (thread() == 0) begun[(number + 1) & 1] = n + (wanted ? share.tiles * chunks : 0);
+    Share share = share_of(a + at::shift, work.block, work.blocks);
+    if (thread() == 0) begun[(a[at::number] + 1) & 1] = n + (wanted ? share.tiles * chunks : 0);
     if (!wanted) return;
-    Into into = {floats(to[1] ? to[1] : p[LOGITS]), floats(to[2]), floats(to[3]), to[4] != 0};
-    stage(to + 11, K::SCALED);
+    stage(a + at::make, K::SCALED);
 
     float *parts = (float *)(shared_memory() + DESK_PARTS);  // [warps, ROWS]
-    int sharers = share.sharers, own = warp() * share.inverse >> 12, part = warp() - own * sharers;
-    if (own >= share.together) own = share.tiles;  // no work for this warp
-    for (int tile = 0; tile + own < share.tiles; tile += share.together) {
-        int beside = share.at_once(tile);
+    bool first = lane() % EACH == 0;
+    for (int tile = 0; tile < share.tiles; tile += stream.takers) {
+        int beside = share.at_once(tile, stream.takers);
+        int sharers = beside < stream.takers ? share.sharers : 1;
+        int part = beside < stream.takers ? warp() * share.inverse >> 12 : warp() >= stream.takers, own = warp() - part * beside;
         float sums[K::ROWS] = {};
-        for (int c = part; c < chunks; c += sharers) {
+        for (int c = part < sharers ? part : chunks; c < chunks; c += sharers) {
             unsigned of = n + tile * chunks + c * beside + own;
             mbarrier_wait(stream.full(of), stream.turn(of));
             chunk_times_x<K>(stream.slot(of), 32 * c, min(32, w.runs - 32 * c), sums);
             warp_barrier();
             if (lane() == 0) mbarrier_arrive(stream.empty(of));
         }
-#pragma unroll
-        for (int r = 0; r < K::ROWS; r++) {
-            float sum = warp_sum(sums[r]);
-            int o = K::ROWS * (share.first + (tile + own) * work.blocks) + r;
-            if (lane() != r) continue;
-            if (sharers > 1)
-                parts[K::ROWS * warp() + r] = sum;
-            else if (o < outputs)
-                into.put(o, sum);
-        }
+        float sum = row_sum(sums), next = shuffle(sum, (lane() + EACH) % 32);
+        int o = K::ROWS * (share.first + (tile + own) * work.blocks) + lane() / EACH;
+        if (sharers > 1 && first)
+            parts[K::ROWS * warp() + lane() / EACH] = sum;
+        else if (part < sharers && first && !(a[at::pair] && o % 2))
+            put_output(a, p, o, sum, next);
     }
-    if (sharers == 1) return;
+    if (share.sharers == 1) return;
     block_barrier();
-    for (int i = thread(); i < share.tiles * K::ROWS; i += threads()) {
-        int tile = i / K::ROWS, r = i % K::ROWS, o = K::ROWS * (share.first + tile * work.blocks) + r;
-        float sum = 0;
-        for (int s = 0; s < sharers; s++) sum += parts[K::ROWS * (tile * sharers + s) + r];
-        if (o < outputs) into.put(o, sum);
+    int tile = share.tiles - share.left;
+    for (int i = thread(); i < share.left * K::ROWS; i += threads()) {
+        int own = i / K::ROWS, r = i % K::ROWS, o = K::ROWS * (share.first + (tile + own) * work.blocks) + r;
+        float sum = 0, next = 0;
+        if (a[at::pair] && r % 2) continue;
+        for (int s = 0; s < share.sharers; s++) {
+            const float *of = parts + K::ROWS * (s * share.left + own) + r;
+            sum += of[0], next += a[at::pair] ? of[1] : 0.0f;
+        }
+        put_output(a, p, o, sum, next);
     }
 }

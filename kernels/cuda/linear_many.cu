@@ -9,31 +9,52 @@
 const int MANY_THREADS = ALONE_THREADS, MANY_WARPS = MANY_THREADS / 32;
 const int FEW_ROWS = 16;
 
+// Where a column of outputs goes: y and bias of the first row, whose next one is `stride` floats further.
+struct Column {
+    float *y;
+    int64 stride;
+    const float *bias;
+};
+
 struct Many {
     Matrix w;
     int outputs, rows, columns;
     const char *x;
     int64 x_stride;
-    const float *factors;
-    float *y;
-    int64 y_stride;  // in floats
-    const float *bias, *gate;
+    const float *factors, *gate;
     bool add;
+    int pair, second, third;  // as linear_one has them
+    Words a;  // where what is said of each part is read when it is needed
+
+    MEMBER Column column(int output, int64 logits) const {
+        using namespace linear_many_at;
+        bool other = second && output >= second, last = other && third && output >= third;
+        int o = last ? output - third : other ? output - second : pair ? output / 2 : output;
+        int64 to = last ? a[y_3] : other ? a[y_2] : a[y] ? a[y] : logits;
+        int64 more = last ? a[bias_3] : other ? a[bias_2] : a[linear_many_at::bias];
+        return {floats(to) + o, (last ? a[y_3_stride] : other ? a[y_2_stride] : a[linear_many_at::y_stride]) / 4,
+                more ? floats(more) + o : nullptr};
+    }
 };
 
 FUNCTION Many many_at(Words a, Words p) {
-    Words to = a + MATRIX;
-    return {matrix_at(a), (int)to[0],      (int)(to[9] ? p[OUT_ROWS] : p[ROWS]),
-            (int)to[10],  (char *)to[1],   to[2],
-            floats(to[3]), floats(to[4] ? to[4] : p[LOGITS]), to[5] / 4,
-            floats(to[6]), floats(to[7]),  to[8] != 0};
+    namespace at = linear_many_at;
+    return {matrix_at(a), (int)a[at::outputs], (int)(a[at::head] ? p[OUT_ROWS] : p[ROWS]), (int)a[at::columns],
+            (char *)a[at::rows], a[at::rows_stride], floats(a[at::factors]), floats(a[at::gate]), a[at::add] != 0,
+            (int)a[at::pair], (int)a[at::second], (int)a[at::third], a};
 }
 
-FUNCTION void put_sum(const Many &m, int row, int output, float sum) {
+// beside: the sum of the next output, of a pair.
+FUNCTION void put_sum(const Many &m, Words p, int row, int output, float sum, float beside = 0) {
     if (row >= m.rows || output >= m.outputs) return;
-    float value = (m.factors ? m.factors[row] * sum : sum) + (m.bias ? m.bias[output] : 0.0f);
+    Column c = m.column(output, p[LOGITS]);
+    float factor = m.factors ? m.factors[row] : 1.0f, *y = c.y + row * c.stride;
+    if (m.pair) {
+        *y = activated(m.pair, factor * sum) * (factor * beside);
+        return;
+    }
+    float value = factor * sum + (c.bias ? *c.bias : 0.0f);
     if (m.gate) value *= m.gate[row];
-    float *y = m.y + row * m.y_stride + output;
     *y = m.add ? *y + value : value;
 }
 
@@ -128,10 +149,14 @@ template <class K, int EIGHTS, int TILES> OPERATOR void linear_few(Words a, Word
         block_barrier();
         for (int i = thread(); i < 8 * EIGHTS * OUTPUTS; i += MANY_THREADS) {
             int row = i / OUTPUTS, output = i % OUTPUTS;
-            float sum = 0;
+            float sum = 0, beside = 0;
+            if (m.pair && output % 2) continue;
 #pragma unroll
-            for (int w = 0; w < MANY_WARPS; w++) sum += desk[(8 * EIGHTS * w + row) * PITCH + output];
-            put_sum(m, row, OUTPUTS * tile + output, sum);
+            for (int w = 0; w < MANY_WARPS; w++) {
+                const float *of = desk + (8 * EIGHTS * w + row) * PITCH + output;
+                sum += of[0], beside += m.pair ? of[1] : 0.0f;
+            }
+            put_sum(m, p, row, OUTPUTS * tile + output, sum, beside);
         }
     }
 }
@@ -216,11 +241,10 @@ template <int HIGH, class K> FUNCTION void put_weights(const Run<AsLoaded<K>> &r
 }
 
 // What becomes of a tile's sums, with the same rounding in every tile: of every 8th row and every 4th pair of outputs
-// from here on.
+// from here on. Eight outputs side by side go to the same rows.
 template <int HIGH, class Shape = ManyShape<HIGH>>
-FUNCTION void put_sums(const Many &m, int row, int output, float sums[Shape::DOWN][2 * Shape::ACROSS][4]) {
+FUNCTION void put_sums(const Many &m, Words p, int row, int output, float sums[Shape::DOWN][2 * Shape::ACROSS][4]) {
     const int ROWS = 2 * Shape::DOWN, PAIRS = 2 * Shape::ACROSS;
-    bool whole = output / Shape::OUTPUTS * Shape::OUTPUTS + Shape::OUTPUTS <= m.outputs;
     float factors[ROWS], gates[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
@@ -229,40 +253,41 @@ FUNCTION void put_sums(const Many &m, int row, int output, float sums[Shape::DOW
         gates[r] = m.gate && there ? m.gate[row + 8 * r] : 1.0f;
     }
 #pragma unroll
-    for (int j = 0; j < 2 * PAIRS; j++) {
-        int at = output + 8 * (j / 2) + j % 2;
-        float bias = m.bias && at < m.outputs ? m.bias[at] : 0.0f;
+    for (int j = 0; j < PAIRS; j++) {
+        int at = output + 8 * j;
+        if (at >= m.outputs) break;
+        bool both = at + 1 < m.outputs;
+        Column c = m.column(at, p[LOGITS]);
+        bool side_by_side = both && c.stride % 2 == 0 && (int64)c.y % 8 == 0;
+        float2 bias = make_float2(0, 0), old[ROWS];
+        if (c.bias) bias = make_float2(c.bias[0], both ? c.bias[1] : 0.0f);
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            float &sum = sums[r / 2][j / 2][r % 2 * 2 + j % 2];
-            sum = fmaf(factors[r], sum, bias);
-        }
-    }
-    float *first = m.y + row * m.y_stride + output;
-    if (!whole || m.y_stride % 2 || (int64)m.y % 8) {
-#pragma unroll
-        for (int i = 0; i < 2 * ROWS * PAIRS; i++) {
-            int r = i / 2 / PAIRS, j = i / 2 % PAIRS, c = i % 2;
-            float *y = first + 8 * r * m.y_stride + 8 * j + c;
-            if (row + 8 * r < m.rows && output + 8 * j + c < m.outputs)
-                *y = fmaf(gates[r], sums[r / 2][j][r % 2 * 2 + c], m.add ? *y : 0.0f);
-        }
-        return;
-    }
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        float2 *y = (float2 *)(first + 8 * r * m.y_stride), old[PAIRS];
-        bool there = row + 8 * r < m.rows;
-#pragma unroll
-        for (int j = 0; j < PAIRS; j++) old[j] = make_float2(0, 0);
-        if (m.add && there) {
-#pragma unroll
-            for (int j = 0; j < PAIRS; j++) old[j] = y[4 * j];
+            const float *y = c.y + (row + 8 * r) * c.stride;
+            old[r] = make_float2(0, 0);
+            if (!m.add || row + 8 * r >= m.rows) continue;
+            if (side_by_side)
+                old[r] = *(const float2 *)y;
+            else
+                old[r] = make_float2(y[0], both ? y[1] : 0.0f);
         }
 #pragma unroll
-        for (int j = 0; j < PAIRS; j++) {
+        for (int r = 0; r < ROWS; r++) {
             const float *sum = sums[r / 2][j] + r % 2 * 2;
-            if (there) y[4 * j] = make_float2(fmaf(gates[r], sum[0], old[j].x), fmaf(gates[r], sum[1], old[j].y));
+            float *y = c.y + (row + 8 * r) * c.stride;
+            float first = fmaf(factors[r], sum[0], bias.x), second = fmaf(factors[r], sum[1], bias.y);
+            if (row + 8 * r >= m.rows) continue;
+            if (m.pair) {
+                y[0] = activated(m.pair, first) * second;
+                continue;
+            }
+            first = fmaf(gates[r], first, old[r].x), second = fmaf(gates[r], second, old[r].y);
+            if (side_by_side) {
+                *(float2 *)y = make_float2(first, second);
+            } else {
+                y[0] = first;
+                if (both) y[1] = second;
+            }
         }
     }
 }
@@ -348,7 +373,7 @@ template <class K, int HIGH> OPERATOR void linear_tiles(Words a, Words p, Work w
         }
         Many again = many_at(a, p);
         ManyTile same = many_tile<HIGH>(again, item);
-        put_sums<HIGH>(again, same.row + down + lane() / 4, same.output + across + lane() % 4 * 2, sums);
+        put_sums<HIGH>(again, p, same.row + down + lane() / 4, same.output + across + lane() % 4 * 2, sums);
     }
 }
 
@@ -406,7 +431,7 @@ OPERATOR void linear_exact(Words a, Words p, Work work) {
         }
 #pragma unroll
         for (int i = 0; i < 16; i++)
-            put_sum(m, first + down + i / 4 * 16, output + across + i % 4 * 16, sums[i / 4][i % 4]);
+            put_sum(m, p, first + down + i / 4 * 16, output + across + i % 4 * 16, sums[i / 4][i % 4]);
     }
 }
 
@@ -427,8 +452,9 @@ static_assert(MANY_BYTES >= 4 * MANY_WARPS * FEW_ROWS * FewShape<Q4_0, 2>::PITCH
 
 // a: W, its outputs; x: rows of halves, zeros behind their end up to a whole run (of floats, without them, for weights
 // of 32 bits), their stride in bytes, and what each row is to be multiplied by (0: nothing); y (0: the pass's logits),
-// its stride in bytes, bias, a factor for each row (0: none), whether to add to y, whether the rows are those whose
-// logits are wanted (x, factors and y begin with the first of them); columns.
+// its stride in bytes, bias, a factor for each row (0: none), whether to add to y; pairs and other parts as linear_one has
+// them, these parts beginning at multiples of 8; whether the rows are those whose logits are wanted (x, factors and y
+// begin with the first of them); columns.
 template <class K> FUNCTION void linear_many(Words a, Words p, Work work) {
     Many m = many_at(a, p);
     if (!m.rows) return;

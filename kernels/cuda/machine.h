@@ -129,11 +129,28 @@ FUNCTION void mbarrier_arrive(uint64 *at) {
     unsigned where = (unsigned)__cvta_generic_to_shared(at);
     asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(where) : "memory");
 }
-// Arrives once all that this thread has asked for by copy_later is there.
-FUNCTION void mbarrier_arrive_copied(uint64 *at) {
-    unsigned where = (unsigned)__cvta_generic_to_shared(at);
+// A warp asks for a chunk of `bytes`, a multiple of 16, from global to shared memory, in the background; once it is there,
+// that is CHUNK_ARRIVALS arrivals at `full`. Chunks may come in another order.
+#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
+const int CHUNK_ARRIVALS = 1;
+FUNCTION void copy_chunk(void *to, const void *from, unsigned bytes, uint64 *full) {
+    if (threadIdx.x % 32) return;
+    unsigned at = (unsigned)__cvta_generic_to_shared(to), where = (unsigned)__cvta_generic_to_shared(full);
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(where), "r"(bytes) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(at),
+                 "l"(from), "r"(bytes), "r"(where)
+                 : "memory");
+}
+#else
+const int CHUNK_ARRIVALS = 32;
+FUNCTION void copy_chunk(void *to, const void *from, unsigned bytes, uint64 *full) {
+    unsigned where = (unsigned)__cvta_generic_to_shared(full);
+#pragma unroll 4
+    for (unsigned i = 16 * (threadIdx.x % 32); i < bytes; i += 16 * 32)
+        copy_later((char *)to + i, (const char *)from + i);
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(where) : "memory");
 }
+#endif
 // Until the phase of this parity has ended; the one before the first has. Who waits may be one phase behind, no more.
 #if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
 #define WAIT_A_WHILE "try_wait"

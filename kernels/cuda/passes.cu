@@ -3,59 +3,82 @@
 
 #ifdef EACH_TOGETHER
 // What the launch is given: how many steps and where their records are, the same of streams (stream.h); where in shared
-// memory they are at hand and the ring of chunks behind, how many slots it has (log2), of how many bytes; how many fields a session's state has.
-enum { PLAN_STEPS, PLAN_RECORDS, PLAN_STREAMS, PLAN_STREAM, PLAN_HAND, PLAN_TURNS, PLAN_SLOT_BYTES, PLAN_FIELDS };
+// memory the ring of chunks begins, how many slots it has (log2), of how many bytes, how many warps take chunks and how
+// many of these may be on their way; how many fields a session's state has.
+enum { PLAN_STEPS, PLAN_RECORDS, PLAN_STREAMS, PLAN_STREAM, PLAN_RING, PLAN_TURNS, PLAN_SLOT, PLAN_TAKERS, PLAN_FLIGHT, PLAN_FIELDS };
 enum { STEP_OPERATOR, STEP_WAIT, STEP_ARGUMENTS };  // of a record of RECORD words
 
 #define NAMED(name, blocks) OP_##name,
 enum { EACH_TOGETHER(NAMED) OPERATORS };
 #undef NAMED
 
-// Where a step's record is put, some steps before it is needed. hand: HAND bytes of shared memory for records and pass.
+// What a block has at hand in shared memory, HAND bytes: the records of steps, each put there some steps before it is
+// needed, and the words of the pass with its one sequence and the addresses of its state, if there is room. What a thread
+// must know again after an operator is there too: kept in a register it would go to local memory, which the first cache
+// has no more after a meeting.
 const int RECORDS = 4;
-FUNCTION int64 *record(char *hand, int step) { return (int64 *)hand + RECORD * (step % RECORDS); }
+struct Hand {
+    int64 records[RECORDS * RECORD];
+    int64 pass[PASS], table[SEQUENCE], zero;
+    const int64 *first;  // record
+    int steps;
+    unsigned goal;  // arrivals at the last meeting of all blocks
+    int step[TOGETHER_THREADS / 32];  // each warp's own
 
-FUNCTION void ask_for_record(char *hand, Words records, int step, int steps) {
+    MEMBER Words record(int i) const { return records + RECORD * (i % RECORDS); }
+};
+FUNCTION volatile Hand &hand() { return *(volatile Hand *)(shared_memory() + DESK); }
+FUNCTION Hand &in_hand() { return *(Hand *)(shared_memory() + DESK); }
+
+FUNCTION void ask_for_record(int step) {
     int piece = 2 * thread();
-    if (step < steps && piece < RECORD) copy_later(record(hand, step) + piece, records + RECORD * step + piece);
+    if (piece < RECORD && step < hand().steps)
+        copy_later(in_hand().records + RECORD * (step % RECORDS) + piece, hand().first + RECORD * step + piece);
     end_group();
 }
 
-// The pass's words in shared memory, its one sequence and the addresses of its state with them, if there is room.
-FUNCTION Words pass_at_hand(char *hand, Words p, int64 fields) {
-    int64 *own = (int64 *)hand + RECORDS * RECORD, *table = own + PASS, *zero = table + SEQUENCE, *at = zero + 1;
+FUNCTION void take_pass(Words p, int64 fields) {
+    Hand &own = in_hand();
+    int64 *at = (int64 *)(&own + 1);
+    bool fits = (char *)(at + fields) <= (char *)&own + HAND;
     Words of = words(p[TABLE]);
-    bool fits = (char *)(at + fields) <= hand + HAND;
-    for (int i = thread(); i < PASS; i += threads()) own[i] = i == TABLE ? (int64)table : i == SEQUENCE_OF ? (int64)zero : p[i];
-    for (int i = thread(); i < SEQUENCE; i += threads()) table[i] = i == FIELDS && fits ? (int64)at : of[i];
-    if (thread() == 0) *zero = 0;
+    for (int i = thread(); i < PASS; i += threads())
+        own.pass[i] = i == TABLE ? (int64)own.table : i == SEQUENCE_OF ? (int64)&own.zero : p[i];
+    for (int i = thread(); i < SEQUENCE; i += threads()) own.table[i] = i == FIELDS && fits ? (int64)at : of[i];
     for (int i = thread(); fits && i < fields; i += threads()) at[i] = words(of[FIELDS])[i];
-    return own;
+    if (thread() == 0) own.zero = 0;
 }
+
+#ifndef STAMP
+#define STAMP(step, met)  // who traces a launch writes down the time here
+#endif
 
 // Cooperative, every block at once on the device; more threads than those that compute.
 KERNEL(TOGETHER_THREADS + LOADER_THREADS, 1) together(const int64 *plan, const int64 *pass) {
-    const Stream stream = {(int)plan[PLAN_TURNS], (int)plan[PLAN_SLOT_BYTES], shared_memory() + plan[PLAN_HAND] + HAND};
+    const Stream stream = {(int)plan[PLAN_TURNS], (int)plan[PLAN_SLOT], (int)plan[PLAN_TAKERS], (int)plan[PLAN_FLIGHT],
+                           shared_memory() + plan[PLAN_RING]};
     for (int i = threadIdx.x; i < stream.slots(); i += blockDim.x)
-        mbarrier_init(stream.full(i), LOADER_THREADS), mbarrier_init(stream.empty(i), 1);
+        mbarrier_init(stream.full(i), CHUNK_ARRIVALS), mbarrier_init(stream.empty(i), 1);
     __syncthreads();
     if (threadIdx.x >= TOGETHER_THREADS) {
         bring(stream, words(plan[PLAN_STREAM]), (int)plan[PLAN_STREAMS], pass, blockIdx.x, gridDim.x);
         return;
     }
-    char *hand = shared_memory() + plan[PLAN_HAND];
-    Words p = pass_at_hand(hand, pass, plan[PLAN_FIELDS]), records = words(plan[PLAN_RECORDS]);
-    if (thread() == 0) *(int *)(shared_memory() + DESK_BEGUN) = 0, stream_at_hand() = stream;
-    int steps = (int)plan[PLAN_STEPS];
-    for (int i = 0; i < RECORDS - 1; i++) ask_for_record(hand, records, i, steps);
+    take_pass(pass, plan[PLAN_FIELDS]);
+    if (thread() == 0) {
+        in_hand().first = words(plan[PLAN_RECORDS]), in_hand().steps = (int)plan[PLAN_STEPS], in_hand().goal = 0;
+        *(int *)(shared_memory() + DESK_BEGUN) = 0, stream_at_hand() = stream;
+    }
+    hand().step[warp()] = 0;
+    block_barrier();
+    for (int i = 0; i < RECORDS - 1; i++) ask_for_record(i);
     wait_for_groups<RECORDS - 2>();
     block_barrier();
-    Work work = {(int)blockIdx.x, (int)gridDim.x, true};
-    unsigned *arrivals = (unsigned *)(pass + ARRIVALS), goal = 0;
-    for (int i = 0; i < steps; i++) {
-        Words step = record(hand, i), a = step + STEP_ARGUMENTS;
-        int wait = (int)step[STEP_WAIT];
-        ask_for_record(hand, records, i + RECORDS - 1, steps);  // where the step before this one had its own
+    for (bool more = true; more;) {
+        int i = hand().step[warp()];
+        Words step = in_hand().record(i), a = step + STEP_ARGUMENTS, p = in_hand().pass;
+        Work work = {(int)blockIdx.x, (int)gridDim.x, true};
+        ask_for_record(i + RECORDS - 1);  // where the step before this one had its own
         switch (step[STEP_OPERATOR]) {
 #define CASE(name, blocks)    \
     case OP_##name:           \
@@ -65,10 +88,18 @@ KERNEL(TOGETHER_THREADS + LOADER_THREADS, 1) together(const int64 *plan, const i
 #undef CASE
         }
         wait_for_groups<RECORDS - 2>();  // that of the next step is there
-        if (wait == WAIT_FOR_GRID)
-            grid_barrier(arrivals, goal += gridDim.x, threads());
-        else
+        int now = hand().step[warp()], wait = (int)((volatile int64 *)in_hand().record(now))[STEP_WAIT];
+        more = now + 1 < hand().steps;
+        warp_barrier();  // all lanes have read it
+        if (lane() == 0) hand().step[warp()] = now + 1;
+        STAMP(now, 0)
+        if (wait == WAIT_FOR_GRID) {
+            if (thread() == 0) hand().goal = hand().goal + gridDim.x;
+            grid_barrier((unsigned *)(pass + ARRIVALS), hand().goal, threads());
+        } else {
             block_barrier();
+        }
+        STAMP(now, 1)
     }
 }
 

@@ -112,9 +112,8 @@ class Plan(neutral.Plan):
             record[:2] = numbers[step.name], wait
             record[2 : 2 + len(step.arguments)] = step.words()
         streams = np.array([(*s, *[0] * (STREAM - len(s))) for s in self.streams], np.int64).reshape(-1, STREAM)
-        hand, turns, size = self._ring(one)
         words = np.array(
-            [len(one), self.keep(records), len(streams), self.keep(streams), hand, turns, size, self.fields], np.int64
+            [len(one), self.keep(records), len(streams), self.keep(streams), *self._ring(one), self.fields], np.int64
         )
         self._steps = self.keep(words)
         self._together = self.device.program(source(True, kinds, self.rooms), together=True).kernel("together")
@@ -130,17 +129,17 @@ class Plan(neutral.Plan):
     def share(self, steps: Sequence[Step], waits: Sequence[int]) -> None:
         """Divide the weights of a token's products among blocks, now that it is known where these meet."""
 
-    def _ring(self, steps: Sequence[Step]) -> tuple[int, int, int]:
-        """Of a token's launch: where in shared memory what it is told goes, and then chunks of weights; for how many
-        of them (log2), of which size."""
-        hand = -(-self._shared(steps, TOGETHER_THREADS) // 16) * 16
-        start = hand + HAND
+    def _ring(self, steps: Sequence[Step]) -> tuple[int, int, int, int, int]:
+        """Of a token's launch: where in shared memory chunks of weights go; for how many of them there is room (log2), of
+        which size; how many warps take them, and how many may be on their way (stream.h)."""
+        start = -(-(self._shared(steps, TOGETHER_THREADS) + HAND) // 16) * 16
         size = max((min(stream[CHUNK], stream[TILE]) for stream in self.streams), default=16)
         slots = min((self.device.shared_bytes - start) // (size + 16), MOST_SLOTS)
         least = 1 << (self.takers - 1).bit_length()  # a power of two, and one for each taker
         if slots < least:
             self._refuse(start + least * (size + 16))
-        return hand, slots.bit_length() - 1, size
+        turns = slots.bit_length() - 1
+        return start, turns, size, self.takers, (1 << turns) - self.takers or self.takers
 
     def _shared(self, steps: Sequence[Step], threads: int) -> int:
         """Bytes of shared memory that any of some steps needs. Raises UnavailableError where a block has less."""

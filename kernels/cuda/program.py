@@ -16,7 +16,7 @@ SOURCES = (
     *("rows.cu", "linear.cu", "linear_many.cu", "ring.cu", "attention.cu", "attention_many.cu"),
     *("matrix_memory.cu", "matrix_memory_many.cu", "sampling.cu"),
 )
-TOGETHER_THREADS, ALONE_THREADS = 480, 256  # of a block
+TOGETHER_THREADS, ALONE_THREADS = 512, 256  # of a block
 LOADER_THREADS = 32  # more, of a token's launch (stream.h)
 DESK = 1024  # bytes of a block's shared memory in front of an operator's own (common.h)
 HAND = 3072  # more, of a token's launch, for what it is told (passes.cu)
@@ -61,13 +61,13 @@ def forms(together: bool, kinds: Iterable[str], rooms: Sequence[Operator]) -> li
     return [Form(o) for o in there if not o.forms] + made
 
 
-def constants(made: Sequence[Form] = ()) -> str:
+def constants(rooms: Sequence[Operator] = ()) -> str:
     """What Python and CUDA must agree on, as enums: the words of a pass, and for each operator NAME_at::ARGUMENT."""
     numbers = {name.upper(): number for name, number in words.WORDS.items()}
     numbers |= {name: getattr(words, name) for name in ("SEQUENCE", "FIELDS", "FIRST", "ROW", "COUNT")}
     numbers |= {name: globals()[name] for name in SHARED}
     texts = [f"enum {{ {', '.join(f'{name} = {value}' for name, value in numbers.items())} }};"]
-    for operator in {form.operator.name: form.operator for form in made}.values():
+    for operator in {o.name: o for o in (*GPU.values(), *rooms, *(o.many for o in rooms if o.many))}.values():
         texts.append(f"namespace {operator.name}_at {{ enum {{ {', '.join(operator.names)} }}; }}")
     return "\n".join(texts)
 
@@ -81,7 +81,7 @@ def source(together: bool, kinds: Iterable[str], rooms: Sequence[Operator]) -> s
     """
     here, made = Path(__file__).parent, forms(together, kinds, rooms)
     each = f"#define EACH_{'TOGETHER' if together else 'ALONE'}(X) {' '.join(_entry(form) for form in made)}"
-    parts = [(here / "machine.h").read_text(), constants(made), each]
+    parts = [(here / "machine.h").read_text(), constants(rooms), each]
     parts += [(here / name).read_text() for name in (*HEADERS, *SOURCES)]
     parts += [resources.files(home).joinpath("cuda.cu").read_text() for home in dict.fromkeys(o.home for o in rooms)]
     parts += [

@@ -38,18 +38,28 @@ SPLIT = 32  # keys of a head that a block takes at least, of a token's
 MERGED = 4  # parts up to which a product puts them together as it reads them
 LONG_SPLIT, MOST_SPLITS = 256, 64  # the same for a key head, where there are more keys
 LARGEST_HEAD = 256  # that attend_many has room for
+ENDS = ("", "_2", "_3")  # of the arguments y and bias of a product's parts
+PLACE = ("at", "runs", "tile_bytes", "chunk_bytes")  # of a matrix (kinds.h)
 
 
-class Weights(NamedTuple):
-    """A matrix on the device."""
+class Product(NamedTuple):
+    """A product that has been recorded, of which more may be made: matrices one below the other with the same x."""
 
-    kind: Kind
-    shape: tuple[int, int]
-    words: tuple[int, ...]  # of kinds.h: address, runs of a row, bytes of a tile and of a chunk
+    x: tuple[Any, ...]  # what it is made of
+    matrices: tuple[Matrix, ...]
+    outputs: tuple[Rows, ...]
+    steps: tuple[Step, Step]  # a token's, and that of many rows
+    plain: bool  # without bias
+    end: int  # steps recorded when it was
 
-    @property
-    def named(self) -> dict[str, int]:
-        return dict(zip(("at", "runs", "tile_bytes", "chunk_bytes"), self.words, strict=True))
+
+def joined(matrices: Sequence[Matrix], by_turns: bool = False) -> Matrix:
+    """Matrices one below the other, or, of two, their rows by turns."""
+    if len(matrices) == 1:
+        return matrices[0]
+    rows = [m.data for m in matrices]
+    data = np.stack(rows, 1).reshape(-1, rows[0].shape[1]) if by_turns else np.concatenate(rows)
+    return Matrix(data, matrices[0].kind, (len(data), matrices[0].shape[1]))
 
 
 Words = tuple[int | float, ...]  # what a row is made of, of staging.h: as many as STAGED, but for `fresh`
@@ -106,31 +116,42 @@ class Recorder(Plan):
 
     def __init__(self, capacity: int, device: Any, rooms: Sequence[Any] = ()) -> None:
         super().__init__(capacity, device, rooms)
-        self._stored: dict[int, Weights] = {}  # by the matrix's id
+        self._awaited: dict[tuple[bool, tuple[int, ...]], tuple[tuple[Matrix, ...], list[Step]]] = {}  # see `_await`
+        self._last: Product | None = None
         self._prepared: dict[tuple[int, bool, bool], tuple[Any, ...]] = {}  # halves of rows, while these are there
 
-    def stored(self, matrix: Matrix) -> Weights:
-        """The matrix on the device, repacked."""
-        if id(matrix) not in self._stored:
-            self.kept.append(matrix)  # so that nothing else gets its id
-            p = packed(matrix)
-            words = (self.upload(p.chunks), p.runs, p.chunks.shape[1], p.chunk)
-            self._stored[id(matrix)] = Weights(matrix.kind, matrix.shape, words)
-        return self._stored[id(matrix)]
+    def stored(self, matrix: Matrix) -> Matrix:
+        """The matrix: it is repacked and sent when the plan is closed, perhaps with others that x is multiplied by."""
+        return matrix
 
-    def small(self, values: NDArray[np.float32]) -> Weights:
+    def _await(self, matrices: tuple[Matrix, ...], steps: Sequence[Step], by_turns: bool = False) -> None:
+        """Steps read these matrices, in one piece, once the plan is closed."""
+        key = by_turns, tuple(map(id, matrices))
+        self._awaited.setdefault(key, (matrices, []))[1].extend(steps)
+
+    def _place(self) -> None:
+        """Send what steps await, and tell them where it is."""
+        for (by_turns, _), (matrices, steps) in self._awaited.items():
+            p = packed(joined(matrices, by_turns))
+            words = dict(zip(PLACE, (self.upload(p.chunks), p.runs, p.chunks.shape[1], p.chunk), strict=True))
+            for step in steps:
+                for name, value in words.items():
+                    step.change(name, value)
+        self._awaited.clear()
+
+    def small(self, values: NDArray[np.float32]) -> Matrix:
         """A float32 matrix [rows, columns] as products read it."""
         data = np.ascontiguousarray(values).view(np.uint8).reshape(len(values), -1)
-        return self.stored(Matrix(data, Kind.F32, (values.shape[0], values.shape[1])))
+        return Matrix(data, Kind.F32, (values.shape[0], values.shape[1]))
 
     def ones(self, columns: int) -> Rows:
         return Ones(self, columns)
 
     def embed(self, table: Matrix, positions: NDArray | None) -> Rows:
         """The rows of the embedding that the pass's ids name, plus those of learned positions, if there are any."""
-        w = self.stored(table)
-        x = self.rows(w.shape[1])
-        self.step(GPU_EMBED, w.kind.name, **w.named, columns=x.columns, x=x, stride=x.stride, positions=positions)
+        x = self.rows(table.shape[1])
+        rows = {"columns": x.columns, "x": x, "stride": x.stride, "positions": positions}
+        self._await((table,), [self.step(GPU_EMBED, table.kind.name, **dict.fromkeys(PLACE, 0), **rows)])
         return x
 
     def norm(self, x: Rows, weight: NDArray, bias: NDArray | None, eps: float, layer: bool) -> Rows:
@@ -139,9 +160,18 @@ class Recorder(Plan):
         return Made(self, x.columns, (LAYER_NORM if layer else RMS_NORM, x.address, x.stride, x.columns, *parameters))
 
     def gated(self, gate: Rows, up: Rows, activation: str) -> Rows:
-        """act(gate) · up; activation: "silu" or "gelu_tanh"."""
+        """act(gate) · up; activation: "silu" or "gelu_tanh". The product that has just made both makes this instead."""
         make = GEGLU if activation == "gelu_tanh" else SWIGLU
-        return Made(self, up.columns, (make, up.address, up.stride, up.columns, gate.address, 0, 0))
+        last = self._last
+        if last is None or last.end != len(self.steps) or not _are_pairs(last, gate, up):
+            return Made(self, up.columns, (make, up.address, up.stride, up.columns, gate.address, 0, 0))
+        self._take_back(last)
+        for step in last.steps:
+            step.change("pair", make)
+            step.change("second", 0)
+            step.change("y_2", 0)
+        self._await(last.matrices, last.steps, by_turns=True)
+        return gate
 
     def gelu(self, x: Rows) -> Rows:
         """The exact form."""
@@ -150,33 +180,69 @@ class Recorder(Plan):
     def linear(
         self,
         x: Rows,
-        w: Weights,
+        w: Matrix,
         bias: NDArray | None = None,
         into: Rows | None = None,
         gate: Rows | None = None,
         head: bool = False,
     ) -> Rows:
-        """x Wᵀ + b. into: rows that it is added to; gate: a factor for each row; head: the pass's logits."""
+        """x Wᵀ + b. into: rows that it is added to; gate: a factor for each row; head: the pass's logits.
+
+        Products of the same x that come one after the other become one.
+        """
         outputs, columns = w.shape
         assert columns == x.columns
         y = into or self.rows(0 if head else outputs)
         address, stride = (0, 4 * outputs) if head else (y.address, y.stride)
-        after = {"bias": bias, "gate": gate, "add": into is not None}
-        share = dict.fromkeys(("shift", "each", "more", "how", "how_more", "number", "fresh"), 0)  # see `share`
         made: dict[str, Any] = dict(zip(MADE, _made(x), strict=True))
-        one: dict[str, Any] = {**w.named, "outputs": outputs, "y": address, **after, **share, **made}
-        self.step(HEAD_ONE if head else LINEAR_ONE, w.kind.name, ONE, **one)
+        product = (*_made(x), w.kind)
+        if into is None and gate is None and not head and self._joins(product, w, y, bias):
+            return y
+        later = {f"{name}{part}": 0 for part in ENDS[1:] for name in ("y", "bias")}
+        after = {"bias": bias, "gate": gate, "add": into is not None, "pair": 0, "second": 0, "third": 0, **later}
+        share = dict.fromkeys(("shift", "each", "more", "how", "how_more", "number", "fresh"), 0)  # see `share`
+        matrix: dict[str, Any] = {**dict.fromkeys(PLACE, 0), "outputs": outputs}
+        one = self.step(HEAD_ONE if head else LINEAR_ONE, w.kind.name, ONE, **matrix, y=address, **after, **share, **made)
         rows, rows_stride, factors = self._halves(x, w.kind, head)
-        many: dict[str, Any] = {
-            "rows": rows,
-            "rows_stride": rows_stride,
-            "factors": factors,
-            "y": address,
-            "y_stride": stride,
-        }
-        many |= {**w.named, "outputs": outputs, **after, "head": head, "columns": columns}
-        self.step(HEAD_MANY if head else LINEAR_MANY, w.kind.name, MANY, **many)
+        many: dict[str, Any] = {"rows": rows, "rows_stride": rows_stride, "factors": factors, "y": address}
+        strides = {"y_stride": stride, "y_2_stride": 0, "y_3_stride": 0}
+        of_many = self.step(
+            HEAD_MANY if head else LINEAR_MANY, w.kind.name, MANY, **matrix, **many, **strides, **after, head=head, columns=columns
+        )
+        self._await((w,), (one, of_many))
+        alone = into is not None or gate is not None or head
+        self._last = None if alone else Product(product, (w,), (y,), (one, of_many), bias is None, len(self.steps))
         return y
+
+    def _joins(self, x: tuple[Any, ...], w: Matrix, y: Rows, bias: NDArray | None) -> bool:
+        """Make a product a part of the one that was recorded just before, if it is of the same x and there is room."""
+        last = self._last
+        if last is None or last.end != len(self.steps) or last.x != x or len(last.outputs) == len(ENDS):
+            return False
+        first = sum(m.shape[0] for m in last.matrices)  # output
+        if first % max(8, TILE_ROWS[w.kind]):
+            return False
+        self._take_back(last)
+        part, where = ENDS[len(last.outputs)], ("second", "third")[len(last.outputs) - 1]
+        for step, stride in zip(last.steps, (None, y.stride), strict=True):
+            change = {where: first, f"y{part}": y.address, f"bias{part}": self.keep(bias), "outputs": first + w.shape[0]}
+            change |= {} if stride is None else {f"y{part}_stride": stride}
+            for name, value in change.items():
+                step.change(name, value)
+        self._last = last._replace(
+            matrices=(*last.matrices, w), outputs=(*last.outputs, y), plain=last.plain and bias is None
+        )
+        self._await(self._last.matrices, last.steps)
+        return True
+
+    def _take_back(self, last: Product) -> None:
+        """Its steps do not await what they did."""
+        key = False, tuple(map(id, last.matrices))
+        steps = self._awaited[key][1]
+        for step in last.steps:
+            steps.remove(step)
+        if not steps:
+            del self._awaited[key]
 
     def _halves(self, x: Rows, kind: Kind, head: bool) -> tuple[int, int, int]:
         """Address, stride and factors of rows as products of many read them: of the head only those that are wanted."""
@@ -200,6 +266,8 @@ class Recorder(Plan):
 
     def finish(self) -> None:
         self._prepared.clear()  # rows know their plan: without a circle it goes as soon as nobody needs it
+        self._last = None
+        self._place()
         super().finish()
 
     def attention(self, geometry: Geometry, new: Any, k_field: int, v_field: int) -> Rows:
@@ -218,7 +286,7 @@ class Recorder(Plan):
         by_itself = SESSIONS if tensor_cores else MANY
         splits, split_form = max(1, min(MERGED, keys // SPLIT, self.device.multiprocessors // H)), form_of(half, 1, D)
         if keys > 2 * LONG_SPLIT * MERGED:
-            splits, split_form = min(MOST_SPLITS, keys // LONG_SPLIT), form
+            splits, split_form = min(MOST_SPLITS, keys // LONG_SPLIT), form_of(half, min(H // G, 2), D)  # more would not fit registers
         parts = self.room(4 * H * splits * (D + PART_END))
         if splits > 1:
             divided = common | {"out": None, "splits": splits, "parts": parts}
@@ -282,13 +350,20 @@ def _in_turn(first: Step, second: Step) -> bool:
     return a == b
 
 
+def _are_pairs(last: Product, gate: Rows, up: Rows) -> bool:
+    """Whether a product has made just these two, and a block has both of a pair."""
+    alike = last.plain and len({m.shape for m in last.matrices}) == 1 and TILE_ROWS[last.matrices[0].kind] % 2 == 0
+    return alike and len(last.outputs) == 2 and last.outputs[0] is gate and last.outputs[1] is up
+
+
 def _share(step: Step, shift: int, warps: int, blocks: int) -> dict[str, int]:
     """Which tiles each block has, and how its warps share them: the words of a share in stream.h."""
     chunks = -(-step.arguments["runs"] // CHUNK_RUNS)
 
     def how(tiles: int) -> int:
-        sharers = min(chunks, warps // tiles) if 0 < tiles < warps else 1
-        return sharers | warps // sharers << 8 | -(-4096 // sharers) << 16
+        left = tiles % warps
+        sharers = min(chunks, warps // left) if left else 1
+        return sharers | left << 8 | (-(-4096 // left) if left else 0) << 16
 
     each, more = divmod(-(-step.arguments["outputs"] // TILE_ROWS[Kind[step.kind]]), blocks)
     return {"shift": shift % blocks, "each": each, "more": more, "how": how(each), "how_more": how(each + 1)}

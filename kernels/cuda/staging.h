@@ -35,6 +35,11 @@ FUNCTION float4 merged(const float *parts, int D, int splits, int c) {
     return make_float4(sum.x * scale, sum.y * scale, sum.z * scale, sum.w * scale);
 }
 
+// What gates a value, of the number that it gates by.
+FUNCTION float activated(int make, float x) {
+    return x * sigmoid(make == SWIGLU ? x : 1.5957691216057308f * (x + 0.044715f * x * x * x));
+}
+
 struct Row {
     int make, columns;
     const float *x, *weight, *bias;
@@ -45,8 +50,7 @@ struct Row {
     template <int MAKE> MEMBER float made_as(float v, float w, float b) const {
         if (MAKE == RMS_NORM) return v * scale * w;
         if (MAKE == LAYER_NORM) return (v - mean) * scale * w + b;
-        if (MAKE == SWIGLU) return w * sigmoid(w) * v;
-        if (MAKE == GEGLU) return w * sigmoid(1.5957691216057308f * (w + 0.044715f * w * w * w)) * v;
+        if (MAKE == SWIGLU || MAKE == GEGLU) return activated(MAKE, w) * v;
         if (MAKE == GELU) return 0.5f * v * (1.0f + erff(v * 0.70710678118654752f));
         return v;
     }

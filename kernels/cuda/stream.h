@@ -13,6 +13,8 @@ enum { STREAM_CHUNKS, STREAM_RUNS, STREAM_TILE, STREAM_CHUNK, STREAM_HEAD, STREA
 struct Stream {
     int turns;  // log2 of the slots
     int bytes;  // of a slot
+    int takers;  // warps that take chunks
+    int flight;  // how many chunks are on their way at most
     char *at;
 
     MEMBER int slots() const { return 1 << turns; }
@@ -25,23 +27,24 @@ struct Stream {
 
 FUNCTION Stream &stream_at_hand() { return *(Stream *)(shared_memory() + DESK_STREAM); }
 
-// A block's part of a stream. Its warps take `together` tiles at a time: where there are few, `sharers` of them share
-// each, and a warp takes every so-manieth of its chunks. Chunks come in the order in which the warps then ask for them,
-// tile after tile of the first column of chunks, then of the next. So when a warp waits for a chunk, one that is at most
-// `warps` before it has come, and with it all before that: there are as many slots as such warps, or more, hence also the one that had
-// the slot before, which a phase's parity could not tell from the awaited one. Copies that may come in another order
-// than they were asked for (bulk copies) would need a bound on how many are on their way.
+// A block's part of a stream. Its warps take a tile each, as often as there is one for all; `sharers` of them share each of
+// the tiles that are left, and a warp takes every so-manieth of its chunks. Chunks come in the order in which warps then
+// ask for them: the first of all these tiles, then the second. So when a warp waits for chunk n, it had chunk n - takers
+// or a later one before. A phase's parity cannot tell chunk n from the one that has its slot two turns before, and of
+// chunks on their way any may come first: therefore the one that has the slot before, n - slots, must have come by then.
+// It has, as chunk m is only asked for once chunk m - flight has come, and takers + flight are no more than slots; or,
+// with as many slots as takers, because it was the warp's own.
 struct Share {
     int first, tiles;  // its first tile, how many
-    int sharers, together;
-    unsigned inverse;  // 4096 / sharers, rounded up
+    int sharers, left;  // how many are left over, and how many warps share each of these
+    unsigned inverse;  // 4096 / left, rounded up
 
-    MEMBER int at_once(int tile) const { return min(together, tiles - tile); }
+    MEMBER int at_once(int tile, int takers) const { return min(takers, tiles - tile); }
 };
 
 // Words of a share: by how many blocks the first tile is put off, since steps that nobody waited for have given those
-// something to do; how many tiles each block has, which ones have one more; and for both kinds of blocks sharers,
-// together, and 4096 / sharers rounded up, in 8, 8 and 16 bits.
+// something to do; how many tiles each block has, which ones have one more; and for both kinds of blocks sharers, left,
+// and 4096 / left rounded up, in 8, 8 and 16 bits.
 enum { SHARE_SHIFT, SHARE_EACH, SHARE_MORE, SHARE_LESS, SHARE_LARGER };
 
 FUNCTION Share share_of(Words a, int block, int blocks) {
@@ -52,9 +55,8 @@ FUNCTION Share share_of(Words a, int block, int blocks) {
     return {first, (int)a[SHARE_EACH] + larger, (int)(how & 255), (int)(how >> 8 & 255), how >> 16};
 }
 
-// Of the LOADER_THREADS that copy, each a part of every chunk: all that this block will need of `count` streams.
+// Of the warp that copies: all that this block will need of `count` streams.
 FUNCTION void bring(const Stream &stream, Words of, int count, Words p, int block, int blocks) {
-    int own = 16 * ((int)threadIdx.x - TOGETHER_THREADS);
     bool head = p[OUT_ROWS] != 0;
     unsigned n = 0;
     for (int i = 0; i < count; i++, of += STREAM_WORDS) {
@@ -64,17 +66,15 @@ FUNCTION void bring(const Stream &stream, Words of, int count, Words p, int bloc
         int64 tile_bytes = of[STREAM_TILE], apart = tile_bytes * blocks;  // from one tile of the block to its next
         int last_bytes = (int)tile_bytes - (chunks - 1) * chunk_bytes;
         const char *first = (const char *)of[STREAM_CHUNKS] + share.first * tile_bytes;
-        for (int tile = 0; tile < share.tiles; tile += share.together, first += share.together * apart) {
-            int beside = share.at_once(tile);
+        for (int tile = 0; tile < share.tiles; tile += stream.takers, first += stream.takers * apart) {
+            int beside = share.at_once(tile, stream.takers);
             for (int c = 0; c < chunks; c++) {
                 const char *from = first + c * chunk_bytes;
                 int bytes = c + 1 < chunks ? chunk_bytes : last_bytes;
                 for (int j = 0; j < beside; j++, n++, from += apart) {
+                    if (n >= (unsigned)stream.flight) mbarrier_wait(stream.full(n - stream.flight), stream.turn(n - stream.flight));
                     mbarrier_wait(stream.empty(n), stream.turn(n) ^ 1);
-                    char *to = stream.slot(n);
-#pragma unroll 4
-                    for (int b = own; b < bytes; b += 16 * LOADER_THREADS) copy_later(to + b, from + b);
-                    mbarrier_arrive_copied(stream.full(n));
+                    copy_chunk(stream.slot(n), from, bytes, stream.full(n));
                 }
             }
         }

@@ -110,7 +110,7 @@ def config_of(shape: Shape, memory_kind: str, window: int) -> ModelConfig:
 
 def packed_once() -> None:
     """A random matrix is repacked once, as fast as it was made, and sent once: for other layers it is copied there."""
-    pack, upload = recorder.packed, Plan.upload
+    pack, join, upload = recorder.packed, recorder.joined, Plan.upload
     done: dict[int, Any] = {}
     parts: set[int] = set()  # ids of arrays in `done`
 
@@ -135,7 +135,12 @@ def packed_once() -> None:
         plan.device.copy(address, there[id(array)], array.nbytes)
         return address
 
-    recorder.packed, Plan.upload = packed, sent  # type: ignore[method-assign, assignment]
+    def joined(matrices: Sequence[Matrix], by_turns: bool = False) -> Matrix:
+        if len(matrices) == 1 or not all(id(m) in RANDOM for m in matrices):
+            return join(matrices, by_turns)
+        return matrix(Kind(matrices[0].kind), sum(m.shape[0] for m in matrices), matrices[0].shape[1])
+
+    recorder.packed, recorder.joined, Plan.upload = packed, joined, sent  # type: ignore[method-assign, assignment]
 
 
 def filled(model: Model, position: int = 5000) -> Session:
@@ -344,16 +349,13 @@ def traced(b: Bench, model: Any) -> Callable[[Session], list[str]]:
     plan = model.engine._plan
     one, blocks = [step for step in plan.steps if step.when & ONE], b.device.multiprocessors
     text = source(True, {step.kind for step in plan.steps if step.kind}, plan.rooms)
-    stamp = "if (thread() == 0) ((int64 *)plan[PLAN_FIELDS + 1])[(2 * i + {}) * gridDim.x + blockIdx.x] = clock64();\n"
-    first, last = "        wait_for_groups<RECORDS - 2>();  // that", "            block_barrier();\n    }\n}"
-    assert text.count(first) == text.count(last) == 1
-    text = text.replace(first, f"        if (wait) block_barrier();\n        {stamp.format(0)}{first}")
-    text = text.replace(last, f"            block_barrier();\n        {stamp.format(1)}    }}\n}}")
+    stamp = "if (thread() == 0) ((int64 *)plan[PLAN_FIELDS + 1])[(2 * step + met) * gridDim.x + blockIdx.x] = clock64();"
+    text = f"#define STAMP(step, met) {stamp}\n{text}"
     kernel = b.device.program(text, together=True).kernel("together")
 
     def run(session: Session) -> list[str]:
         room = b.device.zeros(16 * len(one) * blocks)
-        plain, told = (plan._together, plan._steps), b.device.get(plan._steps, np.empty(8, np.int64))
+        plain, told = (plan._together, plan._steps), b.device.get(plan._steps, np.empty(10, np.int64))
         plan._together, plan._steps = kernel, plan.keep(np.append(told, room.address))
         step, taken = stepping(session), []
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from tcinfer.kernels import plan as words
 from tcinfer.kernels.cuda import packing
 from tcinfer.kernels.cuda.packing import packed
 from tcinfer.kernels.cuda.program import ALONE_THREADS as THREADS
-from tcinfer.kernels.cuda.program import constants
+from tcinfer.kernels.cuda.program import GEGLU, SWIGLU, constants
+from tcinfer.kernels.reference.pointwise import gelu_tanh
 from tcinfer.kernels.reference.quants import KINDS
+from tcinfer.kernels.table import LINEAR_MANY
 
 pytestmark = pytest.mark.slow
 F = np.float32
@@ -80,10 +83,13 @@ def product(
     gate: bool = False,
     add: bool = False,
     head: bool = False,
+    pair: int = 0,
+    ends: Sequence[int] = (),
     blocks: int = 3,
     seed: int = 0,
 ) -> tuple[NDArray, NDArray]:
-    """What the operator makes of random rows, and what it should."""
+    """What the operator makes of random rows, and what it should. pair: the activation; ends: outputs with which other
+    parts begin."""
     w, m = random_matrix(kind, outputs, columns), Memory(seed)
     floats = kind == Kind.F32
     width = columns if floats else -(-columns // 32) * 32
@@ -95,12 +101,22 @@ def product(
     y = normal(5, rows, outputs)
     to = m.put(y)
     on = packed(w)
-    a = [m.put(on.chunks), on.runs, on.chunks.shape[1], on.chunk, outputs, m.put(x), width * x.itemsize, m.put(factors)]
-    a += [0 if head else to, 4 * outputs, m.put(b), m.put(g), add, head, columns]
+    a: dict[str, Any] = dict.fromkeys(LINEAR_MANY.names, 0)
+    a |= {"at": m.put(on.chunks), "runs": on.runs, "tile_bytes": on.chunks.shape[1], "chunk_bytes": on.chunk}
+    a |= {"outputs": outputs, "rows": m.put(x), "rows_stride": width * x.itemsize, "factors": m.put(factors)}
+    a |= {"y": 0 if head else to, "y_stride": 4 * outputs, "gate": m.put(g), "add": add, "head": head}
+    a |= {"columns": columns, "pair": pair, "bias": m.put(b)}
+    for first, name, part in zip(ends, ("second", "third"), ("_2", "_3"), strict=False):  # side by side after all
+        a |= {name: first, f"y{part}": to + 4 * first, f"y{part}_stride": 4 * outputs}
+        a |= {f"bias{part}": 0 if b is None else m.put(b[first:])}
     p = {words.ROWS: 999, words.OUT_ROWS: rows, words.LOGITS: to} if head else {words.ROWS: rows}
-    m.run(f"linear_many<{kind.name}>", a, p, blocks)
+    m.run(f"linear_many<{kind.name}>", [a[name] for name in LINEAR_MANY.names], p, blocks)
     want = x[:, :columns].astype(float) @ w.values.astype(float).T
     want = want if factors is None else factors[:, None] * want
+    if pair:
+        g, u = want[:, ::2], want[:, 1::2]
+        want = (g / (1 + np.exp(-np.clip(g, -700, None))) if pair == SWIGLU else gelu_tanh(g)) * u
+        return m.device.get(to, np.empty_like(y))[:, : outputs // 2], want
     want = want if b is None else want + b
     want = want if g is None else g[:, None] * want
     return m.device.get(to, np.empty_like(y)), want + y if add else want
@@ -143,6 +159,16 @@ def test_what_is_done_with_products(kind: Kind, rows: int) -> None:
     for options in ({"bias": True}, {"gate": True}, {"add": True}, {"head": True}):
         assert error(*product(kind, rows, 33, 64, **options)) < bound
     assert error(*product(kind, rows, 33, 64, bias=True, gate=True, add=True)) < bound
+
+
+@pytest.mark.parametrize("rows", [1, 12, 40, 300])
+def test_parts_of_a_product_and_pairs(rows: int) -> None:
+    for kind in (Kind.Q4_0, Kind.F32):
+        bound = 1e-6 if kind == Kind.F32 else 1e-3
+        assert error(*product(kind, rows, 200, 64, ends=(96, 160), bias=True)) < bound
+        assert error(*product(kind, rows, 77, 64, ends=(8,))) < bound
+    for activation in (SWIGLU, GEGLU):
+        assert error(*product(Kind.Q8_0, rows, 150, 64, pair=activation)) < 1e-3
 
 
 @pytest.mark.parametrize("kind", [Kind.Q6_K, Kind.F16, Kind.F32], ids=lambda kind: kind.name)
