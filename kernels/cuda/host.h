@@ -510,6 +510,7 @@ FUNCTION unsigned __ballot_sync(unsigned mask, int predicate) {
 
 FUNCTION char *shared_memory() { return host::block->shared; }
 
+
 FUNCTION float from_half(unsigned short h) {
     unsigned rest = h & 0x7FFF;
     if (rest > 0x7C00) return __uint_as_float(0x7FFFFFFF);

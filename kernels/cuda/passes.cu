@@ -14,8 +14,7 @@ enum { EACH_TOGETHER(NAMED) OPERATORS };
 
 // What a block has at hand in shared memory, HAND bytes: the records of steps, each put there some steps before it is
 // needed, and the words of the pass with its one sequence and the addresses of its state, if there is room. What a thread
-// must know again after an operator is there too: kept in a register it would go to local memory, which the first cache
-// has no more after a meeting.
+// must know again after an operator is there too.
 const int RECORDS = 4;
 struct Hand {
     int64 records[RECORDS * RECORD];
@@ -25,20 +24,18 @@ struct Hand {
     unsigned goal;  // arrivals at the last meeting of all blocks
     int step[TOGETHER_THREADS / 32];  // each warp's own
 
-    MEMBER Words record(int i) const { return records + RECORD * (i % RECORDS); }
+    MEMBER int64 *record(int i) { return records + RECORD * (i % RECORDS); }
+    MEMBER int &own_step() { return step[warp()]; }
 };
-FUNCTION volatile Hand &hand() { return *(volatile Hand *)(shared_memory() + DESK); }
-FUNCTION Hand &in_hand() { return *(Hand *)(shared_memory() + DESK); }
+FUNCTION Hand &hand() { return *(Hand *)(shared_memory() + DESK); }
 
-FUNCTION void ask_for_record(int step) {
+FUNCTION void ask_for_record(Hand &own, int step) {
     int piece = 2 * thread();
-    if (piece < RECORD && step < hand().steps)
-        copy_later(in_hand().records + RECORD * (step % RECORDS) + piece, hand().first + RECORD * step + piece);
+    if (piece < RECORD && step < own.steps) copy_later(own.record(step) + piece, own.first + RECORD * step + piece);
     end_group();
 }
 
-FUNCTION void take_pass(Words p, int64 fields) {
-    Hand &own = in_hand();
+FUNCTION void take_pass(Hand &own, Words p, int64 fields) {
     int64 *at = (int64 *)(&own + 1);
     bool fits = (char *)(at + fields) <= (char *)&own + HAND;
     Words of = words(p[TABLE]);
@@ -53,6 +50,33 @@ FUNCTION void take_pass(Words p, int64 fields) {
 #define STAMP(step, met)  // who traces a launch writes down the time here
 #endif
 
+// The number of the step to be taken. This and the next are functions of their own: what the loop over steps kept over
+// an operator would go to local memory, which the first cache has no more after a meeting.
+OPERATOR int begin_step() {
+    Hand &own = hand();
+    int i = own.own_step();
+    ask_for_record(own, i + RECORDS - 1);  // where the step before this one had its own
+    return i;
+}
+
+// Whether there is one more.
+OPERATOR bool end_step(const int64 *plan, const int64 *pass) {
+    Hand &own = hand();
+    int step = own.own_step(), wait = (int)own.record(step)[STEP_WAIT];
+    wait_for_groups<RECORDS - 2>();  // the record of the next step is there
+    warp_barrier();  // all lanes have read their number
+    if (lane() == 0) own.own_step() = step + 1;
+    STAMP(step, 0)
+    if (wait == WAIT_FOR_GRID) {
+        if (thread() == 0) own.goal += gridDim.x;
+        grid_barrier((unsigned *)(pass + ARRIVALS), own.goal, threads());
+    } else {
+        block_barrier();
+    }
+    STAMP(step, 1)
+    return step + 1 < own.steps;
+}
+
 // Cooperative, every block at once on the device; more threads than those that compute.
 KERNEL(TOGETHER_THREADS + LOADER_THREADS, 1) together(const int64 *plan, const int64 *pass) {
     const Stream stream = {(int)plan[PLAN_TURNS], (int)plan[PLAN_SLOT], (int)plan[PLAN_TAKERS], (int)plan[PLAN_FLIGHT],
@@ -64,21 +88,20 @@ KERNEL(TOGETHER_THREADS + LOADER_THREADS, 1) together(const int64 *plan, const i
         bring(stream, words(plan[PLAN_STREAM]), (int)plan[PLAN_STREAMS], pass, blockIdx.x, gridDim.x);
         return;
     }
-    take_pass(pass, plan[PLAN_FIELDS]);
+    Hand &begin = hand();
+    take_pass(begin, pass, plan[PLAN_FIELDS]);
     if (thread() == 0) {
-        in_hand().first = words(plan[PLAN_RECORDS]), in_hand().steps = (int)plan[PLAN_STEPS], in_hand().goal = 0;
+        begin.first = words(plan[PLAN_RECORDS]), begin.steps = (int)plan[PLAN_STEPS], begin.goal = 0;
         *(int *)(shared_memory() + DESK_BEGUN) = 0, stream_at_hand() = stream;
     }
-    hand().step[warp()] = 0;
+    if (lane() == 0) begin.own_step() = 0;
     block_barrier();
-    for (int i = 0; i < RECORDS - 1; i++) ask_for_record(i);
+    for (int i = 0; i < RECORDS - 1; i++) ask_for_record(begin, i);
     wait_for_groups<RECORDS - 2>();
     block_barrier();
-    for (bool more = true; more;) {
-        int i = hand().step[warp()];
-        Words step = in_hand().record(i), a = step + STEP_ARGUMENTS, p = in_hand().pass;
+    do {
+        Words step = hand().record(begin_step()), a = step + STEP_ARGUMENTS, p = hand().pass;
         Work work = {(int)blockIdx.x, (int)gridDim.x, true};
-        ask_for_record(i + RECORDS - 1);  // where the step before this one had its own
         switch (step[STEP_OPERATOR]) {
 #define CASE(name, blocks)    \
     case OP_##name:           \
@@ -87,20 +110,7 @@ KERNEL(TOGETHER_THREADS + LOADER_THREADS, 1) together(const int64 *plan, const i
             EACH_TOGETHER(CASE)
 #undef CASE
         }
-        wait_for_groups<RECORDS - 2>();  // that of the next step is there
-        int now = hand().step[warp()], wait = (int)((volatile int64 *)in_hand().record(now))[STEP_WAIT];
-        more = now + 1 < hand().steps;
-        warp_barrier();  // all lanes have read it
-        if (lane() == 0) hand().step[warp()] = now + 1;
-        STAMP(now, 0)
-        if (wait == WAIT_FOR_GRID) {
-            if (thread() == 0) hand().goal = hand().goal + gridDim.x;
-            grid_barrier((unsigned *)(pass + ARRIVALS), hand().goal, threads());
-        } else {
-            block_barrier();
-        }
-        STAMP(now, 1)
-    }
+    } while (end_step(plan, pass));
 }
 
 #endif
