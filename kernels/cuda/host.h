@@ -658,12 +658,12 @@ FUNCTION void mbarrier_arrive(uint64 *at) {
 }
 
 const int CHUNK_ARRIVALS = 1;
-// Comes as late as it may, in the order of the seed. Until then its room holds garbage.
-FUNCTION void copy_chunk(void *to, const void *from, unsigned bytes, uint64 *full) {
-    if (threadIdx.x % 32) return;
-    host::want_aligned(to, true, "copy_chunk to an address that is no multiple of 16");
-    host::want_aligned(from, false, "copy_chunk from an address that is no multiple of 16");
-    if (bytes % 16) host::fault("copy_chunk of bytes that are no multiple of 16");
+// They come as late as they may, in the order of the seed. Until then their room holds garbage.
+FUNCTION void copy_chunks(bool asks, void *to, const void *from, unsigned bytes, uint64 *full) {
+    if (!asks) return;
+    host::want_aligned(to, true, "copy_chunks to an address that is no multiple of 16");
+    host::want_aligned(from, false, "copy_chunks from an address that is no multiple of 16");
+    if (bytes % 16) host::fault("copy_chunks of bytes that are no multiple of 16");
     memset(to, 0xFF, bytes);
     host::Mbarrier &b = *(host::Mbarrier *)full;
     host::chunks.push_back({host::block, (char *)to, (const char *)from, bytes, &b});

@@ -129,13 +129,13 @@ FUNCTION void mbarrier_arrive(uint64 *at) {
     unsigned where = (unsigned)__cvta_generic_to_shared(at);
     asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(where) : "memory");
 }
-// A warp asks for a chunk of `bytes`, a multiple of 16, from global to shared memory, in the background; once it is there,
-// that is CHUNK_ARRIVALS arrivals at `full`. Chunks may come in another order.
+// Each lane of a warp, if it is told to, asks for a chunk of `bytes`, a multiple of 16, from global to shared memory, in the
+// background; once it is there, that is CHUNK_ARRIVALS arrivals at `full`. Chunks may come in another order.
 #if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
 const int CHUNK_ARRIVALS = 1;
-FUNCTION void copy_chunk(void *to, const void *from, unsigned bytes, uint64 *full) {
-    if (threadIdx.x % 32) return;
+FUNCTION void copy_chunks(bool asks, void *to, const void *from, unsigned bytes, uint64 *full) {
     unsigned at = (unsigned)__cvta_generic_to_shared(to), where = (unsigned)__cvta_generic_to_shared(full);
+    if (!asks) return;
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(where), "r"(bytes) : "memory");
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(at),
                  "l"(from), "r"(bytes), "r"(where)
@@ -143,12 +143,18 @@ FUNCTION void copy_chunk(void *to, const void *from, unsigned bytes, uint64 *ful
 }
 #else
 const int CHUNK_ARRIVALS = 32;
-FUNCTION void copy_chunk(void *to, const void *from, unsigned bytes, uint64 *full) {
-    unsigned where = (unsigned)__cvta_generic_to_shared(full);
+FUNCTION void copy_chunks(bool asks, void *to, const void *from, unsigned bytes, uint64 *full) {
+    unsigned at = (unsigned)__cvta_generic_to_shared(to), where = (unsigned)__cvta_generic_to_shared(full);
+    for (unsigned left = __ballot_sync(0xffffffffu, asks); left; left &= left - 1) {
+        int l = __ffs(left) - 1;  // all copy what this one asks for
+        const char *source = (const char *)__shfl_sync(0xffffffffu, (uint64)from, l);
+        unsigned start = __shfl_sync(0xffffffffu, at, l), count = __shfl_sync(0xffffffffu, bytes, l);
 #pragma unroll 4
-    for (unsigned i = 16 * (threadIdx.x % 32); i < bytes; i += 16 * 32)
-        copy_later((char *)to + i, (const char *)from + i);
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(where) : "memory");
+        for (unsigned i = 16 * (threadIdx.x % 32); i < count; i += 16 * 32)
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(start + i), "l"(source + i) : "memory");
+        unsigned arrived = __shfl_sync(0xffffffffu, where, l);
+        asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(arrived) : "memory");
+    }
 }
 #endif
 // Until the phase of this parity has ended; the one before the first has. Who waits may be one phase behind, no more.
