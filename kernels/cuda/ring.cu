@@ -39,7 +39,7 @@ FUNCTION Pushing pushing_at(Words a) {
     int64 heads = a[H], key_heads = a[G], width = a[D];
     bool small = a[half] != 0;
     return {(char *)a[q], (char *)a[k], (char *)a[v], 4 * width * heads, 4 * width * key_heads,
-            (small ? 2 : 4) * width * key_heads, a[last], (int)key_heads, (int)width, (int)(heads / key_heads),
+            (small ? 2 : 4) * width * key_heads, a[last], (int)key_heads, (int)width, quotient((int)heads, (int)key_heads),
             (int)(width + 1) / 2, (int)a[turned] / 2, small, a[interleaved] != 0, floats(a[push_at::cos]),
             floats(a[push_at::sin]), floats(a[cos_far]), floats(a[sin_far]), floats(a[taps]), (char *)a[q_out],
             (char *)a[q_far], (char *)a[k_new], (char *)a[v_new], (char *)a[k_out], (char *)a[v_out], (char *)a[k_plain]};
@@ -57,7 +57,7 @@ FUNCTION Pushed load_pair(const Pushing &m, Words p, unsigned item, unsigned i, 
     Pushed t = {};
     t.there = there;
     if (!there) return t;
-    int of = i / (unsigned)m.pairs, pair = i % (unsigned)m.pairs, row = item / (unsigned)m.G, g = item % (unsigned)m.G;
+    int of = quotient(i, m.pairs), pair = i - of * m.pairs, row = quotient(item, m.G), g = item - row * m.G;
     t.row = row, t.key = of == m.R, t.head = t.key ? g : g * m.R + of;
     // channels that do not rotate pair with their neighbours, behind those that do
     bool beside = m.interleaved || pair >= m.turned || !m.c;
@@ -124,7 +124,8 @@ OPERATOR void push(Words a, Words p, Work work) {
     unsigned apart = work.blocks * threads(), count = items * each;
     for (unsigned i = work.block * threads() + thread(); i < count; i += 2 * apart) {
         unsigned j = i + apart;
-        Pushed one = load_pair(m, p, i / each, i % each, true), other = load_pair(m, p, j / each, j % each, j < count);
+        unsigned of_i = quotient(i, each), of_j = quotient(j, each);
+        Pushed one = load_pair(m, p, of_i, i - of_i * each, true), other = load_pair(m, p, of_j, j - of_j * each, j < count);
         push_pair(m, one);
         push_pair(m, other);
     }

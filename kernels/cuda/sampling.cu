@@ -237,22 +237,33 @@ FUNCTION int draw(Choosing &on, int n, double t, double at) {
     return id_of(on.keys[i]);
 }
 
+// Of a token's logits each block looks at a part, and leaves the largest key there.  a: the vocabulary; keys [blocks].
+OPERATOR void leaders(Words a, Words p, Work work) {
+    if (!p[CHOICES] || !p[OUT_ROWS]) return;
+    int size = a[leaders_at::vocabulary], each = (size / work.blocks + 4) / 4 * 4, first = min(size, each * work.block);
+    uint64 most = largest(largest_own(logits_of(floats(p[LOGITS]) + first, min(each, size - first))));
+    if (is_finite(most) && most) most -= first;  // the ids began with 0
+    if (thread() == 0) ((uint64 *)a[leaders_at::leaders])[work.block] = most;
+}
+
 // The next id of each row of logits, -1 where one is not finite; each block some of the rows.
-// a: the vocabulary, at most 2^24. At p[HOW] float64 [OUT_ROWS, HOW_MANY]: temperature, top_k (up to MOST_CHOICES; 0 is off,
+// a: the vocabulary, at most 2^24; of a token's row what `leaders` has found in it, else 0. At p[HOW] float64 [OUT_ROWS, HOW_MANY]: temperature, top_k (up to MOST_CHOICES; 0 is off,
 // for vocabularies no larger), top_p, min_p, and a draw from [0, 1).
 OPERATOR void choose(Words a, Words p, Work work) {
     if (!p[CHOICES]) return;
     Choosing &on = *(Choosing *)room();
-    int size = a[0];
+    int size = a[choose_at::vocabulary];
+    const uint64 *led = (const uint64 *)a[choose_at::leaders];
     for (int64 item = work.block; item < p[OUT_ROWS]; item += work.blocks) {
         Logits of = logits_of(floats(p[LOGITS]) + size * item, size);
         const double *how = (const double *)p[HOW] + HOW_MANY * item;
-        uint64 own = largest_own(of), most = largest(own);
+        uint64 own = !led ? largest_own(of) : thread() < work.blocks ? led[thread()] : 0, most = largest(own);
         int id = is_finite(most) ? id_of(most) : -1;
         if (is_finite(most) && how[0] != 0) {
             int k = min(how[1] >= 1 && how[1] < size ? (int)how[1] : size, MOST_CHOICES);
-            uint64 floor = size > GATHERED_KEYS && k <= threads() ? kth_largest(on, own, k) : 0;
-            if (size > GATHERED_KEYS && k > threads()) floor = threshold(on, of, k, 0, most);
+            bool few = k <= (led ? work.blocks : threads());
+            uint64 floor = size > GATHERED_KEYS && few ? kth_largest(on, own, k) : 0;
+            if (size > GATHERED_KEYS && !few) floor = threshold(on, of, k, 0, most);
             if (gather(on, of, floor) > GATHERED_KEYS) gather(on, of, threshold(on, of, k, floor, most));
             sort_keys(on);
             id = draw(on, min_p(on, top_p(on, k, how[2]), how[3]), how[0], how[4]);

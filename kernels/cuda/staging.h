@@ -171,12 +171,12 @@ template <int MAKE> FUNCTION Four four_of(const Row &r, int c) {
 }
 
 // What a norm needs of the whole row, whose first columns are held.
-template <int MAKE> FUNCTION void measure(Row &r, const Four held[3], float epsilon) {
+template <int MAKE> FUNCTION void measure(Row &r, const Four held[2], float epsilon) {
     float part = 1.0f / (float)r.columns;
     for (int moment = MAKE == LAYER_NORM ? 0 : 1; moment < 2; moment++) {
         float sum = 0;
         for (int c = 4 * thread(), j = 0; c < r.columns; c += 4 * threads(), j++) {
-            float4 v = j == 0 ? held[0].v : j == 1 ? held[1].v : j == 2 ? held[2].v : four_of<PLAIN>(r, c).v;
+            float4 v = j == 0 ? held[0].v : j == 1 ? held[1].v : four_of<PLAIN>(r, c).v;
             float x[4] = {v.x, v.y, v.z, v.w};
             for (int k = 0; k < 4; k++) {
                 float d = x[k] - r.mean;
@@ -192,7 +192,8 @@ template <int MAKE> FUNCTION void measure(Row &r, const Four held[3], float epsi
 }
 
 template <int MAKE> FUNCTION void stage_as(Words a, bool bytes) {
-    const int HELD = MAKE == MERGED_PARTS ? 1 : 3;  // times four columns that a thread reads before it uses any
+    // times four columns that a thread reads before it uses any
+    const int HELD = MAKE == MERGED_PARTS ? 1 : MAKE == PLAIN || MAKE == GELU ? 4 : 2;
     Row r = {MAKE, (int)a[COLUMNS], floats(a[X]), floats(a[WEIGHT]), floats(a[BIAS]), 0, 1, (int)a[X_STRIDE], (int)a[WEIGHT]};
     float epsilon = (float)number(a[EPSILON]);
     int runs = (r.columns + 31) / 32, all = (8 * runs + 31) / 32 * 32, first = thread();
@@ -207,10 +208,11 @@ template <int MAKE> FUNCTION void stage_as(Words a, bool bytes) {
         for (int j = 0; j < HELD; j++) {
             int i = first + j * threads();
             const float4 &v = held[j].v, &w = held[j].w, &b = held[j].b;
+            if (i >= all) break;  // a whole warp
             float4 y = make_float4(r.made_as<MAKE>(v.x, w.x, b.x), r.made_as<MAKE>(v.y, w.y, b.y),
                                    r.made_as<MAKE>(v.z, w.z, b.z), r.made_as<MAKE>(v.w, w.w, b.w));
             if (MAKE == LAYER_NORM && 4 * i >= r.columns) y = make_float4(0, 0, 0, 0);
-            if (i < all && bytes) put_bytes(i / 8, i % 8, y, i < 8 * runs);
+            if (bytes) put_bytes(i / 8, i % 8, y, i < 8 * runs);
             if (i < 8 * runs && !bytes) out[place_of(i / 8, i % 8)] = y;
         }
         first += HELD * threads();

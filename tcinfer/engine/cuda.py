@@ -21,8 +21,8 @@ from tcinfer.errors import TcinferError
 from tcinfer.kernels.cuda.plan import Pass
 from tcinfer.kernels.cuda.recorder import Recorder
 from tcinfer.kernels.errors import UnavailableError
-from tcinfer.kernels.plan import ONE, PROMPT, SESSIONS
-from tcinfer.kernels.table import CHOOSE
+from tcinfer.kernels.plan import FEW, ONE, PROMPT, SESSIONS
+from tcinfer.kernels.table import CHOOSE, LEADERS
 from tcinfer.memory import rooms
 from tcinfer.memory.state import AnyState, DeviceState, Layout, State
 from tcinfer.sampling import Sampling, on_device
@@ -63,7 +63,10 @@ class Engine:
         self._heads = heads.pop()
         self._plan = plan = Recorder(chunk, device, [o for found in rooms() for o in getattr(found, "OPERATORS", ())])
         transformer(plan, config, lambda name, spec: weights.get(name))
-        plan.step(CHOOSE, vocabulary=config.vocab_size)
+        leaders = plan.allocate(8 * device.multiprocessors)
+        plan.step(LEADERS, when=ONE, vocabulary=config.vocab_size, leaders=leaders)
+        plan.step(CHOOSE, when=ONE, vocabulary=config.vocab_size, leaders=leaders)
+        plan.step(CHOOSE, when=FEW | PROMPT | SESSIONS, vocabulary=config.vocab_size, leaders=None)
         plan.fields = sum(len(fields) for fields in memory.layout(config).layers)
         plan.finish()
         self._choices = plan.allocate(8 * chunk)

@@ -18,7 +18,10 @@ from tcinfer.sampler import Draws, sample
 from tcinfer.sampling import SAMPLERS, Sampling, on_device
 
 SHARED = 1024 + 24720  # the desk, and what lies behind it
-MAIN = "KERNEL(1024, 1) choose_all(Words a, Words p) { choose(a, p, {(int)blockIdx.x, (int)gridDim.x, false}); }\n"
+MAIN = """
+KERNEL(1024, 1) choose_all(Words a, Words p) { choose(a, p, {(int)blockIdx.x, (int)gridDim.x, false}); }
+KERNEL(1024, 1) lead_all(Words a, Words p) { leaders(a, p, {(int)blockIdx.x, (int)gridDim.x, false}); }
+"""
 FULL = np.finfo(np.float32).max
 
 
@@ -47,20 +50,24 @@ def chosen(
     blocks: int = 1,
     threads: int = 128,
     skew: int = 0,
+    led: bool = False,
 ) -> NDArray[np.int64]:
-    """What the device chooses of logits [rows, V], which begin `skew` floats behind an aligned address."""
+    """What the device chooses of logits [rows, V], which begin `skew` floats behind an aligned address; led: every block
+    has looked at a part of the one row."""
     rows, V = logits.shape
     settings = np.array([[h.temperature, h.top_k, h.top_p, h.min_p, d] for h, d in zip(hows, draws, strict=True)])
     at = device.zeros(logits.nbytes + 4 * skew)
-    how, out, a, p = (device.zeros(n) for n in (settings.nbytes, 8 * rows, 8, 8 * PASS))
+    how, out, a, p = (device.zeros(n) for n in (settings.nbytes, 8 * rows, 16, 8 * PASS))
     device.put(at.address + 4 * skew, logits)
     device.put(how.address, settings)
     device.put(out.address, np.full(rows, -2, np.int64))
-    device.put(a.address, np.array([V]))
+    keys = device.zeros(8 * blocks) if led else None
+    device.put(a.address, np.array([V, keys.address if keys else 0]))
     words = np.zeros(PASS, np.int64)
     words[[OUT_ROWS, LOGITS, CHOICES, HOW]] = rows, at.address + 4 * skew, out.address, how.address
     device.put(p.address, words)
-    device.launch(device.program(source()).kernel("choose_all"), a.address, p.address, blocks, threads, SHARED)
+    for name in ("lead_all", "choose_all") if led else ("choose_all",):
+        device.launch(device.program(source()).kernel(name), a.address, p.address, blocks, threads, SHARED)
     device.check()
     return device.get(out.address, np.zeros(rows, np.int64))
 
@@ -128,6 +135,16 @@ def test_a_vocabulary_of_a_real_model(seed: int) -> None:
     draws = [*rng.random(5).tolist(), 0.999, 0.0]
     got = chosen(host_device(seed), logits, hows, draws, 2, 256)
     assert got.tolist() == [expected(*row) for row in zip(logits, hows, draws, strict=True)]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_blocks_that_look_at_parts_of_a_row(seed: int) -> None:
+    rng, device = np.random.default_rng(seed), host_device(seed)
+    for case in range(40):
+        V = int(rng.choice([2, 60, 2100, 7000, 20011]))
+        logits, how = some_logits(rng, V)[None], some_settings(rng, V)
+        got = chosen(device, logits, [how], [0.4], (1, 3, 40, 100)[case % 4], 128, case % 3, led=True)
+        assert got.tolist() == [expected(logits[0], how, 0.4)]
 
 
 @pytest.mark.parametrize("number", [np.nan, -np.nan, np.inf, -np.inf])
