@@ -30,14 +30,11 @@ ADD = Operator("add", "x<>columns y<columns columns", "rows", pointwise.add)
 SCALE = Operator("scale", "x<>columns columns factor:f", "rows", pointwise.scale)
 SOFTCAP = Operator("softcap", "columns cap:f %logits<>", "rows", pointwise.softcap)
 HEAD_NORM = Operator("head_norm", "x<>heads.width heads width weight eps:f", "rows", pointwise.head_norm, by_head=True)
-PUSH = Operator(
-    "push",
+PUSH_ARGUMENTS = (
     "q<H.D k<G.D v<G.D H G D half interleaved turned cos< sin< cos_far< sin_far< "
-    "q_out>H.D q_far>H.D k_new>G.D/half v_new>G.D/half k_out>G.D v_out>G.D k_plain>G.D taps @last< scratch~G.D",
-    "ring",
-    ring.push,
-    by_head=True,
+    "q_out>H.D q_far>H.D k_new>G.D/half v_new>G.D/half k_out>G.D v_out>G.D k_plain>G.D taps @last< scratch~G.D"
 )
+PUSH = Operator("push", PUSH_ARGUMENTS, "ring", ring.push, by_head=True)
 TAKE = Operator("take", "@field< rows<width/half width half window sinks out>width", "ring", ring.take, by_head=True)
 INSERT = Operator("insert", "@field> rows<width/half width half window sinks", "ring", ring.insert, by_head=True)
 KEEP_LAST = Operator("keep_last", "@field> x<width width", "ring", ring.keep_last, by_head=True)
@@ -135,6 +132,8 @@ def _attend_many_room(a: Words, warps: int) -> int:
 
 ATTENTION = "q< q_far< q_stride @k_field< @v_field< k_new< v_new< H G D window sinks out> splits parts>"
 GPU_EMBED = Operator("embed", f"{MATRIX} columns x> stride positions", "rows", forms="weights")
+# a token's key and value go into the ring at once, if nothing needs what they take the place of
+GPU_PUSH = Operator("push", f"{PUSH_ARGUMENTS} @k_field> @v_field> window sinks", "ring", by_head=True)
 PREPARE = Operator("prepare", f"{STAGED} rows> rows_stride factors> head", "rows")
 
 
@@ -167,7 +166,15 @@ def _linear_many(more: str) -> Operator:
 
 LINEAR_ONE, HEAD_ONE = _linear_one(""), _linear_one(" %logits>")
 LINEAR_MANY, HEAD_MANY = _linear_many(""), _linear_many(" %logits>")
-ATTEND_ROWS = Operator("attend_rows", ATTENTION, "attention", forms="ring", by_head=True, shared=_attention_room)
+ATTEND_ROWS = Operator(
+    "attend_rows",
+    ATTENTION,
+    "attention",
+    forms="ring",
+    by_head=True,
+    shared=_attention_room,
+    beside=("insert",),
+)
 ATTEND_SPLITS = Operator(
     "attend_splits",
     ATTENTION,

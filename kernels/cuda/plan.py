@@ -35,6 +35,7 @@ from tcinfer.kernels.cuda.program import (
 from tcinfer.kernels.errors import UnavailableError
 from tcinfer.kernels.operators import Operator
 from tcinfer.kernels.plan import ALWAYS, FEW, ONE, PROMPT, SESSIONS, WORDS, Conflict, Step, barriers
+from tcinfer.kernels.table import GPU_PUSH, INSERT, PUSH
 
 BLOCKS = 4  # of a launch, for each multiprocessor
 STREAM = 10  # words of a stream (stream.h), of which:
@@ -81,6 +82,8 @@ class Plan(neutral.Plan):
         return self._uploads[id(array)]
 
     def step(self, operator: Operator, kind: str = "", when: int = ALWAYS, **arguments: Any) -> Step:
+        if operator is PUSH:
+            operator, arguments = GPU_PUSH, arguments | {"k_field": -1, "v_field": -1, "window": 0, "sinks": 0}
         many = operator.many
         if many is not None:
             super().step(many, kind, when & (FEW | PROMPT), **arguments)
@@ -94,8 +97,36 @@ class Plan(neutral.Plan):
             return False, False
         return super().conflict(first, second)[0], first.operator.by_head and second.operator.by_head
 
+    def _push_into_rings(self) -> None:
+        """In a token's pass `push` does what `insert` would do, where only attention needs the ring in between."""
+        for i, push in reversed(list(enumerate(self.steps))):
+            if push.operator is not GPU_PUSH:
+                continue
+            inserts: list[Step] = []
+            for step in self.steps[i + 1 :]:
+                if (
+                    step.operator is INSERT
+                    and step.arguments["rows"] == push.arguments[("k_new", "v_new")[len(inserts)]]
+                ):
+                    inserts.append(step)
+                elif INSERT.name not in step.operator.beside and any(
+                    type(x) is tuple for x in set().union(*step.touched())
+                ):
+                    break
+                if len(inserts) == 2:
+                    alone = Step(GPU_PUSH, "", dict(push.arguments), ONE)
+                    for name, insert in zip(("k_field", "v_field"), inserts, strict=True):
+                        alone.change(name, insert.arguments["field"])
+                        insert.when &= ~ONE
+                    for name in ("window", "sinks"):
+                        alone.change(name, inserts[0].arguments[name])
+                    push.when &= ~ONE
+                    self.steps.insert(i, alone)
+                    break
+
     def finish(self) -> None:
         """Compile the operators that the steps use, and put the steps on the device."""
+        self._push_into_rings()
         one = [step for step in self.steps if step.when & ONE]
         waits = barriers(self, one)
         self.share(one, waits)

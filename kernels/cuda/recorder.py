@@ -202,12 +202,22 @@ class Recorder(Plan):
         after = {"bias": bias, "gate": gate, "add": into is not None, "pair": 0, "second": 0, "third": 0, **later}
         share = dict.fromkeys(("shift", "each", "more", "how", "how_more", "number", "fresh"), 0)  # see `share`
         matrix: dict[str, Any] = {**dict.fromkeys(PLACE, 0), "outputs": outputs}
-        one = self.step(HEAD_ONE if head else LINEAR_ONE, w.kind.name, ONE, **matrix, y=address, **after, **share, **made)
+        one = self.step(
+            HEAD_ONE if head else LINEAR_ONE, w.kind.name, ONE, **matrix, y=address, **after, **share, **made
+        )
         rows, rows_stride, factors = self._halves(x, w.kind, head)
         many: dict[str, Any] = {"rows": rows, "rows_stride": rows_stride, "factors": factors, "y": address}
         strides = {"y_stride": stride, "y_2_stride": 0, "y_3_stride": 0}
         of_many = self.step(
-            HEAD_MANY if head else LINEAR_MANY, w.kind.name, MANY, **matrix, **many, **strides, **after, head=head, columns=columns
+            HEAD_MANY if head else LINEAR_MANY,
+            w.kind.name,
+            MANY,
+            **matrix,
+            **many,
+            **strides,
+            **after,
+            head=head,
+            columns=columns,
         )
         self._await((w,), (one, of_many))
         alone = into is not None or gate is not None or head
@@ -225,7 +235,12 @@ class Recorder(Plan):
         self._take_back(last)
         part, where = ENDS[len(last.outputs)], ("second", "third")[len(last.outputs) - 1]
         for step, stride in zip(last.steps, (None, y.stride), strict=True):
-            change = {where: first, f"y{part}": y.address, f"bias{part}": self.keep(bias), "outputs": first + w.shape[0]}
+            change = {
+                where: first,
+                f"y{part}": y.address,
+                f"bias{part}": self.keep(bias),
+                "outputs": first + w.shape[0],
+            }
             change |= {} if stride is None else {f"y{part}_stride": stride}
             for name, value in change.items():
                 step.change(name, value)
@@ -286,7 +301,10 @@ class Recorder(Plan):
         by_itself = SESSIONS if tensor_cores else MANY
         splits, split_form = max(1, min(MERGED, keys // SPLIT, self.device.multiprocessors // H)), form_of(half, 1, D)
         if keys > 2 * LONG_SPLIT * MERGED:
-            splits, split_form = min(MOST_SPLITS, keys // LONG_SPLIT), form_of(half, min(H // G, 2), D)  # more would not fit registers
+            splits, split_form = (
+                min(MOST_SPLITS, keys // LONG_SPLIT),
+                form_of(half, min(H // G, 2), D),
+            )  # more would not fit registers
         parts = self.room(4 * H * splits * (D + PART_END))
         if splits > 1:
             divided = common | {"out": None, "splits": splits, "parts": parts}

@@ -27,7 +27,7 @@ FUNCTION float keep(char *to, int i, float x, bool half) {
 // What `push` is told; a 0 where something is not asked for.
 struct Pushing {
     const char *q, *k, *v;
-    int64 q_stride, kv_stride, new_stride, last_field;
+    int64 q_stride, kv_stride, new_stride, last_field, k_field, v_field, window, sinks;
     int G, D, R, pairs, turned;  // R: query heads of a key head; pairs of channels of a head, and those that rotate
     bool half, interleaved;
     const float *c, *s, *c_far, *s_far, *taps;
@@ -39,7 +39,7 @@ FUNCTION Pushing pushing_at(Words a) {
     int64 heads = a[H], key_heads = a[G], width = a[D];
     bool small = a[half] != 0;
     return {(char *)a[q], (char *)a[k], (char *)a[v], 4 * width * heads, 4 * width * key_heads,
-            (small ? 2 : 4) * width * key_heads, a[last], (int)key_heads, (int)width, quotient((int)heads, (int)key_heads),
+            (small ? 2 : 4) * width * key_heads, a[last], a[k_field], a[v_field], a[push_at::window], a[push_at::sinks], (int)key_heads, (int)width, quotient((int)heads, (int)key_heads),
             (int)(width + 1) / 2, (int)a[turned] / 2, small, a[interleaved] != 0, floats(a[push_at::cos]),
             floats(a[push_at::sin]), floats(a[cos_far]), floats(a[sin_far]), floats(a[taps]), (char *)a[q_out],
             (char *)a[q_far], (char *)a[k_new], (char *)a[v_new], (char *)a[k_out], (char *)a[v_out], (char *)a[k_plain]};
@@ -92,7 +92,7 @@ FUNCTION void put_pair(char *rows, int64 stride, const Pushed &t, int D, float l
     if (t.two) y[t.second] = high;
 }
 
-FUNCTION void push_pair(const Pushing &m, const Pushed &t) {
+FUNCTION void push_pair(const Pushing &m, Words p, const Pushed &t) {
     if (!t.there) return;
     float low = m.c ? t.low * t.c - t.high * t.s : t.low, high = m.c ? t.low * t.s + t.high * t.c : t.high;
     if (!t.key) {
@@ -107,6 +107,13 @@ FUNCTION void push_pair(const Pushing &m, const Pushed &t) {
     float k_low = keep(to_k, t.first, low, m.half), v_low = keep(to_v, t.first, t.v_low, m.half);
     float k_high = 0, v_high = 0;
     if (t.two) k_high = keep(to_k, t.second, high, m.half), v_high = keep(to_v, t.second, t.v_high, m.half);
+    if (m.k_field >= 0) {  // a token's pass, which has one sequence
+        Words fields = words(sequence(p, 0)[FIELDS]);
+        head += slot_of(position(p, 0), m.window, m.sinks) * m.new_stride;
+        char *k_ring = (char *)fields[m.k_field] + head, *v_ring = (char *)fields[m.v_field] + head;
+        keep(k_ring, t.first, low, m.half), keep(v_ring, t.first, t.v_low, m.half);
+        if (t.two) keep(k_ring, t.second, high, m.half), keep(v_ring, t.second, t.v_high, m.half);
+    }
     if (!m.k_out) return;
     put_pair(m.k_out, m.kv_stride, t, m.D, k_low, k_high);
     put_pair(m.v_out, m.kv_stride, t, m.D, v_low, v_high);
@@ -118,7 +125,7 @@ OPERATOR void push(Words a, Words p, Work work) {
     unsigned items = p[ROWS] * m.G, each = (m.R + 1) * m.pairs;
     if (work.by_head) {
         for (unsigned item = work.block; item < items; item += work.blocks)
-            for (unsigned i = thread(); i < each; i += threads()) push_pair(m, load_pair(m, p, item, i, true));
+            for (unsigned i = thread(); i < each; i += threads()) push_pair(m, p, load_pair(m, p, item, i, true));
         return;
     }
     unsigned apart = work.blocks * threads(), count = items * each;
@@ -126,8 +133,8 @@ OPERATOR void push(Words a, Words p, Work work) {
         unsigned j = i + apart;
         unsigned of_i = quotient(i, each), of_j = quotient(j, each);
         Pushed one = load_pair(m, p, of_i, i - of_i * each, true), other = load_pair(m, p, of_j, j - of_j * each, j < count);
-        push_pair(m, one);
-        push_pair(m, other);
+        push_pair(m, p, one);
+        push_pair(m, p, other);
     }
 }
 

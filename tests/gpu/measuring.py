@@ -349,7 +349,9 @@ def traced(b: Bench, model: Any) -> Callable[[Session], list[str]]:
     plan = model.engine._plan
     one, blocks = [step for step in plan.steps if step.when & ONE], b.device.multiprocessors
     text = source(True, {step.kind for step in plan.steps if step.kind}, plan.rooms)
-    stamp = "if (thread() == 0) ((int64 *)plan[PLAN_FIELDS + 1])[(2 * step + met) * gridDim.x + blockIdx.x] = clock64();"
+    stamp = (
+        "if (thread() == 0) ((int64 *)plan[PLAN_FIELDS + 1])[(2 * step + met) * gridDim.x + blockIdx.x] = clock64();"
+    )
     text = f"#define STAMP(step, met) {stamp}\n{text}"
     kernel = b.device.program(text, together=True).kernel("together")
 
