@@ -70,11 +70,21 @@ struct Fiber {
     std::vector<Copy> copies;
 };
 
+// A product of a warpgroup that is on its way: of one of its warps, by lanes.
+struct WideProduct {
+    const unsigned *a[32];
+    float *c[32];
+    uint64 b;
+    int rows, group; // of b; of products
+};
+
 struct Warp {
     unsigned ready, arrived; // a bit per lane: can run, waits for the other lanes
     const char *where;       // the function in which they wait
     unsigned first, fiber;   // its lane 0: the thread in the block, the index in `fibers`
     alignas(16) char in[32 * 48], out[32 * 16];
+    int group; // of products: the one that is open
+    std::vector<WideProduct> products;
 };
 
 struct Block {
@@ -88,7 +98,8 @@ struct Block {
 
 // A barrier of machine.h in shared memory.
 struct Mbarrier {
-    unsigned short arrivals, left, parity, unused;
+    unsigned arrivals : 15, left : 15, parity : 1;
+    int bytes; // that are to come
 };
 static_assert(sizeof(Mbarrier) == 8);
 
@@ -100,6 +111,15 @@ struct Waiter {
     unsigned parity;
 };
 static std::vector<Waiter> waiters;
+
+// A copy of many bytes that is on its way, and whom it tells.
+struct WholeCopy {
+    void *to;
+    const void *from;
+    unsigned bytes;
+    Mbarrier *at;
+};
+static std::vector<WholeCopy> whole_copies;
 
 static void (*kernel)(const int64 *, const int64 *);
 static const int64 *first_argument, *second_argument;
@@ -232,6 +252,8 @@ static void prepare(unsigned place, unsigned index) {
         p.arrived = 0;
         p.first = w * 32;
         p.fiber = place * blockDim.x + w * 32;
+        p.group = 0;
+        p.products.clear();
     }
 }
 
@@ -293,6 +315,7 @@ static void run_all(unsigned n) {
             if (blocks[i].returned < blockDim.x) deadlock(blocks[i]);
     }
     for (unsigned i = 0; i < n; i++) check_guards(blocks[i]);
+    if (!whole_copies.empty()) fail("a block ends while %u bytes are on their way to it", whole_copies[0].bytes);
 }
 
 // Gives back the stacks of this program, until its next launch: each is two of the maps that a process may have.
@@ -323,7 +346,7 @@ static void make_room(unsigned alive) {
     if (_setjmp(failure)) return false;
     if (!gridDim.x || !blockDim.x || blockDim.x > 1024) fail("%u blocks of %u threads", gridDim.x, blockDim.x);
     unsigned alive = together ? gridDim.x : 1;
-    waiters.clear();
+    waiters.clear(), whole_copies.clear();
     make_room(alive);
     if (together) {
         for (unsigned i = 0; i < alive; i++) prepare(i, i);
@@ -583,6 +606,77 @@ FUNCTION void multiply(float c[4], const unsigned a[4], const unsigned b[2]) {
     memcpy(c, &sum, 16);
 }
 
+// Products of a warpgroup: each of its warps has 16 rows of a and c by itself.
+FUNCTION unsigned shared_address(const void *p) { return (unsigned)((const char *)p - host::block->shared); }
+FUNCTION void begin_products() { warp_barrier(); }
+
+FUNCTION void end_products() {
+    host::meet<char>("end_products", '\0', [](char *, char *) { host::warp->group++; });
+}
+
+namespace host {
+
+struct WideOperands {
+    const unsigned *a;
+    float *c;
+    uint64 b;
+    int rows;
+};
+
+// What the descriptor says of b: rows of 16 halves, eight rows 128 bytes apart, then eight more a stride further, the
+// address's bits 4 to 6 swizzled by its bits 7 to 9.
+static void multiply_wide_now(const WideProduct &p) {
+    if (p.b >> 62 != 1 || (p.b >> 49 & 7)) fault("multiply_wide of a matrix that is not swizzled by 128 bytes");
+    unsigned start = (p.b & 0x3fff) << 4, stride = (p.b >> 32 & 0x3fff) << 4;
+    double b[256][16];
+    for (int n = 0; n < p.rows; n++)
+        for (int k = 0; k < 16; k++) {
+            unsigned at = start + n / 8 * stride + n % 8 * 128 + 2 * k;
+            at ^= (at >> 7 & 7) << 4;
+            if (at >= shared_bytes) fault("multiply_wide of what is not in shared memory");
+            b[n][k] = from_half(*(const unsigned short *)(block->shared + at));
+        }
+    for (int l = 0; l < 32; l++)
+        for (int half = 0; half < 2; half++) {
+            double a[16];  // row g or g + 8
+            for (int k = 0; k < 16; k++)
+                a[k] = from_half(p.a[l / 4 * 4 + k % 8 / 2][half + k / 8 * 2] >> k % 2 * 16);
+            for (int i = 0; i < p.rows / 4; i++) {
+                int n = i / 2 * 8 + l % 4 * 2 + i % 2;
+                float &c = p.c[l][i / 2 * 4 + half * 2 + i % 2];
+                double sum = c;
+                for (int k = 0; k < 16; k++) sum += a[k] * b[n][k];
+                c = (float)sum;
+            }
+        }
+}
+
+} // namespace host
+
+// Happens as late as it may, with what a, b and c hold then.
+template <int COUNT> FUNCTION void multiply_wide(float (&c)[COUNT], const unsigned (&a)[4], uint64 b) {
+    host::WideOperands in = {a, c, b, 2 * COUNT};
+    host::meet<char>("multiply_wide", in, [](host::WideOperands *in, char *) {
+        host::WideProduct p = {{}, {}, in[0].b, in[0].rows, host::warp->group};
+        for (int l = 0; l < 32; l++) {
+            if (in[l].b != p.b) host::fault("lanes of a warp with several matrices in multiply_wide");
+            p.a[l] = in[l].a, p.c[l] = in[l].c;
+        }
+        host::warp->products.push_back(p);
+    });
+}
+
+template <int left> FUNCTION void wait_for_products() {
+    host::meet<char>("wait_for_products", '\0', [](char *, char *) {
+        std::vector<host::WideProduct> &products = host::warp->products;
+        auto at = products.begin();
+        for (; at != products.end() && at->group < host::warp->group - left; at++) host::multiply_wide_now(*at);
+        products.erase(products.begin(), at);
+    });
+}
+
+template <int COUNT> FUNCTION void products_are_done(float (&)[COUNT]) {}
+
 // Happens as late as it may. Until then its room holds garbage, for who still reads there what was before is too late.
 FUNCTION void copy_later(void *to, const void *from) {
     host::want_aligned(to, true, "copy_later to an address that is no multiple of 16");
@@ -601,24 +695,68 @@ template <int left> FUNCTION void wait_for_groups() {
 }
 
 FUNCTION void mbarrier_init(uint64 *at, unsigned arrivals) {
-    *(host::Mbarrier *)at = {(unsigned short)arrivals, (unsigned short)arrivals, 0, 0};
+    *(host::Mbarrier *)at = {arrivals & 0x7fff, arrivals & 0x7fff, 0, 0};
 }
 
-FUNCTION void mbarrier_arrive(uint64 *at) {
-    host::Mbarrier &b = *(host::Mbarrier *)at;
-    if (!b.left) host::fault("an arrival at no mbarrier");
-    if (--b.left) return;
+namespace host {
+
+// Ends the phase if all have arrived and all bytes have come.
+static void end_phase(Mbarrier &b) {
+    if (b.left || b.bytes) return;
     b.left = b.arrivals, b.parity ^= 1;
-    for (size_t i = 0; i < host::waiters.size();) {
-        host::Waiter &w = host::waiters[i];
+    for (size_t i = 0; i < waiters.size();) {
+        Waiter &w = waiters[i];
         if (w.at != &b || w.parity == b.parity) {
             i++;
             continue;
         }
         w.warp->ready |= 1u << w.lane;
-        w = host::waiters.back(), host::waiters.pop_back();
+        w = waiters.back(), waiters.pop_back();
     }
 }
+
+// Copies that tell this barrier happen.
+static void copy_for(Mbarrier &b) {
+    for (size_t i = 0; i < whole_copies.size();) {
+        WholeCopy c = whole_copies[i];
+        if (c.at != &b) {
+            i++;
+            continue;
+        }
+        whole_copies.erase(whole_copies.begin() + i);
+        memcpy(c.to, c.from, c.bytes);
+        b.bytes -= c.bytes;
+        end_phase(b);
+    }
+}
+
+} // namespace host
+
+FUNCTION void mbarrier_arrive(uint64 *at) {
+    host::Mbarrier &b = *(host::Mbarrier *)at;
+    if (!b.left) host::fault("an arrival at no mbarrier");
+    b.left--;
+    host::end_phase(b);
+}
+
+FUNCTION void mbarrier_expect(uint64 *at, unsigned bytes) {
+    ((host::Mbarrier *)at)->bytes += bytes;
+    mbarrier_arrive(at);
+}
+
+// As copy_later it happens as late as it may: when somebody waits for it.
+FUNCTION void copy_whole(void *to, const void *from, unsigned bytes, uint64 *at) {
+    host::want_aligned(to, true, "copy_whole to an address that is no multiple of 16");
+    host::want_aligned(from, false, "copy_whole from an address that is no multiple of 16");
+    if (bytes % 16) host::fault("copy_whole of bytes that are no multiple of 16");
+    memset(to, 0xFF, bytes);
+    host::Mbarrier &b = *(host::Mbarrier *)at;
+    host::whole_copies.push_back({to, from, bytes, &b});
+    for (const host::Waiter &w : host::waiters)
+        if (w.at == &b) return host::copy_for(b);
+}
+
+FUNCTION void shared_for_copies() {}
 
 FUNCTION void mbarrier_arrive_copied(uint64 *at) {
     for (const host::Copy &c : host::fiber->copies) memcpy(c.to, c.from, 16);
@@ -627,7 +765,8 @@ FUNCTION void mbarrier_arrive_copied(uint64 *at) {
 }
 
 FUNCTION void mbarrier_wait(uint64 *at, unsigned parity) {
-    const host::Mbarrier *b = (const host::Mbarrier *)at;
+    host::Mbarrier *b = (host::Mbarrier *)at;
+    host::copy_for(*b);
     if (b->parity != (parity & 1)) return; // another phase runs: that one has ended
     host::waiters.push_back({host::warp, threadIdx.x % 32, b, parity & 1});
     host::unready();

@@ -144,7 +144,7 @@ def test_a_model_whose_rows_do_not_fit_a_block_is_refused_before_its_first_token
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     small = HostDevice()
-    small.programs, small.shared_bytes = device.programs, 120_000
+    small.programs, small.shared_bytes, small.capability = device.programs, 120_000, (8, 9)
     use(small, monkeypatch)
     with pytest.raises(TcinferError, match=r"has 120,000 bytes of shared memory .* needs 1\d\d,"):
         build(replace(SMALL, d_ff=32768), "cuda")
