@@ -410,6 +410,11 @@ FUNCTION int64 __double_as_longlong(double x) { return std::bit_cast<int64>(x); 
 FUNCTION int __float2int_rn(float x) { return (int)rintf(x); }
 FUNCTION int __ffs(int x) { return __builtin_ffs(x); }
 FUNCTION int __popc(unsigned x) { return std::popcount(x); }
+FUNCTION unsigned __byte_perm(unsigned a, unsigned b, unsigned which) {
+    unsigned out = 0;
+    for (int i = 0; i < 4; i++) out |= (unsigned)(((uint64)b << 32 | a) >> 8 * (which >> 4 * i & 7) & 255) << 8 * i;
+    return out;
+}
 FUNCTION int __clz(int x) { return std::countl_zero((unsigned)x); }
 FUNCTION float rsqrtf(float x) { return (float)(1 / sqrt((double)x)); }
 
@@ -508,6 +513,15 @@ FUNCTION unsigned short to_half(float f) {
 FUNCTION float from_brain(unsigned short b) { return __uint_as_float((unsigned)b << 16); }
 
 FUNCTION unsigned to_halves(float low, float high) { return to_half(low) | (unsigned)to_half(high) << 16; }
+
+FUNCTION unsigned multiply_add_halves(unsigned a, unsigned b, unsigned c) {
+    auto one = [&](int at) {
+        return (float)((double)from_half(a >> at) * from_half(b >> at) + from_half(c >> at));
+    };
+    return to_halves(one(0), one(16));
+}
+
+FUNCTION unsigned add_halves(unsigned a, unsigned b) { return multiply_add_halves(a, 0x3c003c00, b); }
 
 FUNCTION uint4 load_weights(const void *p) {
     host::want_aligned(p, false, "load_weights of an address that is no multiple of 16");

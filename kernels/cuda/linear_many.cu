@@ -362,6 +362,7 @@ template <class K, int HIGH> OPERATOR void linear_tiles(Words a, Words p, Work w
     }
 }
 
+enum { WIDE_OUTPUTS = 128 };  // of a tile where warpgroups multiply
 template <class K, int HIGH> FUNCTION void linear_wide(Words a, Words p, Work work);
 
 template <class K, int HIGH> FUNCTION void linear_high(Words a, Words p, Work work) {
@@ -373,7 +374,7 @@ template <class K, int HIGH> FUNCTION void linear_high(Words a, Words p, Work wo
 
 // About how long the tiles take: a step of one costs what its products cost and, for 64 rows' worth, unpacking.
 template <int HIGH> FUNCTION int tiles_cost(const Many &m, Work work) {
-    const int OUTPUTS = WARPGROUPS ? 128 : ManyShape<HIGH>::OUTPUTS;
+    const int OUTPUTS = WARPGROUPS ? (int)WIDE_OUTPUTS : ManyShape<HIGH>::OUTPUTS;
     int tiles = ((m.rows + HIGH - 1) / HIGH) * ((m.outputs + OUTPUTS - 1) / OUTPUTS);
     return (tiles + work.blocks - 1) / work.blocks * OUTPUTS * (HIGH + 64);
 }

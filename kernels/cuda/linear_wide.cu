@@ -6,28 +6,32 @@
 // the step before are on their way. Rows come through shared memory, a panel (panels.h) a step: one thread asks for it
 // several steps ahead, beyond the end of the tile. An element's sum has the same order in all tiles.
 
-const int WIDE_OUTPUTS = 128, PANELS_HELD = 6, PANELS_AHEAD = PANELS_HELD - 2;  // panels in shared memory; asked for ahead
+enum { PANELS_HELD = 6, PANELS_AHEAD = PANELS_HELD - 2 };  // in shared memory; asked for ahead
 
-// Bytes of shared memory behind the desk: PANELS_HELD of 256 rows. Barriers stand in the desk.
-const int WIDE_BYTES = PANELS_HELD * 256 * PANEL_BYTES;
+static_assert(PANELS_HELD * 256 * PANEL_BYTES == 196608);  // bytes of shared memory behind the desk, as in table.py
 
-// Panels in the order in which they are used, tile after tile: where one lies, and of which turn it is.
+// Where a panel lies, and of which turn it is: panels follow each other from tile to tile.
 struct PanelTurn {
     int stage;
     unsigned parity;
-    MEMBER void next() {
-        if (++stage == PANELS_HELD) stage = 0, parity ^= 1;
+    MEMBER PanelTurn after(int panels) const {
+        int next = stage + panels;
+        return next < PANELS_HELD ? PanelTurn{next, parity} : PanelTurn{next - PANELS_HELD, parity ^ 1};
     }
 };
 
-// The desk: barriers, and what the thread that asks for panels has to know.
+// A panel of a tile's rows in memory, and how many the tile has from there on.
+struct alignas(16) PanelSource {
+    const char *from;
+    unsigned bytes;
+    int left;
+};
+
 struct WideDesk {
     uint64 full[PANELS_HELD], free[PANELS_HELD];
-    const char *from;  // the next panel, of the tile's rows
-    int64 apart;  // bytes from one panel to the next
-    unsigned bytes;
-    int left, item;  // panels of the tile; the tile
-    PanelTurn turn;
+    Many m;
+    PanelSource next;  // to be asked for
+    int item;  // its tile
 };
 static_assert(sizeof(WideDesk) <= DESK);
 FUNCTION WideDesk &wide_desk() { return *(WideDesk *)shared_memory(); }
@@ -38,26 +42,63 @@ template <int HIGH> FUNCTION int wide_tiles(const Many &m) {
     return ((m.rows + HIGH - 1) / HIGH) * ((m.outputs + WIDE_OUTPUTS - 1) / WIDE_OUTPUTS);
 }
 
-template <int HIGH> FUNCTION void begin_panels(const Many &m, WideDesk &desk, int item) {
-    int row = tile_at(m, item, HIGH, WIDE_OUTPUTS).row;
-    desk.from = m.x + PANEL_BYTES * (int64)row, desk.apart = panel_at(m.rows, 1);
-    desk.bytes = PANEL_BYTES * min(HIGH, (m.rows + 7) / 8 * 8 - row);
-    desk.left = (m.w.runs + 3) / 4 * 2, desk.item = item;
+template <int HIGH> FUNCTION PanelSource first_panel(const Many &m, int item) {
+    int row = tile_at(m, item, HIGH, WIDE_OUTPUTS).row, rows = min(HIGH, (m.rows + 7) / 8 * 8 - row);
+    return {m.x + PANEL_BYTES * (int64)row, (unsigned)(PANEL_BYTES * rows), (m.w.runs + 3) / 4 * 2};
 }
 
-// The next panel, if there is one, once nobody multiplies any more what lies there.
-template <int HIGH> FUNCTION void ask_for_panel(Words a, Words p, int blocks) {
+// The next panel, if there is one, once nobody multiplies any more what lies there. One thread, at every step.
+template <int HIGH> FUNCTION void ask_for_panel(PanelTurn turn, int blocks) {
     WideDesk &desk = wide_desk();
-    if (!desk.left) return;
-    uint64 *full = desk.full + desk.turn.stage;
-    mbarrier_wait(desk.free + desk.turn.stage, desk.turn.parity ^ 1);
-    mbarrier_expect(full, desk.bytes);
-    copy_whole(panel_of<HIGH>(desk.turn.stage), desk.from, desk.bytes, full);
-    desk.turn.next();
-    desk.from += desk.apart;
-    if (--desk.left) return;
-    Many m = many_at(a, p);
-    if (desk.item + blocks < wide_tiles<HIGH>(m)) begin_panels<HIGH>(m, desk, desk.item + blocks);
+    PanelSource next = desk.next;
+    if (!next.left) return;
+    uint64 *full = desk.full + turn.stage;
+    mbarrier_wait(desk.free + turn.stage, turn.parity ^ 1);
+    mbarrier_expect(full, next.bytes);
+    copy_whole(panel_of<HIGH>(turn.stage), next.from, next.bytes, full);
+    next.from += panel_at(desk.m.rows, 1), next.left--;
+    if (!next.left && desk.item + blocks < wide_tiles<HIGH>(desk.m))
+        next = first_panel<HIGH>(desk.m, desk.item += blocks);
+    desk.next = next;
+}
+
+// Columns 0 to 15 of a run, or 16 to 31, as halves, two in a word. Integers become numbers as the low bits of larger
+// ones, whose difference from them is known: instructions that convert take four times as long.
+template <class K> FUNCTION void halves_of(const Run<AsLoaded<K>> &r, int half, unsigned out[8]) {
+    if constexpr (!K::SCALED) {
+        float v[32];
+        K::values(r.low, 0, v);
+#pragma unroll
+        for (int i = 0; i < 8; i++)  // - 0: mere copies would wait for the products before them
+            out[i] = K::HALVES ? add_halves(word_of(r.low, 8 * half + i), 0x80008000)
+                               : to_halves(v[16 * half + 2 * i], v[16 * half + 2 * i + 1]);
+    } else {
+        const bool SIGNED = K::LOADS == 2;  // bytes; else without a sign, and below 128
+        int q[8];
+        K::integers(r.low, r.high, q);
+        unsigned d = __float_as_uint(r.by.d[0]), s = __float_as_uint(r.by.d[1]);
+        Scales by = K::scales((const char *)&d, (const char *)&s);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            unsigned four = (unsigned)q[4 * half + i] ^ (SIGNED ? 0x80808080 : 0);
+            if constexpr (K::S == 0) {  // d and m are halves themselves: 1024 + q is one
+                unsigned less = SIGNED ? 0xe480e480 : 0xe400e400;  // -1024, and the 128 that make a byte positive
+                unsigned scale = to_halves(by.d[0], by.d[0]), more = to_halves(by.m[0], by.m[0]);
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    unsigned pair = __byte_perm(four, 0x64646464, j ? 0x4342 : 0x4140);
+                    out[2 * i + j] = multiply_add_halves(add_halves(pair, less), scale, more);
+                }
+            } else {  // 1 + q / 128
+                float scale = 128 * by.d[half], more = by.m[half] - scale, v[4];
+                four |= 0x80808080;
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+                    v[j] = fmaf(scale, __uint_as_float(__byte_perm(four, 0x3f000000, 0x7044 + 256 * j)), more);
+                out[2 * i] = to_halves(v[0], v[1]), out[2 * i + 1] = to_halves(v[2], v[3]);
+            }
+        }
+    }
 }
 
 // Where the runs of two neighbouring outputs lie: in the same chunks, of which the first one is at hand.
@@ -84,20 +125,18 @@ template <class K> struct RunPair {
     MEMBER void unpacked(int half, unsigned a[4][4]) const {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            float v[32];
-            unpack_loaded<K>(of[i], v);
+            unsigned pairs[8];
+            halves_of<K>(of[i], half, pairs);
 #pragma unroll
-            for (int k = 0; k < 4; k++) {
-                const float *four = v + 16 * half + 4 * k;
-                a[k][i] = to_halves(four[0], four[1]), a[k][2 + i] = to_halves(four[2], four[3]);
-            }
+            for (int k = 0; k < 4; k++) a[k][i] = pairs[2 * k], a[k][2 + i] = pairs[2 * k + 1];
         }
     }
 };
 
 FUNCTION int after(int i) { return i / 2 * 8 + i % 2; }
 
-// What becomes of sums, with the same rounding everywhere: two neighbouring outputs of COUNT rows, row + after(i). `sums` are as multiply_wide has them, the outputs its rows g and g + 8.
+// What becomes of sums, with the same rounding everywhere: two neighbouring outputs of COUNT rows, row + after(i).
+// `sums` are as multiply_wide has them, the outputs its rows g and g + 8.
 template <int COUNT> FUNCTION void put_pairs(const Many &m, int row, int output, const float *sums) {
     int left = m.rows - row;
     bool first = output < m.outputs, second = output + 1 < m.outputs;
@@ -141,19 +180,18 @@ template <class K, int HIGH> FUNCTION void linear_wide(Words a, Words p, Work wo
     if (work.block >= tiles) return;
     if (thread() == 0) {
         for (int i = 0; i < PANELS_HELD; i++) mbarrier_init(desk.full + i, 1), mbarrier_init(desk.free + i, MANY_WARPS);
-        desk.turn = {0, 0};
-        begin_panels<HIGH>(m, desk, work.block);
+        desk.m = m, desk.item = work.block, desk.next = first_panel<HIGH>(m, work.block);
     }
     shared_for_copies();
     block_barrier();
+    PanelTurn now = {0, 0};
     if (thread() == 0)
-        for (int i = 0; i < PANELS_AHEAD; i++) ask_for_panel<HIGH>(a, p, work.blocks);
+        for (int i = 0; i < PANELS_AHEAD; i++) ask_for_panel<HIGH>(now.after(i), work.blocks);
 
     RunPair<K> pairs[DEPTH];
     PairSource<K> source(m, tile_at(m, work.block, HIGH, WIDE_OUTPUTS).output + own);
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) pairs[d].load(w, source, d);
-    PanelTurn now = {0, 0};
     for (int item = work.block; item < tiles; item += work.blocks) {
         float sums[HIGH / 2];
         unsigned operands[2][4][4];  // of the products that are on their way, and of the next ones
@@ -176,10 +214,9 @@ template <class K, int HIGH> FUNCTION void linear_wide(Words a, Words p, Work wo
                     end_products();
                     wait_for_products<1>();
                     if (before >= 0 && lane() == 0) mbarrier_arrive(desk.free + before);
-                    before = now.stage;
-                    now.next();
-                    if (thread() == 0) ask_for_panel<HIGH>(a, p, work.blocks);
+                    if (thread() == 0) ask_for_panel<HIGH>(now.after(PANELS_AHEAD), work.blocks);
                     warp_barrier();
+                    before = now.stage, now = now.after(1);
                     pairs[half ? (d + 1) % DEPTH : d].unpacked(1 - half, operands[1 - half]);
                     if (half == 0) pairs[d].load(w, source, block + DEPTH);
                 }
@@ -188,9 +225,10 @@ template <class K, int HIGH> FUNCTION void linear_wide(Words a, Words p, Work wo
         wait_for_products<0>();
         products_are_done(sums);
         if (lane() == 0) mbarrier_arrive(desk.free + before);
-        Many again = many_at(a, p);  // there is no register to keep it in
+        Many again = desk.m;  // there is no register to keep it in
         Place at = tile_at(again, item, HIGH, WIDE_OUTPUTS);
-        source = PairSource<K>(again, tile_at(again, min(item + work.blocks, tiles - 1), HIGH, WIDE_OUTPUTS).output + own);
+        int next = min(item + work.blocks, tiles - 1);
+        source = PairSource<K>(again, tile_at(again, next, HIGH, WIDE_OUTPUTS).output + own);
 #pragma unroll
         for (int d = 0; d < DEPTH; d++) pairs[d].load(w, source, d);
 #pragma unroll

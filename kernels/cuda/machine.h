@@ -38,6 +38,18 @@ FUNCTION unsigned to_halves(float low, float high) {
     return pair;
 }
 
+// Both halves of a + b, and of a b + c, each rounded once.
+FUNCTION unsigned add_halves(unsigned a, unsigned b) {
+    unsigned sum;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+    return sum;
+}
+FUNCTION unsigned multiply_add_halves(unsigned a, unsigned b, unsigned c) {
+    unsigned sum;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+    return sum;
+}
+
 // 16 bytes of weights: read once, so they push nothing out of the first cache. Never of what a kernel itself writes.
 FUNCTION uint4 load_weights(const void *p) {
     uint4 v;

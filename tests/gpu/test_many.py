@@ -17,8 +17,10 @@ from plans import random_matrix
 from tcinfer.kernels import plan as words
 from tcinfer.kernels.cuda import packing
 from tcinfer.kernels.cuda.packing import packed
+from tcinfer.kernels.cuda.plan import Pass
 from tcinfer.kernels.cuda.program import ALONE_THREADS as THREADS
 from tcinfer.kernels.cuda.program import constants
+from tcinfer.kernels.cuda.recorder import Recorder
 from tcinfer.kernels.reference.quants import KINDS
 
 pytestmark = pytest.mark.slow
@@ -202,6 +204,26 @@ def test_products_in_the_largest_tiles(kind: Kind, rows: int, outputs: int, colu
     for blocks, seed in ((1, 1), (100, 2)):
         again, _ = product(kind, rows, outputs, columns, blocks=blocks, seed=seed, wide=wide, **after)
         np.testing.assert_array_equal(again, large)
+
+
+@WIDE
+@pytest.mark.parametrize("columns", [72, 131, 2100])  # rows that a block's registers hold, and others
+def test_rows_are_prepared_as_products_read_them(columns: int, wide: bool) -> None:
+    device, most = host_device(), 45
+    device.capability = (9, 0) if wide else (8, 0)
+    w, plan = random_matrix(Kind.F16, 21, columns), Recorder(most, device)
+    x = plan.rows(columns)
+    y = plan.linear(x, plan.stored(w))
+    plan.finish()
+    values = normal(1, most, columns)
+    device.put(x.address, values)
+    told = device.zeros(Pass(most, 1, 1).data.nbytes)
+    for rows in (3, 17, most):
+        device.put(told.address, Pass(rows, 1, 1, told.address).data)
+        plan.run_pass(words.PROMPT, told.address)
+        got = device.get(y.address, np.empty((most, 21), F))[:rows]
+        assert error(got, values[:rows].astype(float) @ w.values.astype(float).T) < 1e-3
+    device.check()
 
 
 # Attention
