@@ -27,6 +27,7 @@ struct alignas(16) PanelSource {
     int left;
 };
 
+// The desk: barriers of the panels in shared memory, which are there or free, and what is asked for next.
 struct WideDesk {
     uint64 full[PANELS_HELD], free[PANELS_HELD];
     Many m;
@@ -69,7 +70,7 @@ template <class K> FUNCTION void halves_of(const Run<AsLoaded<K>> &r, int half, 
         float v[32];
         K::values(r.low, 0, v);
 #pragma unroll
-        for (int i = 0; i < 8; i++)  // - 0: mere copies would wait for the products before them
+        for (int i = 0; i < 8; i++)  // adds -0: around mere copies ptxas has products wait for each other (C7513)
             out[i] = K::HALVES ? add_halves(word_of(r.low, 8 * half + i), 0x80008000)
                                : to_halves(v[16 * half + 2 * i], v[16 * half + 2 * i + 1]);
     } else {
