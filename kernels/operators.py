@@ -101,10 +101,10 @@ class Operator:
 
         On a GPU: launch says whether it is part of a token's "one" launch, of those of "many" rows, of "all" or, where
         CPUs alone have it, "none"; forms: whether it has one for each kind of "weights" or of "ring"; by_head: one
-        block does what belongs to a row and a key head; shared: bytes of shared memory, by the arguments and the warps
-        of a block; large: its blocks fill a multiprocessor; many: another form for many rows of a sequence, with the
-        same arguments; beside: operators that it may run beside in a token's pass, though they name the same field,
-        because a token's own slot of the ring is none that it reads.
+        block does what belongs to a row and a key head; shared: bytes of shared memory, by the arguments (and `wide`,
+        whether warpgroups multiply) and the warps of a block; large: its blocks fill a multiprocessor; many: another
+        form for many rows of a sequence, with the same arguments; beside: operators that it may run beside in a
+        token's pass, though they name the same field, because a token's own slot of the ring is none that it reads.
         """
         self.name, self.home, self.equation = name, home, equation
         self.every = tuple(_argument(text) for text in arguments.split())  # words of the pass included

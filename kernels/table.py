@@ -159,7 +159,7 @@ def _linear_many(more: str) -> Operator:
         "linear_many",
         launch="many",
         forms="weights",
-        shared=lambda a, warps: 98304,
+        shared=lambda a, warps: 196608 if a["wide"] else 98304,
         large=True,
     )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tcinfer.kernels.cuda.program import WIDE_CAPABILITY
 from tcinfer.kernels.errors import UnavailableError
 
 OLDEST = (8, 0)  # compute capability: asynchronous copies and the shapes of the tensor cores' products
 PACKAGES = "'cupy-cuda13x[ctk]' or 'cupy-cuda12x[ctk]'"  # as the extras cuda13 and cuda12
+OPTIONS = ("-std=c++17", "-ftz=true")  # the second is one that CuPy adds itself
 TO_DEVICE, TO_HOST, WITHIN = 1, 2, 3  # cudaMemcpyKind
 
 
@@ -82,7 +86,7 @@ class Device:
     @property
     def warm(self) -> bool:
         """Whether something was compiled before on this machine (CuPy keeps it)."""
-        return any(Path(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")).expanduser().glob("*"))
+        return any(_cache().glob("*"))
 
     @property
     def free_bytes(self) -> int:
@@ -131,8 +135,25 @@ class Device:
 
     def program(self, text: str, together: bool = False) -> Program:
         """Compile CUDA C++, or find it in CuPy's cache. together: its kernels' blocks meet while they run."""
-        options = ("-std=c++17",)
-        return Program(self, self._cupy.RawModule(code=text, options=options, enable_cooperative_groups=together))
+        wide = self.capability == WIDE_CAPABILITY
+        what = {"path": self._compiled(text)} if wide else {"code": text, "options": OPTIONS[:1]}
+        return Program(self, self._cupy.RawModule(**what, enable_cooperative_groups=together))
+
+    def _compiled(self, text: str) -> str:
+        """A file of machine code that no other architecture understands (CuPy itself compiles for all later ones)."""
+        nvrtc = self._cupy.cuda.nvrtc
+        key = "\0".join([text, *OPTIONS, str(nvrtc.getVersion())])
+        path = _cache() / f"tcinfer-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
+        if not path.exists():
+            try:
+                code = machine_code(nvrtc, text)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as f:
+                    f.write(code)
+                os.replace(f.name, path)
+            except Exception as e:
+                raise UnavailableError(f"CuPy cannot compile for {self.name} ({_line(e)})") from e
+        return str(path)
 
     def launch(
         self, kernel: Any, a: int, p: int, blocks: int, threads: int, shared: int = 0, together: bool = False
@@ -155,6 +176,23 @@ class Device:
                 graph.launch(self._cupy.cuda.get_current_stream())
 
         return again
+
+
+def machine_code(nvrtc: Any, text: str) -> bytes:
+    """CUDA C++ compiled for compute capability 9.0 with all that it has (sm_90a). nvrtc: cupy.cuda.nvrtc."""
+    program = nvrtc.createProgram(text, "tcinfer.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, (*OPTIONS, "-arch=sm_90a"))
+        return nvrtc.getCUBIN(program)
+    except nvrtc.NVRTCError as e:
+        raise RuntimeError(nvrtc.getProgramLog(program)) from e
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def _cache() -> Path:
+    """Where CuPy keeps what it has compiled."""
+    return Path(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")).expanduser()
 
 
 def _why_none(cupy: Any, error: Exception) -> str:

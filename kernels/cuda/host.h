@@ -70,11 +70,21 @@ struct Fiber {
     std::vector<Copy> copies;
 };
 
+// A product of a warpgroup that is on its way: of one of its warps, by lanes.
+struct WideProduct {
+    const unsigned *a[32];
+    float *c[32];
+    uint64 b;
+    int rows, group; // of b; of products
+};
+
 struct Warp {
     unsigned ready, arrived; // a bit per lane: can run, waits for the other lanes
     const char *where;       // the function in which they wait
     unsigned first, fiber;   // its lane 0: the thread in the block, the index in `fibers`
     alignas(16) char in[32 * 48], out[32 * 16];
+    int group; // of products: the one that is open
+    std::vector<WideProduct> products;
 };
 
 struct Block {
@@ -88,7 +98,8 @@ struct Block {
 
 // A barrier of machine.h in shared memory.
 struct Mbarrier {
-    unsigned short arrivals, left, parity, copies; // that a phase still waits for
+    unsigned arrivals : 15, left : 15, parity : 1;
+    int bytes; // that are to come
 };
 static_assert(sizeof(Mbarrier) == 8);
 
@@ -101,13 +112,13 @@ struct Waiter {
 };
 static std::vector<Waiter> waiters;
 
-// A chunk on its way.
+// Bytes on their way, and whom they tell.
 struct Chunk {
     Block *block;
     char *to;
     const char *from;
     unsigned bytes;
-    Mbarrier *full;
+    Mbarrier *at;
 };
 static std::vector<Chunk> chunks;
 
@@ -242,12 +253,14 @@ static void prepare(unsigned place, unsigned index) {
         p.arrived = 0;
         p.first = w * 32;
         p.fiber = place * blockDim.x + w * 32;
+        p.group = 0;
+        p.products.clear();
     }
 }
 
 // A phase of a barrier has ended if nothing is missing: who waits for that goes on.
 static void end_phase(Mbarrier &b) {
-    if (b.left || b.copies) return;
+    if (b.left || b.bytes) return;
     b.left = b.arrivals, b.parity ^= 1;
     for (size_t i = 0; i < waiters.size();) {
         Waiter &w = waiters[i];
@@ -260,7 +273,7 @@ static void end_phase(Mbarrier &b) {
     }
 }
 
-// One of the chunks that a block waits for comes: with seed 0 the first that it asked for, with seed 1 the last.
+// What a block waits for comes, one of the copies: with seed 0 the first that it asked for, with seed 1 the last.
 static bool bring_one(Block &b) {
     std::vector<unsigned> own, turns;
     for (unsigned i = 0; i < chunks.size(); i++)
@@ -271,8 +284,8 @@ static bool bring_one(Block &b) {
     Chunk c = chunks[own[turns[0]]];
     chunks.erase(chunks.begin() + own[turns[0]]);
     memcpy(c.to, c.from, c.bytes);
-    c.full->copies--;
-    end_phase(*c.full);
+    c.at->bytes -= (int)c.bytes;
+    end_phase(*c.at);
     return true;
 }
 
@@ -338,6 +351,7 @@ static void run_all(unsigned n) {
             if (blocks[i].returned < blockDim.x) deadlock(blocks[i]);
     }
     for (unsigned i = 0; i < n; i++) check_guards(blocks[i]);
+    if (!whole_copies.empty()) fail("a block ends while %u bytes are on their way to it", whole_copies[0].bytes);
 }
 
 // Gives back the stacks of this program, until its next launch: each is two of the maps that a process may have.
@@ -432,6 +446,11 @@ FUNCTION int64 __double_as_longlong(double x) { return std::bit_cast<int64>(x); 
 FUNCTION int __float2int_rn(float x) { return (int)rintf(x); }
 FUNCTION int __ffs(int x) { return __builtin_ffs(x); }
 FUNCTION int __popc(unsigned x) { return std::popcount(x); }
+FUNCTION unsigned __byte_perm(unsigned a, unsigned b, unsigned which) {
+    unsigned out = 0;
+    for (int i = 0; i < 4; i++) out |= (unsigned)(((uint64)b << 32 | a) >> 8 * (which >> 4 * i & 7) & 255) << 8 * i;
+    return out;
+}
 FUNCTION int __clz(int x) { return std::countl_zero((unsigned)x); }
 FUNCTION float rsqrtf(float x) { return (float)(1 / sqrt((double)x)); }
 
@@ -532,6 +551,15 @@ FUNCTION float from_brain(unsigned short b) { return __uint_as_float((unsigned)b
 
 FUNCTION unsigned to_halves(float low, float high) { return to_half(low) | (unsigned)to_half(high) << 16; }
 
+FUNCTION unsigned multiply_add_halves(unsigned a, unsigned b, unsigned c) {
+    auto one = [&](int at) {
+        return (float)((double)from_half(a >> at) * from_half(b >> at) + from_half(c >> at));
+    };
+    return to_halves(one(0), one(16));
+}
+
+FUNCTION unsigned add_halves(unsigned a, unsigned b) { return multiply_add_halves(a, 0x3c003c00, b); }
+
 FUNCTION uint4 load_weights(const void *p) {
     host::want_aligned(p, false, "load_weights of an address that is no multiple of 16");
     return *(const uint4 *)p;
@@ -629,6 +657,77 @@ FUNCTION void multiply(float c[4], const unsigned a[4], const unsigned b[2]) {
     memcpy(c, &sum, 16);
 }
 
+// Products of a warpgroup: each of its warps has 16 rows of a and c by itself.
+FUNCTION unsigned shared_address(const void *p) { return (unsigned)((const char *)p - host::block->shared); }
+FUNCTION void begin_products() { warp_barrier(); }
+
+FUNCTION void end_products() {
+    host::meet<char>("end_products", '\0', [](char *, char *) { host::warp->group++; });
+}
+
+namespace host {
+
+struct WideOperands {
+    const unsigned *a;
+    float *c;
+    uint64 b;
+    int rows;
+};
+
+// What the descriptor says of b: rows of 16 halves, eight rows 128 bytes apart, then eight more a stride further, the
+// address's bits 4 to 6 swizzled by its bits 7 to 9.
+static void multiply_wide_now(const WideProduct &p) {
+    if (p.b >> 62 != 1 || (p.b >> 49 & 7)) fault("multiply_wide of a matrix that is not swizzled by 128 bytes");
+    unsigned start = (p.b & 0x3fff) << 4, stride = (p.b >> 32 & 0x3fff) << 4;
+    double b[256][16];
+    for (int n = 0; n < p.rows; n++)
+        for (int k = 0; k < 16; k++) {
+            unsigned at = start + n / 8 * stride + n % 8 * 128 + 2 * k;
+            at ^= (at >> 7 & 7) << 4;
+            if (at >= shared_bytes) fault("multiply_wide of what is not in shared memory");
+            b[n][k] = from_half(*(const unsigned short *)(block->shared + at));
+        }
+    for (int l = 0; l < 32; l++)
+        for (int half = 0; half < 2; half++) {
+            double a[16];  // row g or g + 8
+            for (int k = 0; k < 16; k++)
+                a[k] = from_half(p.a[l / 4 * 4 + k % 8 / 2][half + k / 8 * 2] >> k % 2 * 16);
+            for (int i = 0; i < p.rows / 4; i++) {
+                int n = i / 2 * 8 + l % 4 * 2 + i % 2;
+                float &c = p.c[l][i / 2 * 4 + half * 2 + i % 2];
+                double sum = c;
+                for (int k = 0; k < 16; k++) sum += a[k] * b[n][k];
+                c = (float)sum;
+            }
+        }
+}
+
+} // namespace host
+
+// Happens as late as it may, with what a, b and c hold then.
+template <int COUNT> FUNCTION void multiply_wide(float (&c)[COUNT], const unsigned (&a)[4], uint64 b) {
+    host::WideOperands in = {a, c, b, 2 * COUNT};
+    host::meet<char>("multiply_wide", in, [](host::WideOperands *in, char *) {
+        host::WideProduct p = {{}, {}, in[0].b, in[0].rows, host::warp->group};
+        for (int l = 0; l < 32; l++) {
+            if (in[l].b != p.b) host::fault("lanes of a warp with several matrices in multiply_wide");
+            p.a[l] = in[l].a, p.c[l] = in[l].c;
+        }
+        host::warp->products.push_back(p);
+    });
+}
+
+template <int left> FUNCTION void wait_for_products() {
+    host::meet<char>("wait_for_products", '\0', [](char *, char *) {
+        std::vector<host::WideProduct> &products = host::warp->products;
+        auto at = products.begin();
+        for (; at != products.end() && at->group < host::warp->group - left; at++) host::multiply_wide_now(*at);
+        products.erase(products.begin(), at);
+    });
+}
+
+template <int COUNT> FUNCTION void products_are_done(float (&)[COUNT]) {}
+
 // Happens as late as it may. Until then its room holds garbage, for who still reads there what was before is too late.
 FUNCTION void copy_later(void *to, const void *from) {
     host::want_aligned(to, true, "copy_later to an address that is no multiple of 16");
@@ -647,7 +746,7 @@ template <int left> FUNCTION void wait_for_groups() {
 }
 
 FUNCTION void mbarrier_init(uint64 *at, unsigned arrivals) {
-    *(host::Mbarrier *)at = {(unsigned short)arrivals, (unsigned short)arrivals, 0, 0}; // no copy is awaited
+    *(host::Mbarrier *)at = {arrivals & 0x7fff, arrivals & 0x7fff, 0, 0};
 }
 
 FUNCTION void mbarrier_arrive(uint64 *at) {
@@ -657,22 +756,30 @@ FUNCTION void mbarrier_arrive(uint64 *at) {
     host::end_phase(b);
 }
 
-const int CHUNK_ARRIVALS = 1;
-// They come as late as they may, in the order of the seed. Until then their room holds garbage.
-FUNCTION void copy_chunks(bool asks, void *to, const void *from, unsigned bytes, uint64 *full) {
-    if (!asks) return;
-    host::want_aligned(to, true, "copy_chunks to an address that is no multiple of 16");
-    host::want_aligned(from, false, "copy_chunks from an address that is no multiple of 16");
-    if (bytes % 16) host::fault("copy_chunks of bytes that are no multiple of 16");
+FUNCTION void mbarrier_expect(uint64 *at, unsigned bytes) {
+    ((host::Mbarrier *)at)->bytes += bytes;
+    mbarrier_arrive(at);
+}
+
+// Such copies come as late as they may, in the order of the seed. Until then their room holds garbage.
+FUNCTION void copy_whole(void *to, const void *from, unsigned bytes, uint64 *at) {
+    host::want_aligned(to, true, "copy_whole to an address that is no multiple of 16");
+    host::want_aligned(from, false, "copy_whole from an address that is no multiple of 16");
+    if (bytes % 16) host::fault("copy_whole of bytes that are no multiple of 16");
     memset(to, 0xFF, bytes);
-    host::Mbarrier &b = *(host::Mbarrier *)full;
-    host::chunks.push_back({host::block, (char *)to, (const char *)from, bytes, &b});
-    b.copies++;
-    mbarrier_arrive(full);
+    host::chunks.push_back({host::block, (char *)to, (const char *)from, bytes, (host::Mbarrier *)at});
+}
+
+FUNCTION void shared_for_copies() {}
+
+const int CHUNK_ARRIVALS = 1;
+FUNCTION void copy_chunks(bool asks, void *to, const void *from, unsigned bytes, uint64 *full) {
+    if (asks) mbarrier_expect(full, bytes), copy_whole(to, from, bytes, full);
 }
 
 FUNCTION void mbarrier_wait(uint64 *at, unsigned parity) {
-    const host::Mbarrier *b = (const host::Mbarrier *)at;
+    host::Mbarrier *b = (host::Mbarrier *)at;
+    host::copy_for(*b);
     if (b->parity != (parity & 1)) return; // another phase runs: that one has ended
     host::waiters.push_back({host::warp, threadIdx.x % 32, b, parity & 1});
     host::unready();

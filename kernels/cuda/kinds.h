@@ -68,7 +68,7 @@ struct F32 {
 
 template <bool BRAIN> struct Float16 {
     static const int ROWS = 2, LOADS = 4, HIGH = 0, D = 0, D_RUNS = 1, S = 0;
-    static const bool SCALED = false;
+    static const bool SCALED = false, HALVES = !BRAIN;
     static MEMBER void values(const uint4 *low, uint64, float out[32]) {
 #pragma unroll
         for (int i = 0; i < 16; i++) {

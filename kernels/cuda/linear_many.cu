@@ -2,12 +2,12 @@
 // float32. Equation: kernels/reference/quants.py. Weights: kinds.h. Blocks of 256 threads.
 //
 // Up to FEW_ROWS rows the time goes into reading W: warps share the columns, and each makes operands of the weights in
-// its own registers. With more, a block unpacks W into shared memory and multiplies a tile of y. An element's sum has
-// the same order in all tiles of one form, so neither its neighbours nor the number of blocks show in its bits; the two
-// forms differ in it. Weights of 32 bits are multiplied in float32.
+// its own registers. With more, a block unpacks W into shared memory and multiplies a tile of y, or, where warpgroups
+// multiply, unpacks it in registers too (linear_wide.cu). An element's sum has the same order in all tiles of one form,
+// so neither its neighbours nor the number of blocks show in its bits; the forms differ in it. Weights of 32 bits are
+// multiplied in float32.
 
 const int MANY_THREADS = ALONE_THREADS, MANY_WARPS = MANY_THREADS / 32;
-const int FEW_ROWS = 16;
 
 // Where a column of outputs goes: y and bias of the first row, whose next one is `stride` floats further.
 struct Column {
@@ -179,8 +179,20 @@ template <int HIGH> struct ManyShape {
 // Where a piece of a row lies: 8 neighbouring rows, read together, have the same piece in different banks.
 template <int PIECES> FUNCTION int many_piece(int row, int piece) { return 16 * (PIECES * row + (piece ^ (row % 8))); }
 
-// Where a tile begins, and what a thread brings of its rows of x: a piece of every APART-th row from its first on, of
-// which `left` rows are there.
+struct Place {
+    int row, output;
+};
+
+// Where a tile begins. Blocks at work together share rows of x and of W in the second cache.
+FUNCTION Place tile_at(const Many &m, int item, int HIGH, int OUTPUTS) {
+    const int BAND = 8;  // tiles of rows
+    int high = (m.rows + HIGH - 1) / HIGH, wide = (m.outputs + OUTPUTS - 1) / OUTPUTS;
+    int band = item / (BAND * wide), in_band = min(BAND, high - BAND * band), within = item - BAND * wide * band;
+    return {HIGH * (BAND * band + within % in_band), within / in_band * OUTPUTS};
+}
+
+// The same, and what a thread brings of its rows of x: a piece of every APART-th row from its first on, of which `left`
+// rows are there.
 struct ManyTile {
     int row, output, left;
     const char *x;
@@ -188,11 +200,9 @@ struct ManyTile {
 
 template <int HIGH> FUNCTION ManyTile many_tile(const Many &m, int item) {
     typedef ManyShape<HIGH> Shape;
-    const int BAND = 8;  // tiles of rows: blocks at work together share rows of x and of W in the second cache
-    int high = (m.rows + HIGH - 1) / HIGH, wide = (m.outputs + Shape::OUTPUTS - 1) / Shape::OUTPUTS;
-    int band = item / (BAND * wide), in_band = min(BAND, high - BAND * band), within = item - BAND * wide * band;
-    int first = HIGH * (BAND * band + within % in_band), own = first + thread() / Shape::PIECES;
-    return {first, within / in_band * Shape::OUTPUTS, m.rows - own, m.x + own * m.x_stride};
+    Place at = tile_at(m, item, HIGH, Shape::OUTPUTS);
+    int own = at.row + thread() / Shape::PIECES;
+    return {at.row, at.output, m.rows - own, m.x + own * m.x_stride};
 }
 
 // A row beyond the last stays what it was, as nobody wants its sums. Of columns beyond the last anything will do that is
@@ -377,11 +387,21 @@ template <class K, int HIGH> OPERATOR void linear_tiles(Words a, Words p, Work w
     }
 }
 
+enum { WIDE_OUTPUTS = 128 };  // of a tile where warpgroups multiply
+template <class K, int HIGH> FUNCTION void linear_wide(Words a, Words p, Work work);
+
+template <class K, int HIGH> FUNCTION void linear_high(Words a, Words p, Work work) {
+    if constexpr (WARPGROUPS)
+        linear_wide<K, HIGH>(a, p, work);
+    else
+        linear_tiles<K, HIGH>(a, p, work);
+}
+
 // About how long the tiles take: a step of one costs what its products cost and, for 64 rows' worth, unpacking.
 template <int HIGH> FUNCTION int tiles_cost(const Many &m, Work work) {
-    const int WIDE = ManyShape<HIGH>::OUTPUTS;
-    int tiles = ((m.rows + HIGH - 1) / HIGH) * ((m.outputs + WIDE - 1) / WIDE);
-    return (tiles + work.blocks - 1) / work.blocks * WIDE * (HIGH + 64);
+    const int OUTPUTS = WARPGROUPS ? (int)WIDE_OUTPUTS : ManyShape<HIGH>::OUTPUTS;
+    int tiles = ((m.rows + HIGH - 1) / HIGH) * ((m.outputs + OUTPUTS - 1) / OUTPUTS);
+    return (tiles + work.blocks - 1) / work.blocks * OUTPUTS * (HIGH + 64);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -450,11 +470,11 @@ const int MANY_BYTES = ManyShape<HIGHEST>::BYTES > EXACT_BYTES ? ManyShape<HIGHE
 static_assert(MANY_BYTES >= ManyShape<32>::BYTES && MANY_BYTES >= ManyShape<64>::BYTES);
 static_assert(MANY_BYTES >= 4 * MANY_WARPS * FEW_ROWS * FewShape<Q4_0, 2>::PITCH);
 
-// a: W, its outputs; x: rows of halves, zeros behind their end up to a whole run (of floats, without them, for weights
-// of 32 bits), their stride in bytes, and what each row is to be multiplied by (0: nothing); y (0: the pass's logits),
-// its stride in bytes, bias, a factor for each row (0: none), whether to add to y; pairs and other parts as linear_one has
-// them, these parts beginning at multiples of 8; whether the rows are those whose logits are wanted (x, factors and y
-// begin with the first of them); columns.
+// a: W, its outputs; x: rows of halves (panels.h), zeros behind their end up to a whole run (of floats, without them, for
+// weights of 32 bits), their stride in bytes, and what each row is to be multiplied by (0: nothing); y (0: the pass's
+// logits), its stride in bytes, bias, a factor for each row (0: none), whether to add to y; pairs and other parts as
+// linear_one has them, these parts beginning at multiples of 8; whether the rows are those whose logits are wanted (x,
+// factors and y begin with the first of them); columns.
 template <class K> FUNCTION void linear_many(Words a, Words p, Work work) {
     Many m = many_at(a, p);
     if (!m.rows) return;
@@ -470,12 +490,12 @@ template <class K> FUNCTION void linear_many(Words a, Words p, Work work) {
         int narrow = tiles_cost<32>(m, work), middle = tiles_cost<64>(m, work), large = tiles_cost<128>(m, work);
         int largest = HIGHEST == 256 ? tiles_cost<256>(m, work) : large + 1;
         if (narrow <= min(middle, min(large, largest)))
-            linear_tiles<K, 32>(a, p, work);
+            linear_high<K, 32>(a, p, work);
         else if (middle <= min(large, largest))
-            linear_tiles<K, 64>(a, p, work);
+            linear_high<K, 64>(a, p, work);
         else if (large <= largest)
-            linear_tiles<K, 128>(a, p, work);
+            linear_high<K, 128>(a, p, work);
         else if constexpr (HIGHEST == 256)
-            linear_tiles<K, 256>(a, p, work);
+            linear_high<K, 256>(a, p, work);
     }
 }

@@ -10,9 +10,9 @@ typedef unsigned long long uint64;
 #define OPERATOR [[maybe_unused]] static __device__ __noinline__
 #define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 
-// The block's shared memory: all of it, in one piece, aligned to 16 bytes.
+// The block's shared memory: all of it, in one piece, aligned to 1024 bytes.
 FUNCTION char *shared_memory() {
-    extern __shared__ uint4 shared_room[];
+    extern __shared__ __align__(1024) uint4 shared_room[];
     return (char *)shared_room;
 }
 
@@ -36,6 +36,18 @@ FUNCTION unsigned to_halves(float low, float high) {
     unsigned pair;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     return pair;
+}
+
+// Both halves of a + b, and of a b + c, each rounded once.
+FUNCTION unsigned add_halves(unsigned a, unsigned b) {
+    unsigned sum;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+    return sum;
+}
+FUNCTION unsigned multiply_add_halves(unsigned a, unsigned b, unsigned c) {
+    unsigned sum;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+    return sum;
 }
 
 // 16 bytes of weights: read once, so they push nothing out of the first cache. Never of what a kernel itself writes.
@@ -129,19 +141,29 @@ FUNCTION void mbarrier_arrive(uint64 *at) {
     unsigned where = (unsigned)__cvta_generic_to_shared(at);
     asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(where) : "memory");
 }
-// Each lane of a warp, if it is told to, asks for a chunk of `bytes`, a multiple of 16, from global to shared memory, in the
-// background; once it is there, that is CHUNK_ARRIVALS arrivals at `full`. Chunks may come in another order.
-#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
-const int CHUNK_ARRIVALS = 1;
-FUNCTION void copy_chunks(bool asks, void *to, const void *from, unsigned bytes, uint64 *full) {
-    unsigned at = (unsigned)__cvta_generic_to_shared(to), where = (unsigned)__cvta_generic_to_shared(full);
-    if (!asks) return;
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(where), "r"(bytes) : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(at),
+// Arrives, and the phase ends no sooner than so many bytes have come by copy_whole.
+FUNCTION void mbarrier_expect(uint64 *at, unsigned bytes) {
+    unsigned where = (unsigned)__cvta_generic_to_shared(at);
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(where), "r"(bytes)
+                 : "memory");
+}
+// So many bytes, a multiple of 16, from global to shared memory in the background: one thread asks for all of them. Such
+// copies may come in another order.
+FUNCTION void copy_whole(void *to, const void *from, unsigned bytes, uint64 *at) {
+    unsigned there = (unsigned)__cvta_generic_to_shared(to), where = (unsigned)__cvta_generic_to_shared(at);
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(there),
                  "l"(from), "r"(bytes), "r"(where)
                  : "memory");
 }
-#else
+// What this thread has written to shared memory, barriers included, is there for copy_whole.
+FUNCTION void shared_for_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Each lane of a warp, if it is told to, asks for such a copy; once that is there it is CHUNK_ARRIVALS arrivals at `full`.
+#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
+const int CHUNK_ARRIVALS = 1;
+FUNCTION void copy_chunks(bool asks, void *to, const void *from, unsigned bytes, uint64 *full) {
+    if (asks) mbarrier_expect(full, bytes), copy_whole(to, from, bytes, full);
+}
+#else  // 16 bytes at a time
 const int CHUNK_ARRIVALS = 32;
 FUNCTION void copy_chunks(bool asks, void *to, const void *from, unsigned bytes, uint64 *full) {
     unsigned at = (unsigned)__cvta_generic_to_shared(to), where = (unsigned)__cvta_generic_to_shared(full);
@@ -171,6 +193,55 @@ FUNCTION void mbarrier_wait(uint64 *at, unsigned parity) {
                     : "memory");
     while (!done);
 }
+
+// Products of a warpgroup, which is four warps in a row: compute capability 9.0 alone (sm_90a). c [64, n] += a [64, 16]
+// b [16, n], halves into float32, n twice as many as c has numbers. Of a warp's 16 rows of a and c a lane has what it has
+// in `multiply`, of c for 8 columns after 8. b lies in shared memory, transposed: `b` is a descriptor of its n rows
+// (panels.h). It happens in the background: products from begin_products() to end_products() are one group, and neither
+// a, b nor c may be touched before it is done.
+FUNCTION unsigned shared_address(const void *p) { return (unsigned)__cvta_generic_to_shared(p); }
+FUNCTION void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+FUNCTION void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Until at most `left` groups are on their way.
+template <int left> FUNCTION void wait_for_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(left) : "memory");
+}
+// The compiler takes no number of c before this.
+template <int COUNT> FUNCTION void products_are_done(float (&c)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(c[i])::"memory");
+}
+
+#define SUMS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define SUMS_32 \
+    SUMS_16 \
+    ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define SUMS_64 \
+    SUMS_32 \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+    ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SUMS_128 \
+    SUMS_64 \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+    ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+    ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define SUM_4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define SUM_16(i) SUM_4(i), SUM_4(i + 4), SUM_4(i + 8), SUM_4(i + 12)
+#define SUM_32(i) SUM_16(i), SUM_16(i + 16)
+#define SUM_64(i) SUM_32(i), SUM_32(i + 32)
+#define SUM_128(i) SUM_64(i), SUM_64(i + 64)
+#define WIDE_PRODUCT(n, count, a0, a1, a2, a3, at)                                                          \
+    FUNCTION void multiply_wide(float (&c)[count], const unsigned (&a)[4], uint64 b) {                      \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" SUMS_##count "}, {%" #a0     \
+                     ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #at ", 1, 1, 1, 0;"                               \
+                     : SUM_##count(0)                                                                       \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                 \
+    }
+WIDE_PRODUCT(32, 16, 16, 17, 18, 19, 20)
+WIDE_PRODUCT(64, 32, 32, 33, 34, 35, 36)
+WIDE_PRODUCT(128, 64, 64, 65, 66, 67, 68)
+WIDE_PRODUCT(256, 128, 128, 129, 130, 131, 132)
 
 // All blocks of a cooperative launch meet, their first `threads` threads; what each has written before is there for all
 // afterwards. `arrivals` counts from 0 at the launch and is never reset in it; `goal` is the count at which this meeting

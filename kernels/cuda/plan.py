@@ -29,6 +29,7 @@ from tcinfer.kernels.cuda.program import (
     PASS,
     RECORD,
     TOGETHER_THREADS,
+    WIDE_CAPABILITY,
     forms,
     source,
 )
@@ -54,6 +55,7 @@ class Plan(neutral.Plan):
         self.device, self.rooms = device, rooms
         self.streams: list[tuple[int, ...]] = []  # weights of a token's products, in order (stream.h)
         self.fields = 0  # of a session's state
+        self.wide = device.capability == WIDE_CAPABILITY  # whether warpgroups multiply
         self.takers = TOGETHER_THREADS // 32 if device.shared_bytes >= ROOMY else 8  # warps that take chunks of weights
         self._uploads: dict[int, int] = {}
         self._captured: dict[int, Callable[[], None]] = {}  # by kind of pass
@@ -149,7 +151,7 @@ class Plan(neutral.Plan):
         self._steps = self.keep(words)
         self._together = self.device.program(source(True, kinds, self.rooms), together=True).kernel("together")
         self._shared_together = self.device.shared_bytes
-        alone = self.device.program(source(False, kinds, self.rooms))
+        alone = self.device.program(source(False, kinds, self.rooms, self.wide))
         kernels = {step.name: alone.kernel(f"step_{step.name}") for step in others}
         self._launches = []
         for step in others:
@@ -174,7 +176,9 @@ class Plan(neutral.Plan):
 
     def _shared(self, steps: Sequence[Step], threads: int) -> int:
         """Bytes of shared memory that any of some steps needs. Raises UnavailableError where a block has less."""
-        needs = [s.operator.shared(s.arguments, threads // 32) for s in steps if s.operator.shared]
+        needs = [
+            s.operator.shared({**s.arguments, "wide": self.wide}, threads // 32) for s in steps if s.operator.shared
+        ]
         need = DESK + max(needs, default=0)
         if need > self.device.shared_bytes:
             self._refuse(need)

@@ -11,14 +11,15 @@ from tcinfer.kernels import plan as words
 from tcinfer.kernels.operators import Operator
 from tcinfer.kernels.table import GPU
 
-HEADERS = ("common.h", "kinds.h", "staging.h", "stream.h")
+HEADERS = ("common.h", "panels.h", "kinds.h", "staging.h", "stream.h")
 SOURCES = (
-    *("rows.cu", "linear.cu", "linear_many.cu", "ring.cu", "attention.cu", "attention_many.cu"),
+    *("rows.cu", "linear.cu", "linear_many.cu", "linear_wide.cu", "ring.cu", "attention.cu", "attention_many.cu"),
     *("matrix_memory.cu", "matrix_memory_many.cu", "sampling.cu"),
 )
 TOGETHER_THREADS, ALONE_THREADS = 512, 256  # of a block
 LOADER_THREADS = 32  # more, of a token's launch (stream.h)
 DESK = 1024  # bytes of a block's shared memory in front of an operator's own (common.h)
+WIDE_CAPABILITY = (9, 0)  # compute capability of GPUs where warpgroups multiply (linear_wide.cu)
 HAND = 3072  # more, of a token's launch, for what it is told (passes.cu)
 RECORD = 48  # words of a step of a token's launch: its operator, what it ends with, its arguments
 HOW_MANY = 5  # numbers that say how a row's next id is chosen: temperature, top_k, top_p, min_p, a draw from [0, 1)
@@ -61,18 +62,21 @@ def forms(together: bool, kinds: Iterable[str], rooms: Sequence[Operator]) -> li
     return [Form(o) for o in there if not o.forms] + made
 
 
-def constants(rooms: Sequence[Operator] = ()) -> str:
-    """What Python and CUDA must agree on, as enums: the words of a pass, and for each operator NAME_at::ARGUMENT."""
+def constants(rooms: Sequence[Operator] = (), wide: bool = False) -> str:
+    """What Python and CUDA must agree on, as enums: the words of a pass, and for each operator NAME_at::ARGUMENT.
+
+    wide: whether warpgroups multiply (linear_wide.cu).
+    """
     numbers = {name.upper(): number for name, number in words.WORDS.items()}
     numbers |= {name: getattr(words, name) for name in ("SEQUENCE", "FIELDS", "FIRST", "ROW", "COUNT")}
-    numbers |= {name: globals()[name] for name in SHARED}
+    numbers |= {name: globals()[name] for name in SHARED} | {"WARPGROUPS": int(wide)}
     texts = [f"enum {{ {', '.join(f'{name} = {value}' for name, value in numbers.items())} }};"]
     for operator in {o.name: o for o in (*GPU.values(), *rooms, *(o.many for o in rooms if o.many))}.values():
         texts.append(f"namespace {operator.name}_at {{ enum {{ {', '.join(operator.names)} }}; }}")
     return "\n".join(texts)
 
 
-def source(together: bool, kinds: Iterable[str], rooms: Sequence[Operator]) -> str:
+def source(together: bool, kinds: Iterable[str], rooms: Sequence[Operator], wide: bool = False) -> str:
     """CUDA C++ for models of these kinds of weights and forms of attention.
 
     Its kernel is `together`, or there is a kernel `step_NAME` for each operator.
@@ -81,11 +85,12 @@ def source(together: bool, kinds: Iterable[str], rooms: Sequence[Operator]) -> s
     """
     here, made = Path(__file__).parent, forms(together, kinds, rooms)
     each = f"#define EACH_{'TOGETHER' if together else 'ALONE'}(X) {' '.join(_entry(form) for form in made)}"
-    parts = [(here / "machine.h").read_text(), constants(rooms), each]
+    parts = [(here / "machine.h").read_text(), constants(rooms, wide), each]
     parts += [(here / name).read_text() for name in (*HEADERS, *SOURCES)]
     parts += [resources.files(home).joinpath("cuda.cu").read_text() for home in dict.fromkeys(o.home for o in rooms)]
+    how = "OPERATOR" if together else "FUNCTION"  # products of warpgroups are not made in functions that are called
     parts += [
-        f"OPERATOR void {form.full}(Words a, Words p, Work work) {{ {form.operator.name}<{form.kind}>(a, p, work); }}"
+        f"{how} void {form.full}(Words a, Words p, Work work) {{ {form.operator.name}<{form.kind}>(a, p, work); }}"
         for form in made
         if form.kind
     ]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tcinfer.kernels.cuda.packing import CHUNK_RUNS, TILE_ROWS, packed
 from tcinfer.kernels.cuda.plan import Plan
 from tcinfer.kernels.cuda.program import GEGLU, GELU, LAYER_NORM, MERGED_PARTS, PART_END, PLAIN, RMS_NORM, SWIGLU
-from tcinfer.kernels.packing import FLOATS, RUN
+from tcinfer.kernels.packing import FLOATS
 from tcinfer.kernels.plan import FEW, NONE, ONE, PROMPT, SESSIONS, Conflict, Geometry, Rows, Step
 from tcinfer.kernels.reference.quants import Matrix
 from tcinfer.kernels.table import (
@@ -40,6 +40,7 @@ LONG_SPLIT, MOST_SPLITS = 256, 64  # the same for a key head, where there are mo
 LARGEST_HEAD = 256  # that attend_many has room for
 ENDS = ("", "_2", "_3")  # of the arguments y and bias of a product's parts
 PLACE = ("at", "runs", "tile_bytes", "chunk_bytes")  # of a matrix (kinds.h)
+PANEL = 128  # columns of which prepared rows have a whole number (panels.h)
 
 
 class Product(NamedTuple):
@@ -267,8 +268,9 @@ class Recorder(Plan):
             return x.address, x.stride, 0
         key = id(x), floats, head
         if key not in self._prepared:
-            stride = x.stride if floats else 2 * RUN * -(-x.columns // RUN)
-            rows, factors = self.room(self.capacity * stride), 0 if floats else self.room(4 * self.capacity)
+            stride = x.stride if floats else 2 * PANEL * -(-x.columns // PANEL)
+            capacity = -(-self.capacity // 8) * 8  # rows of a panel come in eights (panels.h)
+            rows, factors = self.room(capacity * stride), 0 if floats else self.room(4 * self.capacity)
             made: dict[str, Any] = dict(zip(MADE, _made(x), strict=True))
             to: dict[str, Any] = {"rows": rows, "rows_stride": stride, "factors": factors, "head": head}
             self.step(PREPARE, when=MANY, **made, fresh=True, **to)

@@ -72,12 +72,33 @@ FUNCTION float factor_of(float most) {
     return exponent < -100 || exponent > 100 ? 1.0f : __uint_as_float((unsigned)(127 + exponent) << 23);
 }
 
-// Four columns of a prepared row: as float32, or times `by` as halves.
-FUNCTION void put_four(char *row, int c, float4 v, bool halves, float by) {
-    if (halves)
-        ((uint2 *)row)[c / 4] = make_uint2(to_halves(v.x * by, v.y * by), to_halves(v.z * by, v.w * by));
-    else
-        ((float4 *)row)[c / 4] = v;
+// Where `prepare` writes: rows of float32, or of halves with a factor each, of the whole pass or for the head alone.
+struct Prepared {
+    char *out;
+    int64 stride;
+    float *factors;
+    int rows, first;  // the first: of the pass
+    // Columns that are written: of halves up to a whole run, or a whole panel.
+    MEMBER int end(int columns) const {
+        int whole = in_panels(rows) ? 128 : 32;
+        return factors ? (columns + whole - 1) / whole * whole : columns;
+    }
+    // Four columns of a row: as float32, or times `by` as halves.
+    MEMBER void put(int row, int c, float4 v, float by) const {
+        uint2 halves = make_uint2(to_halves(v.x * by, v.y * by), to_halves(v.z * by, v.w * by));
+        char *own = out + row * stride;
+        if (!factors)
+            ((float4 *)own)[c / 4] = v;
+        else if (in_panels(rows))
+            put_in_panel(out, rows, row, c, halves);
+        else
+            ((uint2 *)own)[c / 4] = halves;
+    }
+};
+
+FUNCTION Prepared prepared_at(Words a, Words p) {
+    Words to = a + STAGED;
+    return {(char *)to[0], to[1], floats(to[2]), (int)(to[3] ? p[OUT_ROWS] : p[ROWS]), (int)(to[3] ? p[OUT_FIRST] : 0)};
 }
 
 FUNCTION float largest_of_four(float4 v) { return fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))); }
@@ -97,19 +118,16 @@ template <int MAKE, int QUADS> FUNCTION void make_held(Row r, float4 v[QUADS], c
 
 // Rows whose values a block's registers hold, QUADS times four of each thread: memory is read once.
 template <int QUADS> FUNCTION void prepare_held(Words a, Words p, Work work) {
-    Words to = a + STAGED;
-    const int64 out = to[0], out_stride = to[1], x = a[X], weight = a[WEIGHT], x_stride = a[X_STRIDE];
-    float *factors = floats(to[2]);
-    int rows = to[3] ? p[OUT_ROWS] : p[ROWS], first = to[3] ? p[OUT_FIRST] : 0;
+    const Prepared to = prepared_at(a, p);
+    const int64 x = a[X], weight = a[WEIGHT], x_stride = a[X_STRIDE];
     Row r = {};
     r.make = a[MAKE], r.columns = a[COLUMNS], r.bias = floats(a[BIAS]);
     float epsilon = (float)number(a[EPSILON]), part = 1.0f / (float)r.columns;
     bool normed = r.make == RMS_NORM || r.make == LAYER_NORM;
-    for (int i = work.block; i < rows; i += work.blocks) {
-        char *own = (char *)(out + i * out_stride);
+    for (int i = work.block; i < to.rows; i += work.blocks) {
         float4 v[QUADS], w[QUADS];
-        r.x = floats(x + (first + i) * x_stride);
-        r.weight = floats(r.gated() ? weight + (first + i) * x_stride : weight);
+        r.x = floats(x + (to.first + i) * x_stride);
+        r.weight = floats(r.gated() ? weight + (to.first + i) * x_stride : weight);
 #pragma unroll
         for (int q = 0; q < QUADS; q++) {
             int c = 4 * (thread() + q * threads());
@@ -141,18 +159,18 @@ template <int QUADS> FUNCTION void prepare_held(Words a, Words p, Work work) {
         float most = 0;
 #pragma unroll
         for (int q = 0; q < QUADS; q++) most = fmaxf(most, largest_of_four(v[q]));
-        float factor = factors ? factor_of(block_max(most)) : 1.0f, by = 1.0f / factor;
-        int end = factors ? (r.columns + 31) / 32 * 32 : r.columns;
+        float factor = to.factors ? factor_of(block_max(most)) : 1.0f, by = 1.0f / factor;
+        int end = to.end(r.columns);
 #pragma unroll
         for (int q = 0; q < QUADS; q++) {
             int c = 4 * (thread() + q * threads());
-            if (c < end) put_four(own, c, v[q], factors, by);
+            if (c < end) to.put(i, c, v[q], by);
         }
-        if (factors && thread() == 0) factors[i] = factor;
+        if (to.factors && thread() == 0) to.factors[i] = factor;
     }
 }
 
-// Staged rows (staging.h) written out: as float32, or divided by a factor each as halves, zeros up to a whole run.
+// Staged rows (staging.h) written out: as float32, or divided by a factor each as halves (panels.h), zeros behind their end.
 // a: what they are, then rows out, their stride in bytes, the factors (0: float32), whether for the head alone.
 OPERATOR void prepare(Words a, Words p, Work work) {
 #ifndef EACH_TOGETHER  // there it is one row, seldom
@@ -162,20 +180,17 @@ OPERATOR void prepare(Words a, Words p, Work work) {
         return;
     }
 #endif
-    Words to = a + STAGED;
-    int64 rows = to[3] ? p[OUT_ROWS] : p[ROWS], first = to[3] ? p[OUT_FIRST] : 0;
-    for (int64 i = work.block; i < rows; i += work.blocks) {
-        Row r = row_at(a, first + i);
-        char *out = (char *)(to[0] + i * to[1]);
-        if (!to[2]) {
-            for (int c = thread(); c < r.columns; c += threads()) ((float *)out)[c] = r.at(c);
+    Prepared to = prepared_at(a, p);
+    for (int i = work.block; i < to.rows; i += work.blocks) {
+        Row r = row_at(a, to.first + i);
+        if (!to.factors) {
+            for (int c = thread(); c < r.columns; c += threads()) ((float *)(to.out + i * to.stride))[c] = r.at(c);
             continue;
         }
         float most = 0;
         for (int c = 4 * thread(); c < r.columns; c += 4 * threads()) most = fmaxf(most, largest_of_four(r.four(c)));
         float factor = factor_of(block_max(most)), by = 1.0f / factor;
-        int end = (r.columns + 31) / 32 * 32;
-        for (int c = 4 * thread(); c < end; c += 4 * threads()) put_four(out, c, r.four(c), true, by);
-        if (thread() == 0) floats(to[2])[i] = factor;
+        for (int c = 4 * thread(); c < to.end(r.columns); c += 4 * threads()) to.put(i, c, r.four(c), by);
+        if (thread() == 0) to.factors[i] = factor;
     }
 }

@@ -85,17 +85,14 @@ def cubin_of(folder: Path, text: str) -> Path:
 
 
 def compiled_here(folder: Path, text: str) -> None:
-    """Compile a text for sm_90 as CuPy would, if it is not there yet. CuPy asks a GPU for what is said here instead."""
-    from cupy.cuda import compiler, function
+    """Compile a text as device.py does on such a GPU, if it is not there yet."""
+    from cupy.cuda import nvrtc
+
+    from tcinfer.kernels.cuda.device import machine_code
 
     to = cubin_of(folder, text)
-    if to.exists():
-        return
-    module = SimpleNamespace(load=to.write_bytes, _set_mapping=lambda mapping: None)
-    function.Module = lambda: module
-    compiler._get_arch = lambda: "90"
-    compiler._get_arch_for_options_for_nvrtc = lambda arch=None: ("-arch=sm_90", "cubin")
-    compiler._compile_module_with_cache(text, ("-std=c++17",), backend="nvrtc")
+    if not to.exists():
+        to.write_bytes(machine_code(nvrtc, text))
 
 
 def main() -> None:

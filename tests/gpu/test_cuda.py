@@ -330,7 +330,7 @@ def test_keys_of_a_token_are_divided_among_blocks(
 def test_more_weights_for_a_block_than_its_shared_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """On its way every chunk comes when its warp asks for it, none in the place of another that nobody has read."""
     other = host_device(seed=3)
-    other.multiprocessors, other.shared_bytes = 1, 100_000
+    other.multiprocessors, other.shared_bytes, other.capability = 1, 100_000, (8, 9)
     use(other, monkeypatch)
     config = replace(SMALL, d_model=64, head_dim=16, rope_dim=16, d_ff=4096, vocab_size=301)
     want, got = (build(config, b, kind=Kind.Q8_0).session() for b in ("numpy", "cuda"))
@@ -360,7 +360,7 @@ def test_bench_measures_a_gpu_by_the_same_table(backend: str) -> None:  # noqa: 
 def test_a_wide_model_has_room_on_a_small_card(kind: Kind) -> None:
     """99 KB of shared memory for a block, as GPUs of 8.6 and 8.9 have, and rows of 14,336 columns."""
     other = OnRecord()
-    other.shared_bytes = 101_376
+    other.shared_bytes, other.capability = 101_376, (8, 9)
     plan = Recorder(1, other)
     weights = random_matrix(kind, 16, 14336)
     plan.linear(plan.rows(14336), plan.stored(weights))

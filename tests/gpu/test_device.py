@@ -106,6 +106,47 @@ def test_memory_that_does_not_suffice_is_told_in_bytes(monkeypatch: pytest.Monke
         made.zeros(5000)
 
 
+class NVRTCError(Exception):
+    pass
+
+
+def test_machine_code_for_warpgroups_is_kept_where_cupy_keeps_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made, asked = cupy(), []
+
+    def compile_program(text: str, options: tuple[str, ...]) -> None:
+        asked.append((text, options))
+        if text == "bad":
+            raise NVRTCError
+
+    made.cuda.nvrtc = SimpleNamespace(
+        NVRTCError=NVRTCError,
+        getVersion=lambda: (13, 0),
+        createProgram=lambda text, *rest: text,
+        compileProgram=compile_program,
+        getCUBIN=lambda text: text.upper().encode(),
+        getProgramLog=lambda text: "line 1:\nno such name",
+        destroyProgram=lambda text: None,
+    )
+    made.RawModule = lambda **options: options  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cupy", made)
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
+    gpu = Device()
+    assert not gpu.warm
+    first, again = (gpu.program("good", together)._module for together in (False, True))
+    assert Path(first["path"]).read_bytes() == b"GOOD"
+    assert first["path"] == again["path"]
+    assert (first["enable_cooperative_groups"], again["enable_cooperative_groups"]) == (False, True)
+    assert asked == [("good", ("-std=c++17", "-ftz=true", "-arch=sm_90a"))]
+    assert gpu.warm
+    with pytest.raises(UnavailableError, match=r"cannot compile for NVIDIA Imaginary \(line 1: no such name\)"):
+        gpu.program("bad")
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    gpu.capability = (8, 9)
+    assert gpu.program("good")._module["code"] == "good"
+
+
 def test_a_model_and_a_session_that_do_not_fit_are_told(device: HostDevice, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     class Small(HostDevice):
         left = 10**9
@@ -144,7 +185,7 @@ def test_a_model_whose_rows_do_not_fit_a_block_is_refused_before_its_first_token
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     small = HostDevice()
-    small.programs, small.shared_bytes = device.programs, 120_000
+    small.programs, small.shared_bytes, small.capability = device.programs, 120_000, (8, 9)
     use(small, monkeypatch)
     with pytest.raises(TcinferError, match=r"has 120,000 bytes of shared memory .* needs 1\d\d,"):
         build(replace(SMALL, d_ff=32768), "cuda")

@@ -70,6 +70,50 @@ KERNEL(32, 1) product(const int64 *a, const int64 *p) {
     for (int i = 0; i < 4; i++) c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sum[i];
 }
 
+// c = x yᵀ + c of a warpgroup: x [64, 16] and y [n, 16] are halves, c [64, n] float. y lies among 64 columns, from
+// the 16 k-th on, swizzled; p: k, whether to wait for the product, what is added to the descriptor.
+template <int COUNT> FUNCTION void wide_product(const int64 *a, const int64 *p) {
+    const unsigned short *x = (const unsigned short *)a[0], *y = (const unsigned short *)a[1];
+    float *c = (float *)a[2], sums[COUNT];
+    const int n = 2 * COUNT;
+    char *room = shared_memory() + 1024;
+    int l = threadIdx.x % 32, first = threadIdx.x / 32 * 16 + l / 4, t = l % 4, k = p[0];
+    for (int i = threadIdx.x; i < 16 * n; i += blockDim.x) {
+        int row = i / 16, piece = 2 * k + i % 16 / 8;
+        *(unsigned short *)(room + 128 * row + 16 * (piece ^ row % 8) + 2 * (i % 8)) = y[i];
+    }
+    unsigned operand[4];
+    for (int i = 0; i < 4; i++) operand[i] = *(const unsigned *)(x + (first + i % 2 * 8) * 16 + 2 * t + i / 2 * 8);
+    for (int i = 0; i < COUNT; i++) sums[i] = c[(first + i % 4 / 2 * 8) * n + i / 4 * 8 + 2 * t + i % 2];
+    __syncthreads();
+    begin_products();
+    uint64 at = (uint64)(shared_address(room) + 32 * k) >> 4;
+    multiply_wide(sums, operand, (at | 1ull << 16 | 64ull << 32 | 1ull << 62) + (uint64)p[2]);
+    end_products();
+    if (p[1]) wait_for_products<0>();
+    for (int i = 0; i < COUNT; i++) c[(first + i % 4 / 2 * 8) * n + i / 4 * 8 + 2 * t + i % 2] = sums[i];
+}
+KERNEL(128, 1) wide_16(const int64 *a, const int64 *p) { wide_product<16>(a, p); }
+KERNEL(128, 1) wide_128(const int64 *a, const int64 *p) { wide_product<128>(a, p); }
+
+// Thread 0 asks for many bytes, and all wait for them, twice; or once, and nobody waits.
+KERNEL(64, 1) whole(const int64 *a, const int64 *p) {
+    uint64 *come = (uint64 *)shared_memory();
+    int *room = (int *)(shared_memory() + 16), *out = (int *)a[1];
+    if (threadIdx.x == 0) mbarrier_init(come, 1);
+    shared_for_copies();
+    __syncthreads();
+    for (int turn = 0; turn <= p[0]; turn++) {
+        if (threadIdx.x == 0) {
+            mbarrier_expect(come, 256);
+            copy_whole(room, (const int *)a[0] + 64 * turn, 256, come);
+        }
+        if (p[0]) mbarrier_wait(come, turn);
+        out[64 * turn + threadIdx.x] = room[63 - threadIdx.x];
+        __syncthreads();
+    }
+}
+
 // Round after round each block reads what the next one wrote in the round before.
 KERNEL(64, 1) around(const int64 *a, const int64 *p) {
     int *out = (int *)a[0], n = gridDim.x * blockDim.x, i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -250,6 +294,32 @@ def test_tensor_cores_multiply(bench: Bench, way: int) -> None:
     c = rng.standard_normal((16, 8)).astype(np.float32)
     out = bench.run("product", [x, y, c], way, shared=768)[2]
     assert np.abs(out - (c + x.astype(np.float64) @ y.astype(np.float64))).max() < 1e-6
+
+
+@pytest.mark.parametrize("k", [0, 3])
+@pytest.mark.parametrize("count", [16, 128])
+def test_warpgroups_multiply(bench: Bench, count: int, k: int) -> None:
+    rng = np.random.default_rng(2)
+    x, y = (rng.standard_normal((rows, 16)).astype(np.float16) for rows in (64, 2 * count))
+    c = rng.standard_normal((64, 2 * count)).astype(np.float32)
+
+    def run(*numbers: int) -> NDArray[np.float32]:
+        return bench.run(f"wide_{count}", [x, y, c], k, *numbers, threads=128, shared=1024 + 256 * count)[2]
+
+    want = c + x.astype(np.float64) @ y.astype(np.float64).T
+    assert np.abs(run(1, 0) - want).max() < 1e-5
+    assert (run(0, 0) == c).all()  # nobody has waited for it
+    assert not (np.abs(run(1, -8 << 32) - want) < 1e-5).all()  # as if eight rows further were nearer
+    with pytest.raises(AssertionError, match="not swizzled by 128 bytes"):
+        run(1, 1 << 62)
+
+
+def test_whole_copies_come_when_somebody_waits(bench: Bench) -> None:
+    x = np.arange(128, dtype=np.int32)
+    out = bench.run("whole", [x, np.zeros_like(x)], 1, threads=64, shared=272)[1]
+    assert (out.reshape(2, 64) == x.reshape(2, 64)[:, ::-1]).all()
+    with pytest.raises(AssertionError, match="a block ends while 256 bytes are on their way to it"):
+        bench.run("whole", [x, np.zeros_like(x)], 0, threads=64, shared=272)
 
 
 def test_blocks_of_a_grid_meet(bench: Bench) -> None:

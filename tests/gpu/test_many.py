@@ -18,29 +18,35 @@ from plans import random_matrix
 from tcinfer.kernels import plan as words
 from tcinfer.kernels.cuda import packing
 from tcinfer.kernels.cuda.packing import packed
+from tcinfer.kernels.cuda.plan import Pass
 from tcinfer.kernels.cuda.program import ALONE_THREADS as THREADS
 from tcinfer.kernels.cuda.program import GEGLU, SWIGLU, constants
+from tcinfer.kernels.cuda.recorder import Recorder
 from tcinfer.kernels.reference.pointwise import gelu_tanh
 from tcinfer.kernels.reference.quants import KINDS
 from tcinfer.kernels.table import LINEAR_MANY
 
 pytestmark = pytest.mark.slow
 F = np.float32
-SHARED = 1024 + 98304
+WIDE = pytest.mark.parametrize("wide", [False, True], ids=["warps", "warpgroups"])  # that multiply
+SHARED = {False: 1024 + 98304, True: 1024 + 196608}  # by `wide`
 SEEDS = (0, 1, 2)
 
 
 CUDA = Path(packing.__file__).parent
-TEXTS = ("machine.h", "common.h", "kinds.h", "staging.h", "linear_many.cu", "attention_many.cu")
+TEXTS = (
+    *("machine.h", "common.h", "panels.h", "kinds.h", "staging.h", "linear_many.cu", "linear_wide.cu"),
+    "attention_many.cu",
+)
 
 
 @cache
-def source(operator: str) -> str:
-    """The two files, and a kernel `test` that runs one operator."""
+def source(operator: str, wide: bool) -> str:
+    """The operators, and a kernel `test` that runs one of them."""
     machine, *texts = ((CUDA / name).read_text() for name in TEXTS)
     work = "Work{(int)blockIdx.x, (int)gridDim.x, false}"
     kernel = f"KERNEL({THREADS}, 1) test(const int64 *a, const int64 *p) {{ {operator}(a, p, {work}); }}"
-    return "\n".join([machine, constants(), *texts, kernel])
+    return "\n".join([machine, constants(wide=wide), *texts, kernel])
 
 
 class Memory:
@@ -57,12 +63,12 @@ class Memory:
         self.device.put(self.buffers[-1].address, array)
         return self.buffers[-1].address
 
-    def run(self, operator: str, a: list[int], p: dict[int, int], blocks: int) -> None:
+    def run(self, operator: str, a: list[int], p: dict[int, int], blocks: int, wide: bool = False) -> None:
         of_pass = np.zeros(words.PASS, np.int64)
         for word, value in p.items():
             of_pass[word] = value
-        kernel = self.device.program(source(operator)).kernel("test")
-        self.device.launch(kernel, self.put(np.array(a, np.int64)), self.put(of_pass), blocks, THREADS, SHARED)
+        kernel = self.device.program(source(operator, wide)).kernel("test")
+        self.device.launch(kernel, self.put(np.array(a, np.int64)), self.put(of_pass), blocks, THREADS, SHARED[wide])
         self.device.check()
 
 
@@ -71,6 +77,21 @@ def normal(seed: int, *shape: int) -> NDArray[np.float32]:
 
 
 # Products
+
+
+def in_panels(x: NDArray[np.float16]) -> NDArray[np.float16]:
+    """Rows as panels.h has them: [panel, row, piece, value], rows in eights, zeros in columns beyond the last."""
+    rows, columns = x.shape
+    whole = np.zeros((-(-rows // 8) * 8, -(-columns // 128) * 128), np.float16)
+    whole[rows:] = np.nan
+    whole[:rows, :columns] = x
+    # [row, block, run, product, half of a product, pair] to [block, half a block, row, piece, run, pair]
+    parts = whole.reshape(len(whole), -1, 4, 2, 4, 2, 2).transpose(1, 3, 0, 4, 5, 2, 6)
+    panels = parts.reshape(-1, len(whole), 8, 8)
+    swizzled = np.empty_like(panels)
+    for row in range(8):
+        swizzled[:, row::8, np.arange(8) ^ row] = panels[:, row::8]
+    return swizzled
 
 
 def product(
@@ -87,6 +108,7 @@ def product(
     ends: Sequence[int] = (),
     blocks: int = 3,
     seed: int = 0,
+    wide: bool = False,
 ) -> tuple[NDArray, NDArray]:
     """What the operator makes of random rows, and what it should. pair: the activation; ends: outputs with which other
     parts begin."""
@@ -101,16 +123,17 @@ def product(
     y = normal(5, rows, outputs)
     to = m.put(y)
     on = packed(w)
+    rows_at = m.put(in_panels(x) if wide and not floats and rows > 16 else x)
     a: dict[str, Any] = dict.fromkeys(LINEAR_MANY.names, 0)
     a |= {"at": m.put(on.chunks), "runs": on.runs, "tile_bytes": on.chunks.shape[1], "chunk_bytes": on.chunk}
-    a |= {"outputs": outputs, "rows": m.put(x), "rows_stride": width * x.itemsize, "factors": m.put(factors)}
+    a |= {"outputs": outputs, "rows": rows_at, "rows_stride": width * x.itemsize, "factors": m.put(factors)}
     a |= {"y": 0 if head else to, "y_stride": 4 * outputs, "gate": m.put(g), "add": add, "head": head}
     a |= {"columns": columns, "pair": pair, "bias": m.put(b)}
     for first, name, part in zip(ends, ("second", "third"), ("_2", "_3"), strict=False):  # side by side after all
         a |= {name: first, f"y{part}": to + 4 * first, f"y{part}_stride": 4 * outputs}
         a |= {f"bias{part}": 0 if b is None else m.put(b[first:])}
     p = {words.ROWS: 999, words.OUT_ROWS: rows, words.LOGITS: to} if head else {words.ROWS: rows}
-    m.run(f"linear_many<{kind.name}>", [a[name] for name in LINEAR_MANY.names], p, blocks)
+    m.run(f"linear_many<{kind.name}>", [a[name] for name in LINEAR_MANY.names], p, blocks, wide)
     want = x[:, :columns].astype(float) @ w.values.astype(float).T
     want = want if factors is None else factors[:, None] * want
     if pair:
@@ -130,35 +153,41 @@ def error(got: NDArray, want: NDArray) -> float:
 @pytest.mark.parametrize(
     ("rows", "outputs", "columns", "blocks"), [(3, 41, 512, 3), (13, 37, 768, 1), (33, 70, 256, 3), (65, 129, 512, 1)]
 )
-def test_products_with_every_kind(kind: Kind, rows: int, outputs: int, columns: int, blocks: int) -> None:
-    assert error(*product(kind, rows, outputs, columns, blocks=blocks)) < (1e-6 if kind == Kind.F32 else 1e-3)
+@WIDE
+def test_products_with_every_kind(kind: Kind, rows: int, outputs: int, columns: int, blocks: int, wide: bool) -> None:
+    bound = 1e-6 if kind == Kind.F32 else 1e-3
+    assert error(*product(kind, rows, outputs, columns, blocks=blocks, wide=wide)) < bound
 
 
 @pytest.mark.parametrize("kind", [Kind.F16, Kind.BF16, Kind.F32], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("columns", [1, 31, 72, 1100])
 @pytest.mark.parametrize("rows", [2, 9, 17])
-def test_products_with_any_number_of_columns(kind: Kind, rows: int, columns: int) -> None:
-    assert error(*product(kind, rows, 19, columns)) < (1e-6 if kind == Kind.F32 else 1e-3)
+@WIDE
+def test_products_with_any_number_of_columns(kind: Kind, rows: int, columns: int, wide: bool) -> None:
+    assert error(*product(kind, rows, 19, columns, wide=wide)) < (1e-6 if kind == Kind.F32 else 1e-3)
 
 
 @pytest.mark.parametrize("rows", [2, 8, 16, 17, 32, 64, 129, 300])
 @pytest.mark.parametrize(("outputs", "columns"), [(130, 96), (5, 160)])
-def test_products_of_any_number_of_rows(rows: int, outputs: int, columns: int) -> None:
-    assert error(*product(Kind.Q8_0, rows, outputs, columns, blocks=2)) < 1e-3
+@WIDE
+def test_products_of_any_number_of_rows(rows: int, outputs: int, columns: int, wide: bool) -> None:
+    assert error(*product(Kind.Q8_0, rows, outputs, columns, blocks=2, wide=wide)) < 1e-3
 
 
 @pytest.mark.parametrize(("rows", "blocks"), [(64, 1), (260, 1), (260, 100)])
-def test_products_in_every_size_of_tiles(rows: int, blocks: int) -> None:
-    assert error(*product(Kind.Q5_1, rows, 300, 128, blocks=blocks)) < 1e-3
+@WIDE
+def test_products_in_every_size_of_tiles(rows: int, blocks: int, wide: bool) -> None:
+    assert error(*product(Kind.Q5_1, rows, 300, 128, blocks=blocks, wide=wide)) < 1e-3
 
 
 @pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.F32], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("rows", [1, 5, 40])
-def test_what_is_done_with_products(kind: Kind, rows: int) -> None:
+@WIDE
+def test_what_is_done_with_products(kind: Kind, rows: int, wide: bool) -> None:
     bound = 1e-6 if kind == Kind.F32 else 1e-3
     for options in ({"bias": True}, {"gate": True}, {"add": True}, {"head": True}):
-        assert error(*product(kind, rows, 33, 64, **options)) < bound
-    assert error(*product(kind, rows, 33, 64, bias=True, gate=True, add=True)) < bound
+        assert error(*product(kind, rows, 33, 64, **options, wide=wide)) < bound
+    assert error(*product(kind, rows, 33, 64, bias=True, gate=True, add=True, wide=wide)) < bound
 
 
 @pytest.mark.parametrize("rows", [1, 12, 40, 300])
@@ -173,16 +202,54 @@ def test_parts_of_a_product_and_pairs(rows: int) -> None:
 
 @pytest.mark.parametrize("kind", [Kind.Q6_K, Kind.F16, Kind.F32], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("rows", [2, 12, 70])
-def test_products_are_the_same_in_any_order_and_number_of_blocks(kind: Kind, rows: int) -> None:
-    first, _ = product(kind, rows, 90, 512, blocks=1)
+@WIDE
+def test_products_are_the_same_in_any_order_and_number_of_blocks(kind: Kind, rows: int, wide: bool) -> None:
+    first, _ = product(kind, rows, 90, 512, blocks=1, wide=wide)
     for seed in SEEDS:
-        np.testing.assert_array_equal(product(kind, rows, 90, 512, blocks=1 + seed, seed=seed)[0], first)
+        again, _ = product(kind, rows, 90, 512, blocks=1 + seed, seed=seed, wide=wide)
+        np.testing.assert_array_equal(again, first)
 
 
-def test_a_row_is_the_same_beside_any_others_in_the_same_form() -> None:
+@WIDE
+def test_a_row_is_the_same_beside_any_others_in_the_same_form(wide: bool) -> None:
     for some, more in ((3, 15), (18, 150)):
-        few, many = (product(Kind.Q4_K, rows, 140, 256)[0] for rows in (some, more))
+        few, many = (product(Kind.Q4_K, rows, 140, 256, wide=wide)[0] for rows in (some, more))
         np.testing.assert_array_equal(few, many[:some])
+
+
+@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q6_K, Kind.F16], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    ("rows", "outputs", "columns"), [(512, 128, 256), (250, 128, 96), (256, 127, 160), (700, 256, 64)]
+)
+@WIDE
+def test_products_in_the_largest_tiles(kind: Kind, rows: int, outputs: int, columns: int, wide: bool) -> None:
+    columns = 256 if kind == Kind.Q6_K else columns
+    after = {"bias": True, "gate": True, "add": True}
+    large, want = product(kind, rows, outputs, columns, blocks=1, wide=wide, **after)
+    assert error(large, want) < 1e-3
+    for blocks, seed in ((1, 1), (100, 2)):
+        again, _ = product(kind, rows, outputs, columns, blocks=blocks, seed=seed, wide=wide, **after)
+        np.testing.assert_array_equal(again, large)
+
+
+@WIDE
+@pytest.mark.parametrize("columns", [72, 131, 2100])  # rows that a block's registers hold, and others
+def test_rows_are_prepared_as_products_read_them(columns: int, wide: bool) -> None:
+    device, most = host_device(), 45
+    device.capability = (9, 0) if wide else (8, 0)
+    w, plan = random_matrix(Kind.F16, 21, columns), Recorder(most, device)
+    x = plan.rows(columns)
+    y = plan.linear(x, plan.stored(w))
+    plan.finish()
+    values = normal(1, most, columns)
+    device.put(x.address, values)
+    told = device.zeros(Pass(most, 1, 1).data.nbytes)
+    for rows in (3, 17, most):
+        device.put(told.address, Pass(rows, 1, 1, told.address).data)
+        plan.run_pass(words.PROMPT, told.address)
+        got = device.get(y.address, np.empty((most, 21), F))[:rows]
+        assert error(got, values[:rows].astype(float) @ w.values.astype(float).T) < 1e-3
+    device.check()
 
 
 # Attention
@@ -272,16 +339,3 @@ def test_attention_of_a_token_is_the_same_in_any_chunk() -> None:
     whole, _ = attended(0, 150, 2, 1, 8, 40, 3)
     last, _ = attended(131, 19, 2, 1, 8, 40, 3)
     np.testing.assert_array_equal(last, whole[131:])
-
-
-@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q6_K, Kind.F16], ids=lambda kind: kind.name)
-@pytest.mark.parametrize(
-    ("rows", "outputs", "columns"), [(512, 128, 256), (250, 128, 96), (256, 127, 160), (700, 256, 64)]
-)
-def test_products_in_the_largest_tiles(kind: Kind, rows: int, outputs: int, columns: int) -> None:
-    columns = 256 if kind == Kind.Q6_K else columns
-    large, want = product(kind, rows, outputs, columns, blocks=1, bias=True, gate=True, add=True)
-    assert error(large, want) < 1e-3
-    for blocks, seed in ((1, 1), (100, 2)):
-        again, _ = product(kind, rows, outputs, columns, blocks=blocks, seed=seed, bias=True, gate=True, add=True)
-        np.testing.assert_array_equal(again, large)
