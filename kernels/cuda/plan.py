@@ -101,30 +101,34 @@ class Plan(neutral.Plan):
 
     def _push_into_rings(self) -> None:
         """In a token's pass `push` does what `insert` would do, where only attention needs the ring in between."""
-        for i, push in reversed(list(enumerate(self.steps))):
-            if push.operator is not GPU_PUSH:
+        for push in [step for step in self.steps if step.operator is GPU_PUSH]:
+            at = self.steps.index(push)
+            inserts = self._inserts([step for step in self.steps[at + 1 :] if step.when & ONE], push)
+            if len(inserts) < 2:
                 continue
-            inserts: list[Step] = []
-            for step in self.steps[i + 1 :]:
-                if (
-                    step.operator is INSERT
-                    and step.arguments["rows"] == push.arguments[("k_new", "v_new")[len(inserts)]]
-                ):
-                    inserts.append(step)
-                elif INSERT.name not in step.operator.beside and any(
-                    type(x) is tuple for x in set().union(*step.touched())
-                ):
-                    break
-                if len(inserts) == 2:
-                    alone = Step(GPU_PUSH, "", dict(push.arguments), ONE)
-                    for name, insert in zip(("k_field", "v_field"), inserts, strict=True):
-                        alone.change(name, insert.arguments["field"])
-                        insert.when &= ~ONE
-                    for name in ("window", "sinks"):
-                        alone.change(name, inserts[0].arguments[name])
-                    push.when &= ~ONE
-                    self.steps.insert(i, alone)
-                    break
+            alone = Step(GPU_PUSH, "", dict(push.arguments), ONE)
+            for name, insert in inserts.items():
+                insert.when &= ~ONE
+                alone.change(name, insert.arguments["field"])
+                for same in ("window", "sinks"):
+                    alone.change(same, insert.arguments[same])
+            push.when &= ~ONE
+            self.steps.insert(at, alone)
+
+    def _inserts(self, after: Sequence[Step], push: Step) -> dict[str, Step]:
+        """Which of the steps put into the ring what `push` has made, before anything else needs it as it was."""
+        made = {push.arguments["k_new"]: "k_field", push.arguments["v_new"]: "v_field"}
+        found: dict[str, Step] = {}
+        for step in after:
+            if step.operator is INSERT:
+                found |= {made[rows]: step for rows in {step.arguments["rows"]} & made.keys()}
+            elif INSERT.name not in step.operator.beside and any(
+                isinstance(x, tuple) for of in step.touched() for x in of
+            ):
+                break
+            if len(found) == len(made):
+                break
+        return found
 
     def finish(self) -> None:
         """Compile the operators that the steps use, and put the steps on the device."""

@@ -76,9 +76,12 @@ FUNCTION void bring(const Stream &stream, Words of, int count, Words p, int bloc
             tile += within % beside;
             const char *from = first + (int64)(share.first + tile * blocks) * tile_bytes + c * chunk_bytes;
             unsigned bytes = c + 1 < chunks ? chunk_bytes : tile_bytes - (chunks - 1) * chunk_bytes;
-            if (asks && at >= (unsigned)stream.flight)
-                mbarrier_wait(stream.full(at - stream.flight), stream.turn(at - stream.flight));
-            if (asks) mbarrier_wait(stream.empty(at), stream.turn(at) ^ 1);
+            // All lanes wait for the same: lanes that wait apart take the time of warps that compute.
+            for (unsigned next = n + batch, end = n + min(all, batch + BATCH); next < end; next++) {
+                if (next >= (unsigned)stream.flight)
+                    mbarrier_wait(stream.full(next - stream.flight), stream.turn(next - stream.flight));
+                mbarrier_wait(stream.empty(next), stream.turn(next) ^ 1);
+            }
             warp_barrier();  // no chunk is asked for before one of an earlier batch
             copy_chunks(asks, stream.slot(at), from, bytes, stream.full(at));
         }
