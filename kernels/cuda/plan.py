@@ -167,8 +167,8 @@ class Plan(neutral.Plan):
         """Divide the weights of a token's products among blocks, now that it is known where these meet."""
 
     def _ring(self, steps: Sequence[Step]) -> tuple[int, int, int, int, int]:
-        """Of a token's launch: where in shared memory chunks of weights go; for how many of them there is room (log2), of
-        which size; how many warps take them, and how many may be on their way (stream.h)."""
+        """Of a token's launch: where in shared memory chunks of weights go; for how many there is room (log2), of which
+        size; how many warps take them, and how many may be on their way (stream.h)."""
         start = -(-(self._shared(steps, TOGETHER_THREADS) + HAND) // 16) * 16
         size = max((min(stream[CHUNK], stream[TILE]) for stream in self.streams), default=16)
         slots = min((self.device.shared_bytes - start) // (size + 16), MOST_SLOTS)

@@ -52,7 +52,7 @@ def chosen(
     skew: int = 0,
     led: bool = False,
 ) -> NDArray[np.int64]:
-    """What the device chooses of logits [rows, V], which begin `skew` floats behind an aligned address; led: every block
+    """What the device chooses of logits [rows, V], which begin `skew` floats behind an aligned address; led: each block
     has looked at a part of the one row."""
     rows, V = logits.shape
     settings = np.array([[h.temperature, h.top_k, h.top_p, h.min_p, d] for h, d in zip(hows, draws, strict=True)])
