@@ -308,7 +308,7 @@ static bool run(Block &b) {
                 round();
                 if (!~warp->arrived) warp->arrived = 0, warp->ready = ~0u;
             }
-        if (!more && bring_one(b)) {
+        if (!more && b.returned < blockDim.x && bring_one(b)) {
             more = any = true;
             continue;
         }
@@ -351,7 +351,7 @@ static void run_all(unsigned n) {
             if (blocks[i].returned < blockDim.x) deadlock(blocks[i]);
     }
     for (unsigned i = 0; i < n; i++) check_guards(blocks[i]);
-    if (!whole_copies.empty()) fail("a block ends while %u bytes are on their way to it", whole_copies[0].bytes);
+    if (!chunks.empty()) fail("a block ends while %u bytes are on their way to it", chunks[0].bytes);
 }
 
 // Gives back the stacks of this program, until its next launch: each is two of the maps that a process may have.
@@ -779,7 +779,6 @@ FUNCTION void copy_chunks(bool asks, void *to, const void *from, unsigned bytes,
 
 FUNCTION void mbarrier_wait(uint64 *at, unsigned parity) {
     host::Mbarrier *b = (host::Mbarrier *)at;
-    host::copy_for(*b);
     if (b->parity != (parity & 1)) return; // another phase runs: that one has ended
     host::waiters.push_back({host::warp, threadIdx.x % 32, b, parity & 1});
     host::unready();
