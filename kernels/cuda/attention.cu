@@ -7,23 +7,28 @@
 
 const float SLACK = 8;  // a score may be above what its weight is relative to by so much
 
-// What a query sees, counted from the oldest, sinks first: where the j-th key lies, as a row of ring or pass. In shared
-// memory, a copy for each warp, as registers are for keys.
-struct Seen {
-    const char *q[2], *k_ring, *k_new, *v_ring, *v_new;  // of the key head
+// What a query sees, counted from the oldest, sinks first, and which part of it a block takes.
+struct View {
     int sinks, old;  // how many of the keys are sinks, how many are in the ring
     int slot, stop, window;  // added to j behind the sinks; where the ring ends, how far it then goes back
     int sink_row, row;  // added to j for the pass's own rows: of sinks, of others
     int begin, seam, end;  // of the block's keys: the first, the first that q[0] is for, the end
     int far_tiles, tiles;  // how many tiles are for q[1], and all
-    int stride;  // bytes of a row
-    float scale;  // of scores
 
+    // Where the j-th key lies, as a row of ring or pass.
     MEMBER int at(int j) const {
         if (j >= old) return j + (j < sinks ? sink_row : row);
         int s = j < sinks ? j : j + slot;
         return s < stop ? s : s - window;
     }
+};
+
+// The same with where it lies. In shared memory, a copy for each warp, as registers are for keys.
+struct Seen {
+    const char *q[2], *k_ring, *k_new, *v_ring, *v_new;  // of the key head
+    int stride;  // bytes of a row
+    float scale;  // of scores
+    View view;
 };
 
 const int SEEN_ROOM = 128;  // bytes
@@ -39,30 +44,56 @@ FUNCTION Item item_at(Words a, int item, int first) {
     return {row, of_row - row * (int)a[8], item - of_row * (int)a[13], first};
 }
 
-// size: bytes of a channel; turns: log2 of the keys of a tile.
-FUNCTION Seen seen_by(Words a, Words p, const Item &item, int size, int turns) {
-    int G = a[8], D = a[9], R = quotient((int)a[7], G), splits = a[13], row = item.row;
-    Words of = sequence_of(p, row);
-    int64 t = of[FIRST] + row - of[ROW], low = 0;
-    int window = (int)a[10], sinks = (int)a[11];
-    Seen s = {};
-    s.stop = 0x7fffffff;
+// turns: log2 of the keys of a tile.
+FUNCTION View view_of(Words a, Words p, const Item &item, int turns) {
+    Words of = sequence_of(p, item.row);
+    int64 t = of[FIRST] + item.row - of[ROW], low = 0;
+    int window = (int)a[10], sinks = (int)a[11], splits = (int)a[13];
+    View v = {};
+    v.stop = 0x7fffffff;
     if (window) {
-        s.sinks = (int)min((int64)sinks, t + 1), low = max((int64)sinks, t - window + 1);
-        s.slot = (int)(slot_of(low, window, sinks) - s.sinks), s.stop = sinks + window, s.window = window;
+        v.sinks = (int)min((int64)sinks, t + 1), low = max((int64)sinks, t - window + 1);
+        v.slot = (int)(slot_of(low, window, sinks) - v.sinks), v.stop = sinks + window, v.window = window;
     }
-    int count = s.sinks + (int)max((int64)0, t - low + 1);
-    s.sink_row = (int)(of[ROW] - of[FIRST]), s.row = (int)(of[ROW] - of[FIRST] + low - s.sinks);
-    s.old = (int)min((int64)count, of[FIRST] < s.sinks ? of[FIRST] : s.sinks + max((int64)0, of[FIRST] - low));
-    int each = quotient(count, splits), more = count - each * splits, beside = size * D * item.g;
-    s.begin = each * item.split + min(item.split, more), s.end = s.begin + each + (item.split < more);
-    s.seam = a[1] ? max(s.begin, min(s.end, s.sinks)) : s.begin;
-    s.far_tiles = (s.seam - s.begin + (1 << turns) - 1) >> turns;
-    s.tiles = s.far_tiles + ((s.end - s.seam + (1 << turns) - 1) >> turns);
-    s.stride = size * G * D, s.scale = rsqrtf((float)D);
+    int count = v.sinks + (int)max((int64)0, t - low + 1);
+    v.sink_row = (int)(of[ROW] - of[FIRST]), v.row = (int)(of[ROW] - of[FIRST] + low - v.sinks);
+    v.old = (int)min((int64)count, of[FIRST] < v.sinks ? of[FIRST] : v.sinks + max((int64)0, of[FIRST] - low));
+    int each = quotient(count, splits), more = count - each * splits;
+    v.begin = each * item.split + min(item.split, more), v.end = v.begin + each + (item.split < more);
+    v.seam = a[1] ? max(v.begin, min(v.end, v.sinks)) : v.begin;
+    v.far_tiles = (v.seam - v.begin + (1 << turns) - 1) >> turns;
+    v.tiles = v.far_tiles + ((v.end - v.seam + (1 << turns) - 1) >> turns);
+    return v;
+}
+
+// In a token's launch a block keeps what it has seen for the next layer, which mostly sees the same.
+struct Kept {
+    int window, sinks, splits, split, turns;
+    View view;
+    MEMBER bool is_of(Words a, const Item &item, int tile) const {
+        return window == a[10] && sinks == a[11] && splits == a[13] && split == item.split && turns == tile;
+    }
+};
+#ifdef EACH_TOGETHER
+static_assert(DESK_VIEW + sizeof(Kept) <= DESK);
+FUNCTION Kept &kept_view() { return *(Kept *)(shared_memory() + DESK_VIEW); }
+#endif
+
+// size: bytes of a channel.
+FUNCTION Seen seen_by(Words a, Words p, const Item &item, int size, int turns) {
+    int G = a[8], D = a[9], R = quotient((int)a[7], G), row = item.row, beside = size * D * item.g;
+    Words of = sequence_of(p, row);
+    Seen s;
     for (int far = 0; far < 2; far++) s.q[far] = (const char *)(a[far] + row * a[2] + 4 * D * (item.g * R + item.first));
     s.k_ring = (const char *)words(of[FIELDS])[a[3]] + beside, s.k_new = (const char *)a[5] + beside;
     s.v_ring = (const char *)words(of[FIELDS])[a[4]] + beside, s.v_new = (const char *)a[6] + beside;
+    s.stride = size * G * D, s.scale = rsqrtf((float)D);
+#ifdef EACH_TOGETHER
+    if (kept_view().is_of(a, item, turns + (a[1] ? 32 : 0)))
+        s.view = kept_view().view;
+    else
+#endif
+        s.view = view_of(a, p, item, turns);
     return s;
 }
 
@@ -120,17 +151,23 @@ FUNCTION float *found_by(int warp, int head, int heads, int width) {
     return (float *)(room() + SEEN_ROOM * warps()) + (warp * heads + head) * (width + 2);
 }
 
+// log2 of the keys of a tile.
+template <bool HALF, int HEADS> FUNCTION int tile_turns(int D) {
+    const int WIDE = HALF ? 8 : 4;
+    return (HEADS * WIDE <= 16 ? 2 : 1) + 5 - sharing<WIDE>(D);
+}
+
 // A warp's part of the item, channels from c0 on.
 template <bool HALF, int HEADS, bool PLAIN>
 FUNCTION void attend_keys(Words a, Words p, const Item &item, int c0) {
     const int WIDE = HALF ? 8 : 4;  // channels of a lane
     const int AT_ONCE = HEADS * WIDE <= 16 ? 4 : 2;  // keys of a tile, for each group of lanes that share a key
-    const int LOG = AT_ONCE / 2;  // of it
+    const int LOG = AT_ONCE / 2;  // of that
     int D = a[9], heads = min(quotient((int)a[7], (int)a[8]) - item.first, HEADS);
     int turns = sharing<WIDE>(D), sharers = 1 << turns, groups = 32 >> turns;
     int alike = sharers / AT_ONCE, width = sharers * WIDE, own = (lane() & (sharers - 1)) * WIDE;
     Seen &seen = *(Seen *)(room() + SEEN_ROOM * warp());
-    if (lane() == 0) seen = seen_by(a, p, item, 16 / WIDE, LOG + 5 - turns);
+    if (lane() == 0) seen = seen_by(a, p, item, 16 / WIDE, tile_turns<HALF, HEADS>(D));
     warp_barrier();
 
     float q[HEADS][WIDE], sums[HEADS][WIDE] = {}, total[HEADS] = {}, top[HEADS];
@@ -149,17 +186,17 @@ FUNCTION void attend_keys(Words a, Words p, const Item &item, int c0) {
         }
     };
 
-    for (int n = warp(); n < seen.tiles; n += warps()) {
-        bool far = n < seen.far_tiles;
-        int from = AT_ONCE * groups * (far ? n : n - seen.far_tiles) + (lane() >> turns);
-        from += far ? seen.begin : seen.seam;
-        int stop = far ? seen.seam : seen.end, at[AT_ONCE];
+    for (int n = warp(); n < seen.view.tiles; n += warps()) {
+        bool far = n < seen.view.far_tiles;
+        int from = AT_ONCE * groups * (far ? n : n - seen.view.far_tiles) + (lane() >> turns);
+        from += far ? seen.view.begin : seen.view.seam;
+        int stop = far ? seen.view.seam : seen.view.end, at[AT_ONCE];
         bool old[AT_ONCE];
         uint4 k[AT_ONCE], v[AT_ONCE];
 #pragma unroll
         for (int u = 0; u < AT_ONCE; u++) {
             int j = min(from + u * groups, stop - 1);
-            old[u] = j < seen.old, at[u] = seen.at(j);
+            old[u] = j < seen.view.old, at[u] = seen.view.at(j);
         }
         float scores[HEADS][AT_ONCE] = {};
         for (int c = own; c < (PLAIN ? own + 1 : D + own); c += width) {
@@ -168,7 +205,7 @@ FUNCTION void attend_keys(Words a, Words p, const Item &item, int c0) {
                 const char *of = old[u] ? seen.k_ring : seen.k_new;
                 k[u] = piece_at<HALF, PLAIN>(of + (int64)at[u] * seen.stride, c, D);
             }
-            if (!PLAIN || n < warps() || (!far && n - warps() < seen.far_tiles)) ask(far, c);
+            if (!PLAIN || n < warps() || (!far && n - warps() < seen.view.far_tiles)) ask(far, c);
 #pragma unroll
             for (int u = 0; u < AT_ONCE; u++) {
                 const char *of = old[u] ? seen.v_ring : seen.v_new;
@@ -300,6 +337,11 @@ template <class F> FUNCTION void attend_splits(Words a, Words p, Work work) {
             block_barrier();  // nobody reads what lay there
             attend_keys<F::HALF, F::HEADS, F::PLAIN>(a, p, item, c0);
             block_barrier();
+#ifdef EACH_TOGETHER
+            int turns = tile_turns<F::HALF, F::HEADS>(D) + (a[1] ? 32 : 0);
+            if (thread() == 0 && !kept_view().is_of(a, item, turns))
+                kept_view() = {(int)a[10], (int)a[11], (int)a[13], item.split, turns, ((Seen *)room())->view};
+#endif
             attend_end(a, item, F::HEADS, c0, width);
         }
 }

@@ -92,7 +92,7 @@ KERNEL(TOGETHER_THREADS + LOADER_THREADS, 1) together(const int64 *plan, const i
     take_pass(begin, pass, plan[PLAN_FIELDS]);
     if (thread() == 0) {
         begin.first = words(plan[PLAN_RECORDS]), begin.steps = (int)plan[PLAN_STEPS], begin.goal = 0;
-        *(int *)(shared_memory() + DESK_BEGUN) = 0, stream_at_hand() = stream;
+        *(int *)(shared_memory() + DESK_BEGUN) = 0, stream_at_hand() = stream, kept_view().turns = -1;
     }
     if (lane() == 0) begin.own_step() = 0;
     block_barrier();

@@ -5,8 +5,9 @@
 // A stream is a matrix of which each block takes every so-manieth tile (ROWS rows). Its chunks come one after the other,
 // each into the next slot of a ring; `full` and `empty` of a slot are barriers in shared memory.
 
-// On the desk: parts of sums, how many chunks have come before the present step, the stream itself; in bytes.
-enum { DESK_PARTS = 256, DESK_BEGUN = 768, DESK_STREAM = 784 };
+// On the desk: parts of sums, how many chunks have come before the present step, the stream itself, and what attention
+// keeps (attention.cu); in bytes.
+enum { DESK_PARTS = 256, DESK_BEGUN = 768, DESK_STREAM = 784, DESK_VIEW = 832 };
 
 enum { STREAM_CHUNKS, STREAM_RUNS, STREAM_TILE, STREAM_CHUNK, STREAM_HEAD, STREAM_SHARE, STREAM_WORDS = 10 };
 
@@ -56,7 +57,7 @@ FUNCTION Share share_of(Words a, int block, int blocks) {
 }
 
 // Of the warp that copies: all that this block will need of `count` streams, BATCH chunks at once, each lane one.
-const int BATCH = 8;
+const int BATCH = 4;
 
 FUNCTION void bring(const Stream &stream, Words of, int count, Words p, int block, int blocks) {
     bool head = p[OUT_ROWS] != 0;
