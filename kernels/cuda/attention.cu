@@ -45,25 +45,22 @@ FUNCTION Item item_at(Words a, int item, int first) {
 }
 
 // turns: log2 of the keys of a tile.
-FUNCTION View view_of(Words a, Words p, const Item &item, int turns) {
+FUNCTION void find_view(View &v, Words a, Words p, const Item &item, int turns) {
     Words of = sequence_of(p, item.row);
     int64 t = of[FIRST] + item.row - of[ROW], low = 0;
     int window = (int)a[10], sinks = (int)a[11], splits = (int)a[13];
-    View v = {};
-    v.stop = 0x7fffffff;
-    if (window) {
-        v.sinks = (int)min((int64)sinks, t + 1), low = max((int64)sinks, t - window + 1);
-        v.slot = (int)(slot_of(low, window, sinks) - v.sinks), v.stop = sinks + window, v.window = window;
-    }
-    int count = v.sinks + (int)max((int64)0, t - low + 1);
-    v.sink_row = (int)(of[ROW] - of[FIRST]), v.row = (int)(of[ROW] - of[FIRST] + low - v.sinks);
-    v.old = (int)min((int64)count, of[FIRST] < v.sinks ? of[FIRST] : v.sinks + max((int64)0, of[FIRST] - low));
+    int in_front = window ? (int)min((int64)sinks, t + 1) : 0;  // sinks
+    if (window) low = max((int64)sinks, t - window + 1);
+    v.sinks = in_front, v.stop = window ? sinks + window : 0x7fffffff, v.window = window;
+    v.slot = window ? (int)(slot_of(low, window, sinks) - in_front) : 0;
+    int count = in_front + (int)max((int64)0, t - low + 1);
+    v.sink_row = (int)(of[ROW] - of[FIRST]), v.row = (int)(of[ROW] - of[FIRST] + low - in_front);
+    v.old = (int)min((int64)count, of[FIRST] < in_front ? of[FIRST] : in_front + max((int64)0, of[FIRST] - low));
     int each = quotient(count, splits), more = count - each * splits;
-    v.begin = each * item.split + min(item.split, more), v.end = v.begin + each + (item.split < more);
-    v.seam = a[1] ? max(v.begin, min(v.end, v.sinks)) : v.begin;
-    v.far_tiles = (v.seam - v.begin + (1 << turns) - 1) >> turns;
-    v.tiles = v.far_tiles + ((v.end - v.seam + (1 << turns) - 1) >> turns);
-    return v;
+    int begin = each * item.split + min(item.split, more), end = begin + each + (item.split < more);
+    int seam = a[1] ? max(begin, min(end, in_front)) : begin, far_tiles = (seam - begin + (1 << turns) - 1) >> turns;
+    v.begin = begin, v.end = end, v.seam = seam, v.far_tiles = far_tiles;
+    v.tiles = far_tiles + ((end - seam + (1 << turns) - 1) >> turns);
 }
 
 // In a token's launch a block keeps what it has seen for the next layer, which mostly sees the same.
@@ -80,21 +77,20 @@ FUNCTION Kept &kept_view() { return *(Kept *)(shared_memory() + DESK_VIEW); }
 #endif
 
 // size: bytes of a channel.
-FUNCTION Seen seen_by(Words a, Words p, const Item &item, int size, int turns) {
+FUNCTION void see(Seen &s, Words a, Words p, const Item &item, int size, int turns) {
     int G = a[8], D = a[9], R = quotient((int)a[7], G), row = item.row, beside = size * D * item.g;
-    Words of = sequence_of(p, row);
-    Seen s;
+    Words fields = words(sequence_of(p, row)[FIELDS]);
     for (int far = 0; far < 2; far++) s.q[far] = (const char *)(a[far] + row * a[2] + 4 * D * (item.g * R + item.first));
-    s.k_ring = (const char *)words(of[FIELDS])[a[3]] + beside, s.k_new = (const char *)a[5] + beside;
-    s.v_ring = (const char *)words(of[FIELDS])[a[4]] + beside, s.v_new = (const char *)a[6] + beside;
+    s.k_ring = (const char *)fields[a[3]] + beside, s.k_new = (const char *)a[5] + beside;
+    s.v_ring = (const char *)fields[a[4]] + beside, s.v_new = (const char *)a[6] + beside;
     s.stride = size * G * D, s.scale = rsqrtf((float)D);
 #ifdef EACH_TOGETHER
-    if (kept_view().is_of(a, item, turns + (a[1] ? 32 : 0)))
+    if (kept_view().is_of(a, item, turns + (a[1] ? 32 : 0))) {
         s.view = kept_view().view;
-    else
+        return;
+    }
 #endif
-        s.view = view_of(a, p, item, turns);
-    return s;
+    find_view(s.view, a, p, item, turns);
 }
 
 // 16 bytes of a row from its channel c on. PLAIN: rows consist of such pieces; else they may end within one.
@@ -167,7 +163,7 @@ FUNCTION void attend_keys(Words a, Words p, const Item &item, int c0) {
     int turns = sharing<WIDE>(D), sharers = 1 << turns, groups = 32 >> turns;
     int alike = sharers / AT_ONCE, width = sharers * WIDE, own = (lane() & (sharers - 1)) * WIDE;
     Seen &seen = *(Seen *)(room() + SEEN_ROOM * warp());
-    if (lane() == 0) seen = seen_by(a, p, item, 16 / WIDE, tile_turns<HALF, HEADS>(D));
+    if (lane() == 0) see(seen, a, p, item, 16 / WIDE, tile_turns<HALF, HEADS>(D));
     warp_barrier();
 
     float q[HEADS][WIDE], sums[HEADS][WIDE] = {}, total[HEADS] = {}, top[HEADS];

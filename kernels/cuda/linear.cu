@@ -85,7 +85,7 @@ FUNCTION void put_output(Words a, Words p, int o, float sum, float beside) {
 // again (0: none); the block's share and the number of this stream of weights (stream.h); then what x is (staging.h).
 template <class K> FUNCTION void linear_one(Words a, Words p, Work work) {
     namespace at = linear_one_at;
-    const Stream stream = stream_at_hand();
+    const Stream &stream = stream_at_hand();
     const int EACH = 32 / K::ROWS;  // lanes that hold a row's sum
     int *begun = (int *)(shared_memory() + DESK_BEGUN);  // chunks of the streams before, by turns
     unsigned n = begun[a[at::number] & 1];

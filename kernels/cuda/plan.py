@@ -43,7 +43,7 @@ STREAM = 10  # words of a stream (stream.h), of which:
 _, _, TILE, CHUNK = range(4)
 MOST_SLOTS = 64
 # Of weights on their way to a block: enough for a GPU's bandwidth. More would make whatever else is read wait longer.
-FLIGHT_BYTES, LEAST_FLIGHT = 2**15, 4  # LEAST_FLIGHT: as many as are asked for at once (stream.h)
+FLIGHT_BYTES, LEAST_FLIGHT = 40960, 4  # LEAST_FLIGHT: as many as are asked for at once (stream.h)
 ROOMY = 2**17  # bytes of a block's shared memory from which there is room for a chunk of each warp
 
 
