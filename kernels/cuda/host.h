@@ -773,8 +773,8 @@ FUNCTION void copy_whole(void *to, const void *from, unsigned bytes, uint64 *at)
 FUNCTION void shared_for_copies() {}
 
 const int CHUNK_ARRIVALS = 1;
-FUNCTION void copy_chunks(bool asks, void *to, const void *from, unsigned bytes, uint64 *full) {
-    if (asks) mbarrier_expect(full, bytes), copy_whole(to, from, bytes, full);
+FUNCTION void copy_chunk(void *to, const void *from, unsigned bytes, uint64 *full) {
+    if (threadIdx.x % 32 == 0) mbarrier_expect(full, bytes), copy_whole(to, from, bytes, full);
 }
 
 FUNCTION void mbarrier_wait(uint64 *at, unsigned parity) {

@@ -157,26 +157,20 @@ FUNCTION void copy_whole(void *to, const void *from, unsigned bytes, uint64 *at)
 }
 // What this thread has written to shared memory, barriers included, is there for copy_whole.
 FUNCTION void shared_for_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// Each lane of a warp, if it is told to, asks for such a copy; once that is there it is CHUNK_ARRIVALS arrivals at `full`.
+// A warp asks for such a copy; once that is there it is CHUNK_ARRIVALS arrivals at `full`.
 #if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
 const int CHUNK_ARRIVALS = 1;
-FUNCTION void copy_chunks(bool asks, void *to, const void *from, unsigned bytes, uint64 *full) {
-    if (asks) mbarrier_expect(full, bytes), copy_whole(to, from, bytes, full);
+FUNCTION void copy_chunk(void *to, const void *from, unsigned bytes, uint64 *full) {
+    if (threadIdx.x % 32 == 0) mbarrier_expect(full, bytes), copy_whole(to, from, bytes, full);
 }
 #else  // 16 bytes at a time
 const int CHUNK_ARRIVALS = 32;
-FUNCTION void copy_chunks(bool asks, void *to, const void *from, unsigned bytes, uint64 *full) {
-    unsigned at = (unsigned)__cvta_generic_to_shared(to), where = (unsigned)__cvta_generic_to_shared(full);
-    for (unsigned left = __ballot_sync(0xffffffffu, asks); left; left &= left - 1) {
-        int l = __ffs(left) - 1;  // all copy what this one asks for
-        const char *source = (const char *)__shfl_sync(0xffffffffu, (uint64)from, l);
-        unsigned start = __shfl_sync(0xffffffffu, at, l), count = __shfl_sync(0xffffffffu, bytes, l);
+FUNCTION void copy_chunk(void *to, const void *from, unsigned bytes, uint64 *full) {
+    unsigned where = (unsigned)__cvta_generic_to_shared(full);
 #pragma unroll 4
-        for (unsigned i = 16 * (threadIdx.x % 32); i < count; i += 16 * 32)
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(start + i), "l"(source + i) : "memory");
-        unsigned arrived = __shfl_sync(0xffffffffu, where, l);
-        asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(arrived) : "memory");
-    }
+    for (unsigned i = 16 * (threadIdx.x % 32); i < bytes; i += 16 * 32)
+        copy_later((char *)to + i, (const char *)from + i);
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(where) : "memory");
 }
 #endif
 // Until the phase of this parity has ended; the one before the first has. Who waits may be one phase behind, no more.

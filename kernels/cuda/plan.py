@@ -42,8 +42,6 @@ BLOCKS = 4  # of a launch, for each multiprocessor
 STREAM = 10  # words of a stream (stream.h), of which:
 _, _, TILE, CHUNK = range(4)
 MOST_SLOTS = 64
-# Of weights on their way to a block: enough for a GPU's bandwidth. More would make whatever else is read wait longer.
-FLIGHT_BYTES, LEAST_FLIGHT = 40960, 4  # LEAST_FLIGHT: as many as are asked for at once (stream.h)
 ROOMY = 2**17  # bytes of a block's shared memory from which there is room for a chunk of each warp
 
 
@@ -178,8 +176,7 @@ class Plan(neutral.Plan):
         if slots < least:
             self._refuse(start + least * (size + 16))
         turns = slots.bit_length() - 1
-        flight = (1 << turns) - self.takers or self.takers
-        return start, turns, size, self.takers, max(LEAST_FLIGHT, min(flight, FLIGHT_BYTES // size))
+        return start, turns, size, self.takers, (1 << turns) - self.takers or self.takers
 
     def _shared(self, steps: Sequence[Step], threads: int) -> int:
         """Bytes of shared memory that any of some steps needs. Raises UnavailableError where a block has less."""

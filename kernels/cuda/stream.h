@@ -56,37 +56,30 @@ FUNCTION Share share_of(Words a, int block, int blocks) {
     return {first, (int)a[SHARE_EACH] + larger, (int)(how & 255), (int)(how >> 8 & 255), how >> 16};
 }
 
-// Of the warp that copies: all that this block will need of `count` streams, BATCH chunks at once, each lane one.
-const int BATCH = 4;
-
+// Of the warp that copies: all that this block will need of `count` streams, one chunk after the other. Lanes that asked
+// for a chunk each would ask faster, and waited with each other, which cost more.
 FUNCTION void bring(const Stream &stream, Words of, int count, Words p, int block, int blocks) {
     bool head = p[OUT_ROWS] != 0;
-    unsigned n = 0;
-    int lane = threadIdx.x % 32;
+    unsigned n = 0, flight = stream.flight;
     for (int i = 0; i < count; i++, of += STREAM_WORDS) {
         if (of[STREAM_HEAD] && !head) continue;
         Share share = share_of(of + STREAM_SHARE, block, blocks);
-        unsigned chunk_bytes = (unsigned)of[STREAM_CHUNK], tile_bytes = (unsigned)of[STREAM_TILE];
-        unsigned chunks = ((unsigned)of[STREAM_RUNS] + 31) / 32, all = chunks * share.tiles, together = chunks * stream.takers;
-        const char *first = (const char *)of[STREAM_CHUNKS];
-        for (unsigned batch = 0; batch < all; batch += BATCH) {
-            unsigned own = batch + lane, at = n + own;
-            bool asks = lane < BATCH && own < all;
-            unsigned tile = own / together * stream.takers, within = own % together;
-            unsigned beside = max(1, share.at_once(tile, stream.takers)), c = within / beside;
-            tile += within % beside;
-            const char *from = first + (int64)(share.first + tile * blocks) * tile_bytes + c * chunk_bytes;
-            unsigned bytes = c + 1 < chunks ? chunk_bytes : tile_bytes - (chunks - 1) * chunk_bytes;
-            // All lanes wait for the same: lanes that wait apart take the time of warps that compute.
-            for (unsigned next = n + batch, end = n + min(all, batch + BATCH); next < end; next++) {
-                if (next >= (unsigned)stream.flight)
-                    mbarrier_wait(stream.full(next - stream.flight), stream.turn(next - stream.flight));
-                mbarrier_wait(stream.empty(next), stream.turn(next) ^ 1);
+        int chunk_bytes = (int)of[STREAM_CHUNK], chunks = ((int)of[STREAM_RUNS] + 31) / 32;
+        int64 tile_bytes = of[STREAM_TILE], apart = tile_bytes * blocks;  // from one tile of the block to its next
+        int last_bytes = (int)tile_bytes - (chunks - 1) * chunk_bytes;
+        const char *first = (const char *)of[STREAM_CHUNKS] + share.first * tile_bytes;
+        for (int tile = 0; tile < share.tiles; tile += stream.takers, first += stream.takers * apart) {
+            int beside = share.at_once(tile, stream.takers);
+            for (int c = 0; c < chunks; c++) {
+                const char *from = first + c * chunk_bytes;
+                int bytes = c + 1 < chunks ? chunk_bytes : last_bytes;
+                for (int j = 0; j < beside; j++, n++, from += apart) {
+                    if (n >= flight) mbarrier_wait(stream.full(n - flight), stream.turn(n - flight));
+                    mbarrier_wait(stream.empty(n), stream.turn(n) ^ 1);
+                    copy_chunk(stream.slot(n), from, bytes, stream.full(n));
+                }
             }
-            warp_barrier();  // no chunk is asked for before one of an earlier batch
-            copy_chunks(asks, stream.slot(at), from, bytes, stream.full(at));
         }
-        n += all;
     }
     end_group();
     wait_for_groups<0>();
