@@ -151,7 +151,7 @@ class Recorder(Plan):
     def embed(self, table: Matrix, positions: NDArray | None) -> Rows:
         """The rows of the embedding that the pass's ids name, plus those of learned positions, if there are any."""
         x = self.rows(table.shape[1])
-        rows = {"columns": x.columns, "x": x, "stride": x.stride, "positions": positions}
+        rows: dict[str, Any] = {"columns": x.columns, "x": x, "stride": x.stride, "positions": positions}
         self._await((table,), [self.step(GPU_EMBED, table.kind.name, **dict.fromkeys(PLACE, 0), **rows)])
         return x
 
