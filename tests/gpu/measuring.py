@@ -23,7 +23,7 @@ from plans import SCALES, normal, random_matrix, scales
 from tcinfer import memory
 from tcinfer.config import ModelConfig
 from tcinfer.engine import cuda
-from tcinfer.kernels.cuda import recorder
+from tcinfer.kernels.cuda import products
 from tcinfer.kernels.cuda.packing import TILE_ROWS
 from tcinfer.kernels.cuda.plan import Plan
 from tcinfer.kernels.cuda.program import source
@@ -110,7 +110,7 @@ def config_of(shape: Shape, memory_kind: str, window: int) -> ModelConfig:
 
 def packed_once() -> None:
     """A random matrix is repacked once, as fast as it was made, and sent once: for other layers it is copied there."""
-    pack, join, upload = recorder.packed, recorder.joined, Plan.upload
+    pack, join, upload = products.packed, products.joined, Plan.upload
     done: dict[int, Any] = {}
     parts: set[int] = set()  # ids of arrays in `done`
 
@@ -140,7 +140,7 @@ def packed_once() -> None:
             return join(matrices, by_turns)
         return matrix(Kind(matrices[0].kind), sum(m.shape[0] for m in matrices), matrices[0].shape[1])
 
-    recorder.packed, recorder.joined, Plan.upload = packed, joined, sent  # type: ignore[method-assign, assignment]
+    products.packed, products.joined, Plan.upload = packed, joined, sent  # type: ignore[method-assign, assignment]
 
 
 def filled(model: Model, position: int = 5000) -> Session:
