@@ -82,20 +82,23 @@ def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     return {name: draw(name, spec) for name, spec in tensors(config).items() if name != "output.weight"}
 
 
+def stored(values: np.ndarray, kind: Kind) -> Matrix:
+    """A matrix of a kind."""
+    return Matrix(quantize(values, kind).view(np.uint8).reshape(len(values), -1), kind, values.shape)
+
+
 def build(
     config: ModelConfig,
     backend: str = "numpy",
     weights: dict[str, np.ndarray] | None = None,
-    kind: Kind = Kind.F32,
+    kind: Kind | Callable[[str], Kind] = Kind.F32,
     threads: int | None = None,
 ) -> Model:
-    """A model of these weights (random ones by default), its matrices stored as `kind`, without a tokenizer."""
+    """A model of these weights (random ones by default), no tokenizer; kind: of its matrices, or of each by name."""
     weights = random_weights(config) if weights is None else weights
     specs = tensors(config)
     bound: dict[str, Any] = {
-        name: Matrix(quantize(values, kind).view(np.uint8).reshape(len(values), -1), kind, values.shape)
-        if specs[name].matrix
-        else values
+        name: stored(values, kind(name) if callable(kind) else kind) if specs[name].matrix else values
         for name, values in weights.items()
     }
     return Model(config, bound, from_metadata({}, config.vocab_size), engine_backend(backend, threads))

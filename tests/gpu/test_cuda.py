@@ -339,6 +339,26 @@ def test_more_weights_for_a_block_than_its_shared_memory_holds(monkeypatch: pyte
         assert np.abs(a - b).max() < 1e-5 * np.abs(a).max()
 
 
+@pytest.mark.parametrize(
+    ("kind", "value", "products"), [(Kind.Q8_0, Kind.Q8_0, 4), (Kind.Q8_0, Kind.Q4_0, 5), (Kind.F32, Kind.F32, 4)]
+)
+def test_neighbours_are_one_step(kind: Kind, value: Kind, products: int, backend: str) -> None:  # noqa: F811
+    """Of a token's layer: queries, keys and values of one kind; gate and up, whose activation costs no step; push puts
+    key and value into the ring. The logits are what they were."""
+    config = replace(config_of("window-llama-gqa-linear"), d_ff=96)
+    kinds = {"attn_v.weight": value}
+    of_kind = lambda name: kinds.get(name.split(".", 2)[-1], kind)  # noqa: E731
+    models = [build(config, b, weights_of(config), kind=of_kind) for b in ("numpy", backend)]
+    steps = [step.operator.name for step in models[1].engine._plan.steps if step.when & ONE]
+    assert steps.count("linear_one") == products * config.n_layers + 1
+    assert steps.count("push") == config.n_layers
+    assert "insert" not in steps
+    want, got = (feed(model.session(), IDS, [1] * 20) for model in models)
+    off = np.abs(want - got).max(1) / np.abs(want).max()
+    assert off[:20].max() < 1e-5
+    assert off.max() < 1e-2  # halves
+
+
 def test_bench_measures_a_gpu_by_the_same_table(backend: str) -> None:  # noqa: F811
     model = tcinfer.load(SHAKESPEARE, backend=backend)
     report = bench.run("shakespeare", model, prompt=8, tokens=3, rounds=1)
