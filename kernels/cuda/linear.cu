@@ -85,18 +85,16 @@ FUNCTION void put_output(Words a, Words p, int o, float sum, float beside) {
 // again (0: none); the block's share and the number of this stream of weights (stream.h); then what x is (staging.h).
 template <class K> FUNCTION void linear_one(Words a, Words p, Work work) {
     namespace at = linear_one_at;
-    const Stream &stream = stream_at_hand();
     const int EACH = 32 / K::ROWS;  // lanes that hold a row's sum
+    bool wanted = a[at::y] || p[OUT_ROWS];
+    if (wanted) stage(a + at::make, K::SCALED);  // before anything that a register would have to be kept for
+    const Stream stream = stream_at_hand();
     int *begun = (int *)(shared_memory() + DESK_BEGUN);  // chunks of the streams before, by turns
     unsigned n = begun[a[at::number] & 1];
-    bool wanted = a[at::y] || p[OUT_ROWS];
-    Matrix w = matrix_at(a);
-    int chunks = (w.runs + 31) / 32;
+    int runs = (int)a[at::runs], chunks = (runs + 31) / 32;
     Share share = share_of(a + at::shift, work.block, work.blocks);
     if (thread() == 0) begun[(a[at::number] + 1) & 1] = n + (wanted ? share.tiles * chunks : 0);
     if (!wanted) return;
-    stage(a + at::make, K::SCALED);
-
     float *parts = (float *)(shared_memory() + DESK_PARTS);  // [warps, ROWS]
     bool first = lane() % EACH == 0;
     for (int tile = 0; tile < share.tiles; tile += stream.takers) {
@@ -107,7 +105,7 @@ template <class K> FUNCTION void linear_one(Words a, Words p, Work work) {
         for (int c = part < sharers ? part : chunks; c < chunks; c += sharers) {
             unsigned of = n + tile * chunks + c * beside + own;
             mbarrier_wait(stream.full(of), stream.turn(of));
-            chunk_times_x<K>(stream.slot(of), 32 * c, min(32, w.runs - 32 * c), sums);
+            chunk_times_x<K>(stream.slot(of), 32 * c, min(32, runs - 32 * c), sums);
             warp_barrier();
             if (lane() == 0) mbarrier_arrive(stream.empty(of));
         }

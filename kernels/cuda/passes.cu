@@ -62,14 +62,13 @@ OPERATOR int begin_step() {
 // Whether there is one more.
 OPERATOR bool end_step(const int64 *plan, const int64 *pass) {
     Hand &own = hand();
-    int step = own.own_step(), wait = (int)own.record(step)[STEP_WAIT];
+    int step = __shfl_sync(0xffffffffu, lane() == 0 ? own.own_step() : 0, 0), wait = (int)own.record(step)[STEP_WAIT];
     wait_for_groups<RECORDS - 2>();  // the record of the next step is there
-    warp_barrier();  // all lanes have read their number
-    if (lane() == 0) own.own_step() = step + 1;
+    if (lane() == 0) own.own_step() = step + 1;  // which nobody else reads before the threads have met
     STAMP(step, 0)
     if (wait == WAIT_FOR_GRID) {
-        if (thread() == 0) own.goal += gridDim.x;
-        grid_barrier((unsigned *)(pass + ARRIVALS), own.goal, threads());
+        unsigned goal = thread() == 0 ? own.goal += gridDim.x : 0;  // the others need none
+        grid_barrier((unsigned *)(pass + ARRIVALS), goal, threads());
     } else {
         block_barrier();
     }
