@@ -8,10 +8,11 @@ Parameter names and shapes are those of the published checkpoints (docs/mechanis
 from pathlib import Path
 
 import torch
-from memory import Attention, State, segment
+from memory import attention
 from options import ModelArgs
 from torch import Tensor, nn
 from torch.nn import functional
+from window import State, segment
 
 
 def norm(args: ModelArgs) -> nn.Module:
@@ -37,7 +38,7 @@ class Block(nn.Module):
     def __init__(self, args: ModelArgs, layer: int) -> None:
         super().__init__()
         self.ln1, self.ln2 = norm(args), norm(args)
-        self.attn = Attention(args, layer)
+        self.attn = attention(args, layer)
         self.mlp = MLP(args)
         self.dropout = nn.Dropout(args.dropout)
 

@@ -18,11 +18,11 @@ import click
 import data
 import torch
 import vocabulary
-from memory import State
 from network import GPT, ModelArgs
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn import functional
+from window import State
 
 ROWS = 512  # of logits at a time: they stay in the processor's cache
 COOLDOWN = 0.3  # of the steps, at the end, bring the learning rate down to zero
