@@ -145,13 +145,15 @@ def weights(model: MadeUp) -> Weights:
     return out
 
 
-def write(model: MadeUp, path: Path) -> Path:
-    """The file, its tokenizer included."""
+def write(model: MadeUp, path: Path, **more: int) -> Path:
+    """The file, its tokenizer included. more: further keys of the architecture, "." written as "__"."""
     writer = gguf.GGUFWriter(path, model.arch)
     writer.add_name("Made up")
     _add_shape(writer, model)
     _add_options(writer, model)
     {"gemma3": _gemma_words, "phi3": _phi_words, "llama": _phi_words}.get(model.arch, _byte_pairs)(writer, model.arch)
+    for key, value in more.items():
+        writer.add_uint32(f"{model.arch}.{key.replace('__', '.')}", value)
     for name, values in weights(model).items():
         writer.add_tensor(name, values)
     writer.write_header_to_file()

@@ -6,6 +6,7 @@ The oracle (gguf_oracle.py) agrees with llama.cpp and transformers (test_made_up
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -253,12 +254,17 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("phi3", {"rope_scaling": {"type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}}, "numbers for"),
 ]
 SCALED = {"rope_type": "linear", "factor": 2.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}
 LONGROPE = {"type": "longrope", "long_factor": [2.0] * 8, "short_factor": [1.0] * 8}
 REFUSED += [
     ("phi3", {"rope_scaling": LONGROPE | {"attention_factor": "3"}}, "rope_attention"),
     ("phi3", {"rope_scaling": LONGROPE | {"mscale": 2.0}}, "mscale"),
     ("phi3", {"sliding_window": "8"}, "sliding_window"),
     ("gemma3", {"rope_parameters": {"full_attention": {}, "sliding_attention": SCALED}}, "sliding_attention"),
+    ("gemma3", {"rope_parameters": {"full_attention": LLAMA3, "sliding_attention": {}}}, "llama3"),
+    ("gemma3", {"rope_scaling": LLAMA3}, "llama3"),
+    ("phi3", {"rope_scaling": LONGROPE | {"factor": -1}}, "factor"),
+    ("smollm3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
 ]
 
 
@@ -273,3 +279,38 @@ def test_what_would_give_wrong_answers_is_refused(
         converters.convert(folder, tmp_path / "out.gguf", "f32")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "says"),
+    [
+        ("gemma3", "rope__dimension_count_swa", "rope.dimension_count"),
+        ("gemma3", "attention__key_length_swa", "attention.key_length"),
+        ("smollm3", "rope__dimension_count", "whole head"),
+    ],
+)
+def test_a_file_whose_heads_would_be_misread_is_refused(name: str, key: str, says: str, tmp_path: Path) -> None:
+    model = next(model for model in MODELS.values() if model.arch == name)
+    path = write(model, tmp_path / "file.gguf", **{key: model.head_dim // 2})
+    with pytest.raises(TcinferError, match=says):
+        tcinfer.load(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "factor"),
+    [({"attention_factor": None}, None), ({"factor": 8.0}, 8.0), ({"factor": None, "attention_factor": None}, None)],
+)
+def test_longrope_scales_scores_by_the_factor_that_it_names(
+    changes: dict[str, Any], factor: float | None, tmp_path: Path
+) -> None:
+    """As transformers: by the ratio of the two contexts where it names none; null is as good as absent."""
+    folder = write_folder(FOLDERS["phi3-long"], tmp_path / "folder", 4)
+    config = json.loads((folder / "config.json").read_text())
+    scaling = {name: x for name, x in config["rope_scaling"].items() if name != "attention_factor"}
+    config["rope_scaling"] = scaling | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    converters.convert(folder, tmp_path / "out.gguf", "f32")
+    original = config.get("original_max_position_embeddings", scaling.get("original_max_position_embeddings"))
+    ratio = factor or config["max_position_embeddings"] / original
+    want = math.sqrt(1 + math.log(ratio) / math.log(original))
+    assert tcinfer.load(tmp_path / "out.gguf").config.rope_attention == pytest.approx(want, rel=1e-6)

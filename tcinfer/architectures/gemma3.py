@@ -56,6 +56,9 @@ def block(net: Net, x: Rows) -> Rows:
 def read(values: dict[str, Any], get: Callable[[str, Any], Any]) -> None:
     """Local and global layers, and the scale of scores, of a file."""
     pattern, count = get(PATTERN_KEY, PATTERN), values["n_layers"]
+    for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        if get(f"{key}_swa", values["head_dim"]) != values["head_dim"]:
+            raise FileError(f"local layers with {key} of their own are not supported")
     local = (
         pattern if type(pattern) is tuple else tuple(pattern == 0 or i % pattern < pattern - 1 for i in range(count))
     )
@@ -97,7 +100,9 @@ def write(config: ModelConfig) -> dict[str, Any]:
 
 def from_hugging_face(hf: dict[str, Any], values: dict[str, Any]) -> None:
     """Local and global layers, and the scale of scores, of a folder's config.json."""
-    count = values["n_layers"]
+    count, told = values["n_layers"], hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if told.get("full_attention", told).get("rope_type") == "llama3":  # its divisors would reach local layers too
+        raise FileError("rope_type 'llama3' in config.json is not supported for this architecture")
     pattern = hf.get("sliding_window_pattern", hf.get("_sliding_window_pattern", PATTERN))
     kinds = hf.get("layer_types")
     if kinds is None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tcinfer.architectures.llama import block
-from tcinfer.config import check_count
+from tcinfer.config import check_count, check_number
 from tcinfer.errors import FileError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ NAMES = {
 }
 ROPE_ARGS = {
     *("type", "rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"),
-    *("long_factor", "short_factor", "attention_factor"),
+    *("long_factor", "short_factor", "attention_factor", "factor"),
 }
 ROPE_TYPES = ("longrope", "su")  # names of it in config.json
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
@@ -79,10 +79,13 @@ def from_hugging_face(hf: dict[str, Any], values: dict[str, Any]) -> dict[str, A
         original = hf.get("original_max_position_embeddings", scaling.get("original_max_position_embeddings", context))
         check_count("original_max_position_embeddings", original, 2)
         values["rope_original"] = original
-        if "attention_factor" in scaling:
+        farther = scaling.get("factor")
+        farther = context / original if farther is None else farther
+        check_number("factor of rope_scaling", farther, 0.0, above=True)
+        if scaling.get("attention_factor") is not None:
             values["rope_attention"] = scaling["attention_factor"]
-        elif context > original:
-            values["rope_attention"] = math.sqrt(1 + math.log(context / original) / math.log(original))
+        elif farther > 1:
+            values["rope_attention"] = math.sqrt(1 + math.log(farther) / math.log(original))
     if values["window"] >= values["context_length"]:
         values["window"] = 0
     values["memory"] = "window" if values["window"] else "full"

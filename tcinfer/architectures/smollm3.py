@@ -32,6 +32,8 @@ PLAIN_EVERY = 4  # layers, the last of which does not rotate
 def read(values: dict[str, Any], get: Callable[[str, Any], Any]) -> None:
     """Which layers rotate, which no key says."""
     count, D = values["n_layers"], values["head_dim"]
+    if get("rope.dimension_count", D) != D:
+        raise FileError("rope.dimension_count: the whole head must rotate")
     values["rope_dim"] = tuple(0 if i % PLAIN_EVERY == PLAIN_EVERY - 1 else D for i in range(count))
 
 
@@ -43,6 +45,8 @@ def write(config: ModelConfig) -> dict[str, Any]:
 def from_hugging_face(hf: dict[str, Any], values: dict[str, Any]) -> None:
     """The same from a folder, whose config.json lists the layers: GGUF files have no key for others."""
     without_window(hf, values)
+    if (hf.get("rope_parameters") or hf).get("partial_rotary_factor", 1.0) != 1.0:
+        raise FileError("partial_rotary_factor in config.json: the whole head must rotate")
     read(values, lambda key, default: default)
     rotates = [int(dim > 0) for dim in values["rope_dim"]]
     if hf.get("no_rope_layers", rotates) != rotates:  # 1 where a layer rotates
