@@ -772,7 +772,7 @@ FUNCTION void copy_whole(void *to, const void *from, unsigned bytes, uint64 *at)
 
 FUNCTION void shared_for_copies() {}
 
-const int CHUNK_ARRIVALS = 1;
+enum { CHUNK_ARRIVALS = 1 };
 FUNCTION void copy_chunk(void *to, const void *from, unsigned bytes, uint64 *full) {
     if (threadIdx.x % 32 == 0) mbarrier_expect(full, bytes), copy_whole(to, from, bytes, full);
 }

@@ -217,3 +217,21 @@ template <class K> FUNCTION void unpack(const Run<K> &r, float out[32]) {
         for (int i = 0; i < 32; i++) out[i] = r.by.d[i / 16] * out[i] + r.by.m[i / 16];
     }
 }
+
+// A kind whose scales stay the bits that they are until they are used: nobody waits for them as they are loaded.
+template <class K> struct AsLoaded : K {
+    static MEMBER Scales scales(const char *d, const char *s) {
+        unsigned of_d = K::D == 4 ? word_at(d) : K::D == 2 ? short_at(d) : 0, of_s = K::S ? short_at(s) : 0;
+        return {{__uint_as_float(of_d), __uint_as_float(of_s)}, {0, 0}};
+    }
+};
+
+template <class K> FUNCTION void unpack_loaded(const Run<AsLoaded<K>> &r, float out[32]) {
+    Run<K> run;
+#pragma unroll
+    for (int i = 0; i < K::LOADS; i++) run.low[i] = r.low[i];
+    run.high = r.high;
+    unsigned d = __float_as_uint(r.by.d[0]), s = __float_as_uint(r.by.d[1]);
+    run.by = K::scales((const char *)&d, (const char *)&s);
+    unpack(run, out);
+}

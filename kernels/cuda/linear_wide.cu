@@ -6,6 +6,7 @@
 // the step before are on their way. Rows come through shared memory, a panel (panels.h) a step: one thread asks for it
 // several steps ahead, beyond the end of the tile. An element's sum has the same order in all tiles.
 
+enum { WIDE_OUTPUTS = 128 };  // of a tile
 enum { PANELS_HELD = 6, PANELS_AHEAD = PANELS_HELD - 2 };  // in shared memory; asked for ahead
 
 static_assert(PANELS_HELD * 256 * PANEL_BYTES == 196608);  // bytes of shared memory behind the desk, as in table.py

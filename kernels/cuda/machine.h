@@ -159,12 +159,12 @@ FUNCTION void copy_whole(void *to, const void *from, unsigned bytes, uint64 *at)
 FUNCTION void shared_for_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // A warp asks for such a copy; once that is there it is CHUNK_ARRIVALS arrivals at `full`.
 #if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
-const int CHUNK_ARRIVALS = 1;
+enum { CHUNK_ARRIVALS = 1 };
 FUNCTION void copy_chunk(void *to, const void *from, unsigned bytes, uint64 *full) {
     if (threadIdx.x % 32 == 0) mbarrier_expect(full, bytes), copy_whole(to, from, bytes, full);
 }
 #else  // 16 bytes at a time
-const int CHUNK_ARRIVALS = 32;
+enum { CHUNK_ARRIVALS = 32 };
 FUNCTION void copy_chunk(void *to, const void *from, unsigned bytes, uint64 *full) {
     unsigned where = (unsigned)__cvta_generic_to_shared(full);
 #pragma unroll 4

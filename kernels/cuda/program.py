@@ -11,9 +11,10 @@ from tcinfer.kernels import plan as words
 from tcinfer.kernels.operators import Operator
 from tcinfer.kernels.table import GPU
 
-HEADERS = ("common.h", "panels.h", "kinds.h", "staging.h", "stream.h")
+HEADERS = ("common.h", "panels.h", "kinds.h", "staging.h", "stream.h", "outputs.h")
 SOURCES = (
-    *("rows.cu", "linear.cu", "linear_many.cu", "linear_wide.cu", "ring.cu", "attention.cu", "attention_many.cu"),
+    *("rows.cu", "linear.cu", "linear_few.cu", "linear_tiles.cu", "linear_exact.cu", "linear_wide.cu", "linear_many.cu"),
+    *("ring.cu", "attention.cu", "attention_many.cu"),
     *("matrix_memory.cu", "matrix_memory_many.cu", "sampling.cu"),
 )
 TOGETHER_THREADS, ALONE_THREADS = 512, 256  # of a block

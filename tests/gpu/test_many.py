@@ -35,8 +35,8 @@ SEEDS = (0, 1, 2)
 
 CUDA = Path(packing.__file__).parent
 TEXTS = (
-    *("machine.h", "common.h", "panels.h", "kinds.h", "staging.h", "linear_many.cu", "linear_wide.cu"),
-    "attention_many.cu",
+    *("machine.h", "common.h", "panels.h", "kinds.h", "staging.h", "outputs.h"),
+    *("linear_few.cu", "linear_tiles.cu", "linear_exact.cu", "linear_wide.cu", "linear_many.cu", "attention_many.cu"),
 )
 
 
