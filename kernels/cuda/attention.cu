@@ -63,12 +63,14 @@ FUNCTION void find_view(View &v, Words a, Words p, const Item &item, int turns) 
     v.tiles = far_tiles + ((end - seam + (1 << turns) - 1) >> turns);
 }
 
-// In a token's launch a block keeps what it has seen for the next layer, which mostly sees the same.
+// In a token's launch, which has one row, a block that takes a part of a row's keys keeps what it has seen for the next
+// layer, which mostly sees the same.
 struct Kept {
     int window, sinks, splits, split, turns;
+    bool far;  // whether sinks are met by a query of their own
     View view;
     MEMBER bool is_of(Words a, const Item &item, int tile) const {
-        return window == a[10] && sinks == a[11] && splits == a[13] && split == item.split && turns == tile;
+        return window == a[10] && sinks == a[11] && splits == a[13] && split == item.split && turns == tile && far == (a[1] != 0);
     }
 };
 #ifdef EACH_TOGETHER
@@ -85,7 +87,7 @@ FUNCTION void see(Seen &s, Words a, Words p, const Item &item, int size, int tur
     s.v_ring = (const char *)fields[a[4]] + beside, s.v_new = (const char *)a[6] + beside;
     s.stride = size * G * D, s.scale = rsqrtf((float)D);
 #ifdef EACH_TOGETHER
-    if (kept_view().is_of(a, item, turns + (a[1] ? 32 : 0))) {
+    if (kept_view().is_of(a, item, turns)) {
         s.view = kept_view().view;
         return;
     }
@@ -334,9 +336,9 @@ template <class F> FUNCTION void attend_splits(Words a, Words p, Work work) {
             attend_keys<F::HALF, F::HEADS, F::PLAIN>(a, p, item, c0);
             block_barrier();
 #ifdef EACH_TOGETHER
-            int turns = tile_turns<F::HALF, F::HEADS>(D) + (a[1] ? 32 : 0);
+            int turns = tile_turns<F::HALF, F::HEADS>(D);
             if (thread() == 0 && !kept_view().is_of(a, item, turns))
-                kept_view() = {(int)a[10], (int)a[11], (int)a[13], item.split, turns, ((Seen *)room())->view};
+                kept_view() = {(int)a[10], (int)a[11], (int)a[13], item.split, turns, a[1] != 0, ((Seen *)room())->view};
 #endif
             attend_end(a, item, F::HEADS, c0, width);
         }

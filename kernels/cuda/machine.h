@@ -156,7 +156,11 @@ FUNCTION void copy_whole(void *to, const void *from, unsigned bytes, uint64 *at)
                  : "memory");
 }
 // What this thread has written to shared memory, barriers included, is there for copy_whole.
-FUNCTION void shared_for_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+FUNCTION void shared_for_copies() {
+#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
 // A warp asks for such a copy; once that is there it is CHUNK_ARRIVALS arrivals at `full`.
 #if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
 enum { CHUNK_ARRIVALS = 1 };

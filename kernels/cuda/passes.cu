@@ -59,7 +59,7 @@ OPERATOR int begin_step() {
     return i;
 }
 
-// Whether there is one more.
+// Whether there is one more. A block's threads meet after every step, whatever it ends with.
 OPERATOR bool end_step(const int64 *plan, const int64 *pass) {
     Hand &own = hand();
     int step = __shfl_sync(0xffffffffu, lane() == 0 ? own.own_step() : 0, 0), wait = (int)own.record(step)[STEP_WAIT];
@@ -82,6 +82,7 @@ KERNEL(TOGETHER_THREADS + LOADER_THREADS, 1) together(const int64 *plan, const i
                            shared_memory() + plan[PLAN_RING]};
     for (int i = threadIdx.x; i < stream.slots(); i += blockDim.x)
         mbarrier_init(stream.full(i), CHUNK_ARRIVALS), mbarrier_init(stream.empty(i), 1);
+    shared_for_copies();
     __syncthreads();
     if (threadIdx.x >= TOGETHER_THREADS) {
         bring(stream, words(plan[PLAN_STREAM]), (int)plan[PLAN_STREAMS], pass, blockIdx.x, gridDim.x);

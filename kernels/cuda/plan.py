@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import numpy as np
@@ -39,10 +40,8 @@ from tcinfer.kernels.plan import ALWAYS, FEW, ONE, PROMPT, SESSIONS, WORDS, Conf
 from tcinfer.kernels.table import GPU_PUSH, INSERT, PUSH
 
 BLOCKS = 4  # of a launch, for each multiprocessor
-STREAM = 10  # words of a stream (stream.h), of which:
-_, _, TILE, CHUNK = range(4)
+STREAM = 10  # words of a stream (stream.h)
 MOST_SLOTS = 64
-ROOMY = 2**17  # bytes of a block's shared memory from which there is room for a chunk of each warp
 
 
 class Plan(neutral.Plan):
@@ -56,7 +55,8 @@ class Plan(neutral.Plan):
         self.streams: list[tuple[int, ...]] = []  # weights of a token's products, in order (stream.h)
         self.fields = 0  # of a session's state
         self.wide = device.capability == WIDE_CAPABILITY  # whether warpgroups multiply
-        self.takers = TOGETHER_THREADS // 32 if device.shared_bytes >= ROOMY else 8  # warps that take chunks of weights
+        self.takers = 0  # warps that take chunks of weights (see `_ring`)
+        self.before: dict[int, Step] = {}  # by a step's id, the one before it in a token's launch
         self._uploads: dict[int, int] = {}
         self._captured: dict[int, Callable[[], None]] = {}  # by kind of pass
         self._buffers: list[Any] = []
@@ -134,7 +134,8 @@ class Plan(neutral.Plan):
         """Compile the operators that the steps use, and put the steps on the device."""
         self._push_into_rings()
         one = [step for step in self.steps if step.when & ONE]
-        waits = barriers(self, one)
+        self.before = {id(step): before for before, step in pairwise(one)}
+        waits, ring = barriers(self, one), self._ring(one)
         self.share(one, waits)
         arguments = [np.array(step.words() or [0], np.int64) for step in self.steps]
         starts = np.cumsum([0, *map(len, arguments)])
@@ -149,9 +150,7 @@ class Plan(neutral.Plan):
             record[:2] = numbers[step.name], wait
             record[2 : 2 + len(step.arguments)] = step.words()
         streams = np.array([(*s, *[0] * (STREAM - len(s))) for s in self.streams], np.int64).reshape(-1, STREAM)
-        words = np.array(
-            [len(one), self.keep(records), len(streams), self.keep(streams), *self._ring(one), self.fields], np.int64
-        )
+        words = np.array([len(one), self.keep(records), len(streams), self.keep(streams), *ring, self.fields], np.int64)
         self._steps = self.keep(words)
         self._together = self.device.program(source(True, kinds, self.rooms), together=True).kernel("together")
         self._shared_together = self.device.shared_bytes
@@ -168,15 +167,16 @@ class Plan(neutral.Plan):
 
     def _ring(self, steps: Sequence[Step]) -> tuple[int, int, int, int, int]:
         """Of a token's launch: where in shared memory chunks of weights go; for how many there is room (log2), of which
-        size; how many warps take them, and how many may be on their way (stream.h)."""
+        size; how many warps take them, and how many may be on their way, as many or more (stream.h)."""
         start = -(-(self._shared(steps, TOGETHER_THREADS) + HAND) // 16) * 16
-        size = max((min(stream[CHUNK], stream[TILE]) for stream in self.streams), default=16)
+        products = [step.arguments for step in steps if step.operator.name == "linear_one"]
+        size = max((min(a["chunk_bytes"], a["tile_bytes"]) for a in products), default=16)
         slots = min((self.device.shared_bytes - start) // (size + 16), MOST_SLOTS)
-        least = 1 << (self.takers - 1).bit_length()  # a power of two, and one for each taker
-        if slots < least:
-            self._refuse(start + least * (size + 16))
+        if slots < 2:
+            self._refuse(start + 2 * (size + 16))
         turns = slots.bit_length() - 1
-        return start, turns, size, self.takers, (1 << turns) - self.takers or self.takers
+        self.takers = min(TOGETHER_THREADS // 32, 1 << (turns - 1))
+        return start, turns, size, self.takers, (1 << turns) - self.takers
 
     def _shared(self, steps: Sequence[Step], threads: int) -> int:
         """Bytes of shared memory that any of some steps needs. Raises UnavailableError where a block has less."""

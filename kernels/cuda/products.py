@@ -199,13 +199,14 @@ class Products(Plan):
             step.change("second", 0)
             step.change("y_2", 0)
         self.await_(last.matrices, last.steps, by_turns=True)
+        self._last = None  # nothing joins it any more
         return True
 
     def conflict(self, first: Step, second: Step) -> Conflict:
-        """As of any plan, but two products in a row that add to the same numbers give each of them to the same block,
-        one after the other: blocks need not meet between them."""
+        """As of any plan, but of two products, one right after the other, that add to the same numbers each block has the
+        same: blocks need not meet between them."""
         clash, local = super().conflict(first, second)
-        if clash and _in_turn(first, second):
+        if clash and self.before.get(id(second)) is first and _in_turn(first, second):
             clash = bool(first.touched()[1] & (second.touched()[0] - {second.arguments["y"]}))
         return clash, local
 
@@ -229,7 +230,7 @@ class Products(Plan):
                 step.change(name, value)
             step.change("number", len(self.streams))
             step.change("fresh", fresh)
-            matrix = (step.arguments[name] for name in ("at", "runs", "tile_bytes", "chunk_bytes"))
+            matrix = (step.arguments[name] for name in PLACE)
             self.streams.append((*matrix, step.operator is HEAD_ONE, *words.values()))
             before = step
 

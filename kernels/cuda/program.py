@@ -13,7 +13,15 @@ from tcinfer.kernels.table import GPU
 
 HEADERS = ("common.h", "panels.h", "kinds.h", "staging.h", "stream.h", "outputs.h")
 SOURCES = (
-    *("rows.cu", "linear.cu", "linear_few.cu", "linear_tiles.cu", "linear_exact.cu", "linear_wide.cu", "linear_many.cu"),
+    *(
+        "rows.cu",
+        "linear.cu",
+        "linear_few.cu",
+        "linear_tiles.cu",
+        "linear_exact.cu",
+        "linear_wide.cu",
+        "linear_many.cu",
+    ),
     *("ring.cu", "attention.cu", "attention_many.cu"),
     *("matrix_memory.cu", "matrix_memory_many.cu", "sampling.cu"),
 )
@@ -27,14 +35,15 @@ HOW_MANY = 5  # numbers that say how a row's next id is chosen: temperature, top
 # What a row is made into on its way into a product (staging.h).
 PLAIN, RMS_NORM, LAYER_NORM, SWIGLU, GELU, GEGLU, MERGED_PARTS = range(7)
 PART_END = 4  # floats behind the channels of a part: their weights' sum, the largest score (attention.cu)
-NO_WAIT, WAIT_FOR_BLOCK, WAIT_FOR_GRID = words.NONE, words.BLOCK, words.GRID  # what a step ends with (passes.cu)
+WAIT_FOR_GRID = words.GRID  # what a step ends with (passes.cu)
+MOST_MERGED = 4  # parts of a row that a product puts together as it reads them
 
 # Words of a pass beyond those of kernels.plan. The last one is no argument: blocks count there how many have come.
 KEY_HEADS, CHOICES, HOW, ARRIVALS, PASS = range(words.PASS, words.PASS + 5)
 SHARED = (
     *("KEY_HEADS", "CHOICES", "HOW", "ARRIVALS", "PASS", "TOGETHER_THREADS", "ALONE_THREADS", "LOADER_THREADS"),
     *("HOW_MANY", "PLAIN", "RMS_NORM", "LAYER_NORM", "SWIGLU", "GELU", "GEGLU", "MERGED_PARTS", "PART_END"),
-    *("NO_WAIT", "WAIT_FOR_BLOCK", "WAIT_FOR_GRID", "DESK", "HAND", "RECORD"),
+    *("WAIT_FOR_GRID", "MOST_MERGED", "DESK", "HAND", "RECORD"),
 )
 FORMS = tuple(f"{ring}{heads}" for ring in ("Half", "Float") for heads in (1, 2, 3, 4, "Any"))  # attention.cu
 

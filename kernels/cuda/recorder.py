@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 
 from tcinfer.kernels.cuda.made import Made, Ones, Parts
 from tcinfer.kernels.cuda.products import MANY, PLACE, Products
-from tcinfer.kernels.cuda.program import GEGLU, GELU, LAYER_NORM, PART_END, RMS_NORM, SWIGLU
+from tcinfer.kernels.cuda.program import GEGLU, GELU, LAYER_NORM, MOST_MERGED, PART_END, RMS_NORM, SWIGLU
 from tcinfer.kernels.plan import FEW, ONE, PROMPT, SESSIONS, Geometry, Rows
 from tcinfer.kernels.reference.quants import Matrix
 from tcinfer.kernels.table import ATTEND_MANY, ATTEND_ROWS, ATTEND_SPLITS, GPU_EMBED
 
 SPLIT = 32  # keys of a head that a block takes at least, of a token's
-MERGED = 4  # parts up to which a product puts them together as it reads them
 LONG_SPLIT, MOST_SPLITS = 256, 64  # the same for a key head, where there are more keys
 LARGEST_HEAD = 256  # that attend_many has room for
 
@@ -67,8 +66,11 @@ class Recorder(Products):
         keys = window + sinks if window else LONG_SPLIT * MOST_SPLITS
         tensor_cores = half and D % 2 == 0 and D <= LARGEST_HEAD
         by_itself = SESSIONS if tensor_cores else MANY
-        splits, split_form = max(1, min(MERGED, keys // SPLIT, self.device.multiprocessors // H)), form_of(half, 1, D)
-        if keys > 2 * LONG_SPLIT * MERGED:
+        splits, split_form = (
+            max(1, min(MOST_MERGED, keys // SPLIT, self.device.multiprocessors // H)),
+            form_of(half, 1, D),
+        )
+        if keys > 2 * LONG_SPLIT * MOST_MERGED:
             splits = min(MOST_SPLITS, keys // LONG_SPLIT)
             split_form = form_of(half, min(H // G, 2), D)  # registers have no room for more
         parts = self.room(4 * H * splits * (D + PART_END))
@@ -81,7 +83,7 @@ class Recorder(Products):
         if splits == 1:
             return out
         found = Parts(out, parts, H, D, splits)
-        if splits > MERGED or D % 4:
+        if splits > MOST_MERGED or D % 4:
             found.address  # noqa: B018  the step that puts them together
         return found
 

@@ -247,8 +247,9 @@ OPERATOR void leaders(Words a, Words p, Work work) {
 }
 
 // The next id of each row of logits, -1 where one is not finite; each block some of the rows.
-// a: the vocabulary, at most 2^24; of a token's row what `leaders` has found in it, else 0. At p[HOW] float64 [OUT_ROWS, HOW_MANY]: temperature, top_k (up to MOST_CHOICES; 0 is off,
-// for vocabularies no larger), top_p, min_p, and a draw from [0, 1).
+// a: the vocabulary, at most 2^24; what `leaders` has found in a token's row, 0 in other passes. At p[HOW] float64
+// [OUT_ROWS, HOW_MANY]: temperature, top_k (up to MOST_CHOICES; 0 is off, for vocabularies no larger), top_p, min_p, and a
+// draw from [0, 1).
 OPERATOR void choose(Words a, Words p, Work work) {
     if (!p[CHOICES]) return;
     Choosing &on = *(Choosing *)room();

@@ -11,8 +11,6 @@ enum { MAKE, X, X_STRIDE, COLUMNS, WEIGHT, BIAS, EPSILON, FRESH, STAGED };
 // them apart while they are written, too.
 FUNCTION int place_of(int run, int quarter) { return 33 * (8 * (run / 32) + quarter) + run % 32; }
 
-const int MOST_MERGED = 4;  // parts
-
 // Four channels of a head, put together from what `splits` blocks have found of it.
 FUNCTION float4 merged(const float *parts, int D, int splits, int c) {
     const float *part = parts + (c / D) * splits * (D + PART_END);

@@ -30,11 +30,11 @@ FUNCTION Stream &stream_at_hand() { return *(Stream *)(shared_memory() + DESK_ST
 
 // A block's part of a stream. Its warps take a tile each, as often as there is one for all; `sharers` of them share each of
 // the tiles that are left, and a warp takes every so-manieth of its chunks. Chunks come in the order in which warps then
-// ask for them: the first of all these tiles, then the second. So when a warp waits for chunk n, it had chunk n - takers
-// or a later one before. A phase's parity cannot tell chunk n from the one that has its slot two turns before, and of
-// chunks on their way any may come first: therefore the one that has the slot before, n - slots, must have come by then.
-// It has, as chunk m is only asked for once chunk m - flight has come, and takers + flight are no more than slots; or,
-// with as many slots as takers, because it was the warp's own.
+// ask for them: the first of all these tiles, then the second. So of a step's chunks a warp takes one in any `takers`, and
+// all of the steps before are taken when it begins. A phase's parity cannot tell chunk n from the one that has its slot two
+// turns before, and of chunks on their way any may come first: therefore the one that has the slot before, n - slots, must
+// have come by the time a warp waits for n. It has: chunk m is only asked for once chunk m - flight has come, the chunk
+// that the warp had before is not before n - takers, and takers + flight are no more than slots.
 struct Share {
     int first, tiles;  // its first tile, how many
     int sharers, left;  // how many are left over, and how many warps share each of these

@@ -26,7 +26,7 @@ from tcinfer.engine import cuda
 
 BACKEND = cuda.Backend
 
-HEADER = Path(__file__).resolve().parents[2] / "kernels" / "cuda" / "host.h"
+HEADER = Path(__file__).resolve().parents[2] / "kernels" / "cuda" / "host.h"  # and what it includes, beside it
 FLAGS = [
     "-O1",
     "-std=c++20",
@@ -112,7 +112,8 @@ def folder() -> Path:
 
 def compiled(source: str) -> Path:
     """The shared library of a program's text, from the cache or from g++."""
-    text = "\0".join([source, HEADER.read_text(), *FLAGS, compiler()])
+    headers = (path.read_text() for path in sorted(HEADER.parent.glob("host*.h")))
+    text = "\0".join([source, *headers, *FLAGS, compiler()])
     path = folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.so"
     if path.exists():
         os.utime(path)
