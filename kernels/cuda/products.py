@@ -203,8 +203,8 @@ class Products(Plan):
         return True
 
     def conflict(self, first: Step, second: Step) -> Conflict:
-        """As of any plan, but of two products, one right after the other, that add to the same numbers each block has the
-        same: blocks need not meet between them."""
+        """As of any plan, but two products side by side that add to the same numbers give each of them to the same block:
+        blocks need not meet between them."""
         clash, local = super().conflict(first, second)
         if clash and self.before.get(id(second)) is first and _in_turn(first, second):
             clash = bool(first.touched()[1] & (second.touched()[0] - {second.arguments["y"]}))

@@ -13,16 +13,8 @@ from tcinfer.kernels.table import GPU
 
 HEADERS = ("common.h", "panels.h", "kinds.h", "staging.h", "stream.h", "outputs.h")
 SOURCES = (
-    *(
-        "rows.cu",
-        "linear.cu",
-        "linear_few.cu",
-        "linear_tiles.cu",
-        "linear_exact.cu",
-        "linear_wide.cu",
-        "linear_many.cu",
-    ),
-    *("ring.cu", "attention.cu", "attention_many.cu"),
+    *("rows.cu", "linear.cu", "linear_few.cu", "linear_tiles.cu", "linear_exact.cu", "linear_wide.cu"),
+    *("linear_many.cu", "ring.cu", "attention.cu", "attention_many.cu"),
     *("matrix_memory.cu", "matrix_memory_many.cu", "sampling.cu"),
 )
 TOGETHER_THREADS, ALONE_THREADS = 512, 256  # of a block

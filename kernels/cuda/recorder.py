@@ -66,10 +66,8 @@ class Recorder(Products):
         keys = window + sinks if window else LONG_SPLIT * MOST_SPLITS
         tensor_cores = half and D % 2 == 0 and D <= LARGEST_HEAD
         by_itself = SESSIONS if tensor_cores else MANY
-        splits, split_form = (
-            max(1, min(MOST_MERGED, keys // SPLIT, self.device.multiprocessors // H)),
-            form_of(half, 1, D),
-        )
+        splits = max(1, min(MOST_MERGED, keys // SPLIT, self.device.multiprocessors // H))
+        split_form = form_of(half, 1, D)
         if keys > 2 * LONG_SPLIT * MOST_MERGED:
             splits = min(MOST_SPLITS, keys // LONG_SPLIT)
             split_form = form_of(half, min(H // G, 2), D)  # registers have no room for more
