@@ -203,7 +203,7 @@ class Products(Plan):
         return True
 
     def conflict(self, first: Step, second: Step) -> Conflict:
-        """As of any plan, but two products side by side that add to the same numbers give each of them to the same block:
+        """As of any plan, but two products side by side that add to the same numbers give each to the same block:
         blocks need not meet between them."""
         clash, local = super().conflict(first, second)
         if clash and self.before.get(id(second)) is first and _in_turn(first, second):
