@@ -88,7 +88,7 @@ template <class K> FUNCTION void linear_one(Words a, Words p, Work work) {
     const int EACH = 32 / K::ROWS;  // lanes that hold a row's sum
     bool wanted = a[at::y] || p[OUT_ROWS];
     if (wanted) stage(a + at::make, K::SCALED);  // before anything that a register would have to be kept for
-    const Stream stream = stream_at_hand();
+    const Stream &stream = stream_at_hand();
     int *begun = (int *)(shared_memory() + DESK_BEGUN);  // chunks of the streams before, by turns
     unsigned n = begun[a[at::number] & 1];
     int runs = (int)a[at::runs], chunks = (runs + 31) / 32;
