@@ -24,25 +24,22 @@ FUNCTION float keep(char *to, int i, float x, bool half) {
     return from_half(h);
 }
 
-// What `push` is told; a 0 where something is not asked for.
+// What `push` is told; a 0 where something is not asked for. Addresses are read where they are used: in registers there is
+// no room for all of them.
 struct Pushing {
-    const char *q, *k, *v;
-    int64 q_stride, kv_stride, new_stride, last_field, k_field, v_field, window, sinks;
+    Words a;
     int G, D, R, pairs, turned;  // R: query heads of a key head; pairs of channels of a head, and those that rotate
-    bool half, interleaved;
-    const float *c, *s, *c_far, *s_far, *taps;
-    char *q_out, *q_far, *k_new, *v_new, *k_out, *v_out, *k_plain;
+    int key_columns;
+    bool half, interleaved, rotates, far;
+    MEMBER char *at(int word) const { return (char *)a[word]; }
+    MEMBER int new_stride() const { return (half ? 2 : 4) * key_columns; }
 };
 
 FUNCTION Pushing pushing_at(Words a) {
     using namespace push_at;
-    int64 heads = a[H], key_heads = a[G], width = a[D];
-    bool small = a[half] != 0;
-    return {(char *)a[q], (char *)a[k], (char *)a[v], 4 * width * heads, 4 * width * key_heads,
-            (small ? 2 : 4) * width * key_heads, a[last], a[k_field], a[v_field], a[push_at::window], a[push_at::sinks], (int)key_heads, (int)width, quotient((int)heads, (int)key_heads),
-            (int)(width + 1) / 2, (int)a[turned] / 2, small, a[interleaved] != 0, floats(a[push_at::cos]),
-            floats(a[push_at::sin]), floats(a[cos_far]), floats(a[sin_far]), floats(a[taps]), (char *)a[q_out],
-            (char *)a[q_far], (char *)a[k_new], (char *)a[v_new], (char *)a[k_out], (char *)a[v_out], (char *)a[k_plain]};
+    int heads = a[H], key_heads = a[G], width = a[D];
+    return {a, key_heads, width, quotient(heads, key_heads), (width + 1) / 2, (int)a[turned] / 2, key_heads * width,
+            a[half] != 0, a[interleaved] != 0, a[push_at::cos] != 0, a[q_far] != 0};
 }
 
 // Two channels of a head that turn together, all that is needed of them loaded.
@@ -60,25 +57,26 @@ FUNCTION Pushed load_pair(const Pushing &m, Words p, unsigned item, unsigned i, 
     int of = quotient(i, m.pairs), pair = i - of * m.pairs, row = quotient(item, m.G), g = item - row * m.G;
     t.row = row, t.key = of == m.R, t.head = t.key ? g : g * m.R + of;
     // channels that do not rotate pair with their neighbours, behind those that do
-    bool beside = m.interleaved || pair >= m.turned || !m.c;
+    bool beside = m.interleaved || pair >= m.turned || !m.rotates;
     t.first = beside ? 2 * pair : pair, t.second = beside ? t.first + 1 : pair + m.turned;
     t.two = t.second < m.D;
-    const float *x = (const float *)(t.key ? m.k + row * m.kv_stride : m.q + row * m.q_stride) + m.D * t.head;
+    const float *x = (const float *)m.at(t.key ? push_at::k : push_at::q);
+    x += (int64)row * m.key_columns * (t.key ? 1 : m.R) + m.D * t.head;
     t.low = x[t.first], t.high = t.two ? x[t.second] : 0.0f;
     t.c = t.c_far = 1, t.s = t.s_far = 0;
-    if (m.c && pair < m.turned) {
+    if (m.rotates && pair < m.turned) {
         int64 angle = (int64)m.turned * row + pair;
-        t.c = m.c[angle], t.s = m.s[angle];
-        if (m.q_far && !t.key) t.c_far = m.c_far[angle], t.s_far = m.s_far[angle];
+        t.c = floats(m.a[push_at::cos])[angle], t.s = floats(m.a[push_at::sin])[angle];
+        if (m.far && !t.key) t.c_far = floats(m.a[push_at::cos_far])[angle], t.s_far = floats(m.a[push_at::sin_far])[angle];
     }
     if (!t.key) return t;
-    const float *v = (const float *)(m.v + row * m.kv_stride) + m.D * g;
+    const float *v = (const float *)m.at(push_at::v) + (int64)row * m.key_columns + m.D * g;
     t.v_low = v[t.first], t.v_high = t.two ? v[t.second] : 0.0f;
-    if (m.taps) {  // k'_t = w_0 k_t + w_1 k_{t-1}
-        const float *now = m.taps + m.D * g, *then = now + m.D * m.G;
-        const float *before = (const float *)(m.k + (row - 1) * m.kv_stride);
+    if (m.a[push_at::taps]) {  // k'_t = w_0 k_t + w_1 k_{t-1}
+        const float *now = floats(m.a[push_at::taps]) + m.D * g, *then = now + m.key_columns;
+        const float *before = (const float *)m.at(push_at::k) + (int64)(row - 1) * m.key_columns;
         Words of_row = sequence_of(p, row);
-        if (row == of_row[ROW]) before = floats(words(of_row[FIELDS])[m.last_field]);
+        if (row == of_row[ROW]) before = floats(words(of_row[FIELDS])[m.a[push_at::last]]);
         before += m.D * g;
         t.low = now[t.first] * t.low + then[t.first] * before[t.first];
         if (t.two) t.high = now[t.second] * t.high + then[t.second] * before[t.second];
@@ -86,37 +84,39 @@ FUNCTION Pushed load_pair(const Pushing &m, Words p, unsigned item, unsigned i, 
     return t;
 }
 
-FUNCTION void put_pair(char *rows, int64 stride, const Pushed &t, int D, float low, float high) {
-    float *y = (float *)(rows + t.row * stride) + D * t.head;
+// columns: of the rows.
+FUNCTION void put_pair(char *rows, int columns, const Pushed &t, int D, float low, float high) {
+    float *y = (float *)rows + (int64)t.row * columns + D * t.head;
     y[t.first] = low;
     if (t.two) y[t.second] = high;
 }
 
 FUNCTION void push_pair(const Pushing &m, Words p, const Pushed &t) {
+    using namespace push_at;
     if (!t.there) return;
-    float low = m.c ? t.low * t.c - t.high * t.s : t.low, high = m.c ? t.low * t.s + t.high * t.c : t.high;
+    float low = m.rotates ? t.low * t.c - t.high * t.s : t.low, high = m.rotates ? t.low * t.s + t.high * t.c : t.high;
     if (!t.key) {
-        put_pair(m.q_out, m.q_stride, t, m.D, low, high);
+        put_pair(m.at(q_out), m.R * m.key_columns, t, m.D, low, high);
         low = t.low * t.c_far - t.high * t.s_far, high = t.low * t.s_far + t.high * t.c_far;
-        if (m.c && m.q_far) put_pair(m.q_far, m.q_stride, t, m.D, low, high);
+        if (m.rotates && m.far) put_pair(m.at(q_far), m.R * m.key_columns, t, m.D, low, high);
         return;
     }
-    if (m.k_plain) put_pair(m.k_plain, m.kv_stride, t, m.D, t.low, t.high);
-    int64 head = t.row * m.new_stride + (m.half ? 2 : 4) * m.D * t.head;
-    char *to_k = m.k_new + head, *to_v = m.v_new + head;
+    if (m.a[k_plain]) put_pair(m.at(k_plain), m.key_columns, t, m.D, t.low, t.high);
+    int64 own = (m.half ? 2 : 4) * m.D * t.head, head = (int64)t.row * m.new_stride() + own;
+    char *to_k = m.at(k_new) + head, *to_v = m.at(v_new) + head;
     float k_low = keep(to_k, t.first, low, m.half), v_low = keep(to_v, t.first, t.v_low, m.half);
     float k_high = 0, v_high = 0;
     if (t.two) k_high = keep(to_k, t.second, high, m.half), v_high = keep(to_v, t.second, t.v_high, m.half);
-    if (m.k_field >= 0) {  // a token's pass, which has one sequence
+    if (m.a[k_field] >= 0) {  // a token's pass, which has one sequence
         Words fields = words(sequence(p, 0)[FIELDS]);
-        head += slot_of(position(p, 0), m.window, m.sinks) * m.new_stride;
-        char *k_ring = (char *)fields[m.k_field] + head, *v_ring = (char *)fields[m.v_field] + head;
+        own += slot_of(position(p, 0), m.a[push_at::window], m.a[push_at::sinks]) * m.new_stride();
+        char *k_ring = (char *)fields[m.a[k_field]] + own, *v_ring = (char *)fields[m.a[v_field]] + own;
         keep(k_ring, t.first, low, m.half), keep(v_ring, t.first, t.v_low, m.half);
         if (t.two) keep(k_ring, t.second, high, m.half), keep(v_ring, t.second, t.v_high, m.half);
     }
-    if (!m.k_out) return;
-    put_pair(m.k_out, m.kv_stride, t, m.D, k_low, k_high);
-    put_pair(m.v_out, m.kv_stride, t, m.D, v_low, v_high);
+    if (!m.a[k_out]) return;
+    put_pair(m.at(k_out), m.key_columns, t, m.D, k_low, k_high);
+    put_pair(m.at(v_out), m.key_columns, t, m.D, v_low, v_high);
 }
 
 // A thread takes pairs of channels; in a launch of its own, of any row and head, and two of them at a time.
