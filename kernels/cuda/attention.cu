@@ -122,19 +122,10 @@ template <bool HALF> FUNCTION void channels_of(const uint4 &piece, float *x) {
     }
 }
 
-// Two lanes, `apart` from each other, add up N numbers of each head: one gets the first half of them, the other the
-// second half; a single number they both get.
+// `halve` for each head.
 template <int N, int HEADS, int ROOM> FUNCTION void fold(float (&x)[HEADS][ROOM], int apart) {
-    bool upper = lane() & apart;
 #pragma unroll
-    for (int r = 0; r < HEADS; r++) {
-        if (N == 1) x[r][0] += shuffle(x[r][0], lane() ^ apart);
-#pragma unroll
-        for (int i = 0; i < N / 2; i++) {
-            float mine = upper ? x[r][N / 2 + i] : x[r][i], other = upper ? x[r][i] : x[r][N / 2 + i];
-            x[r][i] = mine + shuffle(other, lane() ^ apart);
-        }
-    }
+    for (int r = 0; r < HEADS; r++) halve<N>(x[r], apart);
 }
 
 // How a warp's lanes share rows of D channels, each lane WIDE of them: log2 of how many do.

@@ -62,6 +62,18 @@ FUNCTION float block_max(float x) {
     return most;
 }
 
+// Two lanes, `apart` from each other, add up N numbers: one gets the first half of the sums, the other the second half; a
+// single number they both get.
+template <int N, int ROOM> FUNCTION void halve(float (&x)[ROOM], int apart) {
+    bool upper = lane() & apart;
+    if (N == 1) x[0] += shuffle(x[0], lane() ^ apart);
+#pragma unroll
+    for (int i = 0; i < N / 2; i++) {
+        float mine = upper ? x[N / 2 + i] : x[i], other = upper ? x[i] : x[N / 2 + i];
+        x[i] = mine + shuffle(other, lane() ^ apart);
+    }
+}
+
 FUNCTION float sigmoid(float x) { return reciprocal(1.0f + expf(-x)); }
 
 // Of the sequence that a row belongs to: FIELDS, FIRST, ROW, COUNT.

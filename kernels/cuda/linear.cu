@@ -48,17 +48,9 @@ template <class K> FUNCTION void chunk_times_x(const char *chunk, int first, int
 }
 
 // The sums over the warp's lanes of N rows, N a power of two: each lane gets that of row lane / (32 / N).
-template <int N> FUNCTION float row_sum(float (&x)[N]) {
-#pragma unroll
-    for (int apart = 16, left = N / 2; apart; apart /= 2, left /= 2) {
-        bool upper = lane() & apart;
-#pragma unroll
-        for (int i = 0; i < left; i++) {
-            float mine = upper ? x[left + i] : x[i], other = upper ? x[i] : x[left + i];
-            x[i] = mine + shuffle(other, lane() ^ apart);
-        }
-        if (!left) x[0] += shuffle(x[0], lane() ^ apart);
-    }
+template <int N, int APART = 16, int ROOM> FUNCTION float row_sum(float (&x)[ROOM]) {
+    halve<N>(x, APART);
+    if constexpr (APART > 1) row_sum<(N > 1 ? N / 2 : 1), APART / 2>(x);
     return x[0];
 }
 
@@ -109,7 +101,7 @@ template <class K> FUNCTION void linear_one(Words a, Words p, Work work) {
             warp_barrier();
             if (lane() == 0) mbarrier_arrive(stream.empty(of));
         }
-        float sum = row_sum(sums), next = shuffle(sum, (lane() + EACH) % 32);
+        float sum = row_sum<K::ROWS>(sums), next = shuffle(sum, (lane() + EACH) % 32);
         int o = K::ROWS * (share.first + (tile + own) * work.blocks) + lane() / EACH;
         if (sharers > 1 && first)
             parts[K::ROWS * warp() + lane() / EACH] = sum;

@@ -101,8 +101,6 @@ FUNCTION Prepared prepared_at(Words a, Words p) {
     return {(char *)to[0], to[1], floats(to[2]), (int)(to[3] ? p[OUT_ROWS] : p[ROWS]), (int)(to[3] ? p[OUT_FIRST] : 0)};
 }
 
-FUNCTION float largest_of_four(float4 v) { return fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))); }
-
 template <int MAKE, int QUADS> FUNCTION void make_held(Row r, float4 v[QUADS], const float4 w[QUADS]) {
     r.make = MAKE;  // told apart once, not for each value
 #pragma unroll

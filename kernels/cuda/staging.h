@@ -120,9 +120,11 @@ FUNCTION Bytes bytes_of(int run) {
     return x;
 }
 
+FUNCTION float largest_of_four(float4 v) { return fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))); }
+
 // Eight threads of a warp have four columns each of a run.
 FUNCTION void put_bytes(int run, int quarter, float4 v, bool there) {
-    float most = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+    float most = largest_of_four(v);
     for (int apart = 1; apart < 8; apart *= 2) most = fmaxf(most, shuffle(most, lane() ^ apart));
     float by = most > 1e-30f ? MOST_24 * reciprocal(most) : 0.0f, x[4] = {v.x, v.y, v.z, v.w}, sum = v.x + v.y + (v.z + v.w);
     unsigned high = 0, middle = 0, low = 0;
