@@ -14,7 +14,6 @@ from gguf.constants import GGML_QUANT_SIZES, LlamaFileType
 from gguf.constants import GGMLQuantizationType as Kind
 from gguf.gguf_writer import GGUFValue, GGUFWriter
 from gguf.quants import quantize
-from numpy.typing import NDArray
 
 from tcinfer import format as schema
 from tcinfer.atomic import replacing
@@ -26,6 +25,7 @@ from tcinfer.memory_options import with_memory
 from tcinfer.model import Model
 from tcinfer.net import Spec
 from tcinfer.progress import bar
+from tcinfer.reader import TensorInfo
 from tcinfer.tokenizer import from_metadata
 from tcinfer.transformer import file_tensors
 
@@ -75,16 +75,7 @@ class Written:
     fallback: list[str] = field(default_factory=list)  # matrices kept in F16: their rows are no multiple of the block
 
 
-@dataclass(frozen=True)
-class Packed:
-    """A tensor as it goes into a file (loader.Stored)."""
-
-    kind: Kind
-    shape: tuple[int, ...]
-    data: NDArray[np.uint8]  # [rows, bytes per row]
-
-
-def pack(name: str, values: F32, kind: Kind) -> Packed:
+def pack(name: str, values: F32, kind: Kind) -> TensorInfo:
     """float32 [...] in the packing of `kind`. Raises FileError for NaN, Inf, or what does not fit the kind."""
     if not np.isfinite(values).all():
         raise FileError(f"tensor {name!r} holds NaN or Inf: this checkpoint is broken")
@@ -93,7 +84,7 @@ def pack(name: str, values: F32, kind: Kind) -> Packed:
         raise FileError(f"tensor {name!r} has values beyond the range of {kind.name}: use the type {other}")
     packed = quantize(np.ascontiguousarray(values, np.float32), kind)
     rows = values.shape[0] if values.ndim > 1 else 1
-    return Packed(kind, values.shape, np.ascontiguousarray(packed).view(np.uint8).reshape(rows, -1))
+    return TensorInfo(name, kind, values.shape, np.ascontiguousarray(packed).view(np.uint8).reshape(rows, -1))
 
 
 def kind_of(spec: Spec, wanted: Kind) -> Kind:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -31,6 +32,12 @@ def replacing(path: Path, private: bool = False) -> Iterator[Path]:
         raise FileError(f"{path}: cannot be written: {e.strerror or e}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def copy(source: Path, target: Path, private: bool = False) -> None:
+    """A file's bytes under another name; else as `replacing`."""
+    with replacing(target, private) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def check_writable(path: Path) -> None:

@@ -75,12 +75,7 @@ def _compiled() -> tuple[str, dict[str, Any]]:
 
     named = {made.file_name for made in all_operators()}
     folder = cache_folder()
-    operators: dict[str, Any] = {
-        "cache": folder and _folder(folder),
-        "all": len(named),
-        "compiled": 0,
-        "bytes": 0,
-    }
+    operators: dict[str, Any] = {"cache": folder and _folder(folder), "all": len(named), "compiled": 0, "bytes": 0}
     # Numba has a folder within for each installation, which every compiled function knows.
     for file in Path(_run.stats.cache_path).iterdir() if folder else ():
         with suppress(OSError):  # another process may be writing there

@@ -1,12 +1,6 @@
 """The one error type of the package: everything a user can cause is a TcinferError with a one-line message."""
 
-
-class TcinferError(Exception):
-    """Something is wrong with what the user gave us: a file, an option, a text, an id.
-
-    The message is one line that names the thing and the way out; the command line prints it and exits with
-    status 1.
-    """
+from tcinfer.kernels.errors import TcinferError as TcinferError
 
 
 class FileError(TcinferError):

@@ -67,6 +67,7 @@ STANDARD = {
     "rope_scaling": "rope.scaling.type",
     "rope_factor": "rope.scaling.factor",
 }
+SIZES = ("n_heads", "n_kv_heads", "d_ff")  # of these, plain files may hold a value for each layer
 NORM_EPS = {"layer": "attention.layer_norm_epsilon", "rms": "attention.layer_norm_rms_epsilon"}
 VALUE_LENGTH = "attention.value_length"
 OLD_FACTOR = "rope.scale_linear"  # of plain files, before rope.scaling.*
@@ -153,7 +154,8 @@ def from_metadata(metadata: Mapping[str, Any], vocab_size: int, n_tensors: int) 
     for name, key in STANDARD.items():
         default = _default(metadata, arch, name, vocab_size, kind.OURS)
         type_ = str if name == "rope_scaling" else float if name in ("rope_base", "rope_factor") else int
-        values[name] = _get(metadata, f"{arch}.{key}", type_, default, layered=name in LAYERED)
+        layered = name in (LAYERED if kind.OURS else SIZES)
+        values[name] = _get(metadata, f"{arch}.{key}", type_, default, layered)
     if not kind.OURS:
         for name, key, harmless in ORIGINAL:
             values[name] = _get(metadata, f"{arch}.{key}", type(harmless), harmless)

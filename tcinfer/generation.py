@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from tcinfer.config import check_count
 from tcinfer.errors import TcinferError
-from tcinfer.sampler import Sampling, breaker_ids, sample
+from tcinfer.sampler import breaker_ids, sample
+from tcinfer.sampling import Sampling, strings
 
 if TYPE_CHECKING:
     from tcinfer.constraint import Constraint
@@ -63,7 +64,7 @@ class Generation:
                 session._check_ids([token for token, _ in self._how.logit_bias])
         except (TypeError, TcinferError) as e:
             raise TcinferError(f"stop_ids and logit_bias: {e}") from None
-        self._stops, self._banned = strings("stop", stop), strings("banned", banned)
+        self._stops, self._banned = strings("stop strings", stop), strings("banned strings", banned)
         self._ids = self._prompt_ids(prompt)
         if np.size(self._ids):
             session._check(self._ids)
@@ -142,18 +143,10 @@ class Generation:
         return decoder, "".join(decoder.push(int(token)) for token in self._session.recent[-UNFINISHED:])
 
 
-def strings(name: str, given: str | Sequence[str]) -> list[str]:
-    """One or several texts as a list. Raises TcinferError for what are none."""
-    found = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
-    if not all(isinstance(s, str) and s for s in found):
-        raise TcinferError(f"{name} strings must be texts of at least one character")
-    return found
-
-
 class _Text:
     """Ids in, text out: complete characters, and nothing that may yet turn out to be part of a stop string."""
 
-    def __init__(self, stops: list[str], banned: list[str], decoder: StreamDecoder | None, before: str) -> None:
+    def __init__(self, stops: Sequence[str], banned: Sequence[str], decoder: StreamDecoder | None, before: str) -> None:
         """before: the text that stands before this one; a banned string may have begun there."""
         self._stops, self._banned, self._decoder = stops, banned, decoder
         self._held = ""  # the beginning of a stop string, perhaps

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tcinfer import memory
 from tcinfer.config import CHUNK, ModelConfig
+from tcinfer.engine.eager import Engine
 from tcinfer.memory.state import State
 from tcinfer.model import Model
 from tcinfer.session import Session, Snapshot
@@ -53,5 +55,6 @@ def shares(model: Model, before: Snapshot, ids: Sequence[int]) -> dict[int, floa
     if first:
         session.feed(checked[:first])
     session._make_room(len(checked) - first)
-    found = model.shares(session._state, checked[first:])
+    found: dict[int, NDArray[np.float32]] = {}  # [T] of each layer; computed by the reference, whatever the backend
+    Engine(model.config, model.weights).forward(session._state.on_host().copy(), checked[first:], 0, found)
     return {layer: float(share.mean()) for layer, share in found.items()}

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 
 from tcinfer import memory, reader, tokenizer
 from tcinfer.config import LAYERED, LayerConfig, ModelConfig
-from tcinfer.errors import FileError, TcinferError
-from tcinfer.loader import bind, bundled, read_config
+from tcinfer.loader import Opened, bind
 from tcinfer.memory_options import with_memory
 
 SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "context_length", "norm_eps")
@@ -40,14 +39,11 @@ def facts(path: str | PathLike[str] | None = None, **asked: Any) -> dict[str, An
 
     Raises TcinferError for a file that this version cannot run.
     """
-    file = reader.read(bundled() if path is None else path)
-    try:
-        config = read_config(file)
-        weights = bind(config, file.tensors)
-        config = with_memory(config, **asked)
-        words = tokenizer.from_metadata(file.metadata, config.vocab_size)
-    except TcinferError as e:
-        raise FileError(f"{file.path}: {e}") from e
+    opened = Opened(path)
+    file, words = opened.file, opened.tokenizer
+    with opened.named():
+        weights = bind(opened.config, file.tensors)
+    config = with_memory(opened.config, **asked)
     layers: list[dict[str, NDArray]] = [{} for _ in range(config.n_layers)]
     for name, values in weights.items():
         if name.startswith("blk."):

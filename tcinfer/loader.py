@@ -7,11 +7,9 @@ from contextlib import contextmanager
 from importlib import resources
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
-from gguf.constants import GGMLQuantizationType as Kind
-from numpy.typing import NDArray
 
 from tcinfer import format as schema
 from tcinfer import reader, tokenizer
@@ -23,20 +21,10 @@ from tcinfer.kernels.reference.quants import KINDS, Matrix, unpack
 from tcinfer.memory_options import with_memory
 from tcinfer.model import Model
 from tcinfer.net import Spec
+from tcinfer.reader import TensorInfo
 from tcinfer.transformer import QKV, fused, tensors
 
 BUNDLED = "storyteller.gguf"  # in models/
-
-
-class Stored(Protocol):
-    """A tensor as a file holds it: reader.TensorInfo, or what a converter is about to write."""
-
-    @property
-    def kind(self) -> Kind: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def data(self) -> NDArray[np.uint8]: ...  # [rows, bytes per row]
 
 
 def bundled() -> Path:
@@ -77,10 +65,10 @@ class Opened:
         """Raises TcinferError for a file that is no model of this version; without a path, the bundled one."""
         if path is not None and not isinstance(path, str | PathLike):
             raise TcinferError(f"a model is named by its path, not by {path!r}")
-        self._file = reader.read(bundled() if path is None else path)
-        self.path, self.metadata = self._file.path, self._file.metadata
-        with self._named():
-            self.config = read_config(self._file)
+        self.file = reader.read(bundled() if path is None else path)
+        self.path, self.metadata = self.file.path, self.file.metadata
+        with self.named():
+            self.config = read_config(self.file)
             self.tokenizer = tokenizer.from_metadata(self.metadata, self.config.vocab_size)
 
     def model(
@@ -94,15 +82,15 @@ class Opened:
     ) -> Model:
         """The model, ready to run; the arguments are those of `load`, backend is from tcinfer.engine."""
         asked = with_memory(self.config, memory, window, sinks, cache_type)
-        with self._named():
-            weights = bind(asked, self._file.tensors, without=dropped(self.config, asked))
+        with self.named():
+            weights = bind(asked, self.file.tensors, without=dropped(self.config, asked))
         for line in (backend.remark, backend.cold):
             if notice is not None and line:
                 notice(line)
         return Model(asked, weights, self.tokenizer, backend)
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
+    def named(self) -> Iterator[None]:
         """Errors within begin with the file's path."""
         try:
             yield
@@ -119,15 +107,7 @@ def read_config(file: reader.GGUFFile) -> ModelConfig:
     return schema.from_metadata(file.metadata, embedding.shape[0], len(file.tensors))
 
 
-class Part(NamedTuple):
-    """Some rows of a tensor that a file holds (Stored)."""
-
-    kind: Kind
-    shape: tuple[int, ...]
-    data: NDArray[np.uint8]
-
-
-def _apart(config: ModelConfig, specs: Mapping[str, Spec], stored: Mapping[str, Stored]) -> dict[str, Stored]:
+def _apart(config: ModelConfig, specs: Mapping[str, Spec], stored: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The tensors by the names of `specs`, those that the file has fused taken apart; nothing is copied."""
     out = dict(stored)
     for whole, parts in fused(config, specs, QKV).items():
@@ -140,7 +120,8 @@ def _apart(config: ModelConfig, specs: Mapping[str, Spec], stored: Mapping[str, 
         data = tensor.data.reshape(tensor.shape[0], -1)
         for part, count in zip(parts, counts, strict=True):
             rows = data[first : first + count]
-            out[part] = Part(tensor.kind, (count, *tensor.shape[1:]), rows.reshape(1, -1) if vector else rows)
+            shape = (count, *tensor.shape[1:])
+            out[part] = TensorInfo(part, tensor.kind, shape, rows.reshape(1, -1) if vector else rows)
             first += count
     return out
 
@@ -150,7 +131,7 @@ def dropped(file: ModelConfig, asked: ModelConfig) -> set[str]:
     return set(tensors(file)) - set(tensors(asked))
 
 
-def bind(config: ModelConfig, stored: Mapping[str, Stored], without: Iterable[str] = ()) -> dict[str, Any]:
+def bind(config: ModelConfig, stored: Mapping[str, TensorInfo], without: Iterable[str] = ()) -> dict[str, Any]:
     """The weights by name, as Model takes them: a Matrix for each projection, float32 for the rest.
 
     Raises FileError for a tensor that is missing, of a wrong shape, of a kind that this version cannot unpack, or

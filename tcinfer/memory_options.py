@@ -44,21 +44,17 @@ def with_memory(
     ours = architecture(config.arch).OURS
     mixed = config.farthest is None  # then sinks stand beside a window wherever one is
     asked = [
-        _asked(layer, memory if another else None, window, sinks, ours, mixed) if layer in there else _kept(layer)
+        _asked(layer, memory if another else None, window, sinks, ours, mixed) if layer in there else layer
         for layer in config.layers
     ]
-    changed: dict[str, Any] = {name: tuple(values[name] for values in asked) for name in FIELDS}
+    changed: dict[str, Any] = {name: tuple(getattr(layer, name) for layer in asked) for name in FIELDS}
     return replace(config, **changed)
-
-
-def _kept(layer: LayerConfig) -> dict[str, Any]:
-    return {name: getattr(layer, name) for name in FIELDS}
 
 
 def _asked(
     layer: LayerConfig, memory: str | None, window: int | None, sinks: int | None, ours: bool, mixed: bool
-) -> dict[str, Any]:
-    """The fields of a layer that is to have another memory, window or sinks; None: its own."""
+) -> LayerConfig:
+    """A layer with another memory, window or sinks; None: its own."""
     mode, changed = memory or layer.memory, memory is not None
     if mixed and memory is None and sinks is not None and mode in ("window", "sinks"):
         mode = "sinks" if sinks else "window"
@@ -67,7 +63,7 @@ def _asked(
     if mode == "full":
         if window is not None or sinks is not None:
             raise TcinferError("full memory has no window and no sinks; choose memory 'window' or 'sinks' for them")
-        return _kept(layer) | {"memory": mode, "window": 0, "sinks": 0, "options": options}
+        return replace(layer, memory=mode, window=0, sinks=0, options=options)
     if mode == "window" and sinks is not None and not mixed:
         raise TcinferError("memory 'window' has no sinks; choose memory 'sinks' for them")
     positions = layer.sink_positions
@@ -77,10 +73,5 @@ def _asked(
             sinks = DEFAULT_SINKS if mode == "sinks" else 0
         if window is None:
             window = layer.window or DEFAULT_WINDOW
-    return {
-        "memory": mode,
-        "window": layer.window if window is None else window,
-        "sinks": layer.sinks if sinks is None else sinks,
-        "sink_positions": positions,
-        "options": options,
-    }
+    window, sinks = layer.window if window is None else window, layer.sinks if sinks is None else sinks
+    return replace(layer, memory=mode, window=window, sinks=sinks, sink_positions=positions, options=options)

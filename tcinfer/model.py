@@ -14,10 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from tcinfer import memory
 from tcinfer.config import ModelConfig
 from tcinfer.engine.base import Backend
-from tcinfer.errors import TcinferError
-from tcinfer.kernels.errors import UnavailableError
 from tcinfer.kernels.reference.quants import Matrix
-from tcinfer.memory.state import AnyState
 from tcinfer.sampling import Sampling
 from tcinfer.tokenizer import Tokenizer
 
@@ -37,21 +34,10 @@ class Model:
         """
         self.config, self.tokenizer, self.weights, self.backend = config, tokenizer, weights, backend
         self.bounded = memory.bounded(config)  # whether a session's state has one size for ever
-        try:
-            self.engine = backend.engine(config, weights)
-        except UnavailableError as e:
-            raise TcinferError(str(e)) from None
+        self.engine = backend.engine(config, weights)
         self.chunk = self.engine.chunk  # most tokens that one pass takes
-
-    @property
-    def threads(self) -> Any:
-        """Of this machine, that run passes together; None where a library or a GPU does."""
-        return getattr(self.backend, "threads", None)
-
-    @property
-    def bytes_per_token(self) -> int | None:
-        """Bytes of the matrices that each token is multiplied with, as the file holds them; None on numpy."""
-        return self.engine.bytes_per_token
+        # threads: of this machine, that run passes together; None where a library or a GPU does
+        self.threads, self.bytes_per_token = getattr(backend, "threads", None), self.engine.bytes_per_token
 
     @cached_property
     def fingerprint(self) -> bytes:
@@ -81,7 +67,7 @@ class Model:
         """
         from tcinfer import session_file
 
-        return session_file.load(self, path)
+        return session_file.attach(self, session_file.read(path))
 
     def step_many(
         self, sessions: Sequence[Session], tokens: ArrayLike, sampling: Sampling | None = None
@@ -97,12 +83,3 @@ class Model:
         from tcinfer.session import step_many
 
         return step_many(self, sessions, tokens, sampling)
-
-    def shares(self, state: AnyState, ids: NDArray[np.int64]) -> dict[int, F32]:
-        """For each layer with a memory its share [T] in what the layer adds, while ids [T] are taken into a copy of a
-        state in this machine's memory; computed by the reference, whatever the backend."""
-        from tcinfer.engine.eager import Engine
-
-        found: dict[int, F32] = {}
-        Engine(self.config, self.weights).forward(state.on_host().copy(), ids, 0, found)
-        return found

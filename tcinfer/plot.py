@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tcinfer.atomic import check_writable, replacing
 from tcinfer.errors import TcinferError
 
 KINDS = (".svg", ".png")
@@ -20,13 +21,7 @@ def check(path: Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise TcinferError("plots need matplotlib: pip install 'tcinfer[plot]'") from None
-    try:
-        there = path.exists()
-        path.open("ab").close()
-        if not there:
-            path.unlink()
-    except OSError as e:
-        raise TcinferError(f"{path}: the plot cannot be written: {e.strerror}") from None
+    check_writable(path)
 
 
 @contextmanager
@@ -42,7 +37,6 @@ def axes(path: Path, x: str, y: str) -> Iterator[Any]:
         yield it
         it.grid(alpha=0.3)
         it.legend()
-        try:
-            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-        except OSError as e:
-            raise TcinferError(f"{path}: the plot cannot be written: {e.strerror}") from None
+        undated = {"Date": None} if path.suffix == ".svg" else None
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format=path.suffix[1:], dpi=150, metadata=undated)

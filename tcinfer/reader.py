@@ -19,6 +19,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from tcinfer.errors import FileError
+from tcinfer.tokenizer import short
 
 Value = bool | int | float | str | list[str] | np.ndarray
 
@@ -121,11 +122,6 @@ def read(path: str | os.PathLike[str]) -> GGUFFile:
     if not 8 <= alignment <= 65536 or alignment & (alignment - 1):
         raise cursor.fail(f"alignment {alignment} is not a power of two between 8 and 65536")
     return GGUFFile(cursor.path, version, metadata, types, _tensors(cursor, tensor_count, alignment))
-
-
-def short(name: str) -> str:
-    """A name of the file as an error message shows it: quoted, and not too long."""
-    return repr(name if len(name) <= 60 else name[:57] + "...")
 
 
 class _Cursor:

@@ -17,12 +17,11 @@ from numpy.typing import ArrayLike, NDArray
 from tcinfer import filters
 from tcinfer.errors import TcinferError, TokenizerError
 from tcinfer.filters import Candidates
-from tcinfer.sampling import Sampling
+from tcinfer.sampling import LARGEST_SEED, Sampling
 
 if TYPE_CHECKING:
     from tcinfer.tokenizer import Tokenizer
 
-LARGEST_WORD = 2**64 - 1
 NOT_FINITE = "the model computed logits that are not finite: its weights are damaged or overflow"
 
 
@@ -63,7 +62,7 @@ class Draws:
         """All of it in 7 unsigned 64-bit integers, to be kept in a file."""
         state: Any = self.rng.bit_generator.state
         numbers = (state["state"]["state"], state["state"]["inc"])
-        halves = (half for number in numbers for half in (number >> 64, number & LARGEST_WORD))
+        halves = (half for number in numbers for half in (number >> 64, number & LARGEST_SEED))
         mu = math.nan if self.mu is None else self.mu
         return (*halves, state["has_uint32"], state["uinteger"], *struct.unpack("<Q", struct.pack("<d", mu)))
 

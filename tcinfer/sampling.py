@@ -81,7 +81,7 @@ class Sampling:
     seed: int = _count(-1, "--seed S", "-1: another text each time.", -1, LARGEST_SEED)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dry_sequence_breakers", _texts(self.dry_sequence_breakers))
+        object.__setattr__(self, "dry_sequence_breakers", strings("dry_sequence_breakers", self.dry_sequence_breakers))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         for f in fields(self):
             if check := f.metadata["check"]:
@@ -106,10 +106,11 @@ class Sampling:
         return Draws.seeded(None if self.seed < 0 else self.seed)
 
 
-def _texts(given: Any) -> tuple[str, ...]:
+def strings(name: str, given: str | Iterable[str]) -> tuple[str, ...]:
+    """One or several texts as a tuple. Raises TcinferError for what are none."""
     texts = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (given,)
     if not all(isinstance(text, str) and text for text in texts):
-        raise TcinferError("dry_sequence_breakers must be texts of at least one character")
+        raise TcinferError(f"{name} must be texts of at least one character")
     return texts
 
 

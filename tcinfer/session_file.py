@@ -24,7 +24,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,16 +104,8 @@ def write(snapshot: Snapshot, path: str | os.PathLike[str], private: bool = Fals
     description = _described(config)
     flags = HAS_LOGITS * (logits is not None) + HAS_DRAWS * (draws is not None)
     words = draws.words() if draws is not None else (0,) * WORDS
-    header = HEADER.pack(
-        MAGIC,
-        VERSION,
-        len(description),
-        snapshot.model.fingerprint,
-        state.position,
-        state.layout.capacity if not snapshot.model.bounded else 0,
-        flags,
-        *words,
-    )
+    room, made_by = 0 if snapshot.model.bounded else state.layout.capacity, snapshot.model.fingerprint
+    header = HEADER.pack(MAGIC, VERSION, len(description), made_by, state.position, room, flags, *words)
     last = np.zeros(config.vocab_size, np.float32) if logits is None else logits
     parts: tuple[Any, ...] = (header, description, state.buffer, snapshot.ring, np.ascontiguousarray(last))
     digest = hashlib.blake2b(digest_size=DIGEST)
@@ -136,11 +128,6 @@ def read(path: str | os.PathLike[str]) -> SessionFile:
         return _parsed(path, data)
     except TcinferError as e:
         raise file_error(path, str(e)) from None
-
-
-def load(model: Model, path: str | os.PathLike[str]) -> Session:
-    """See Model.load_session."""
-    return attach(model, read(path))
 
 
 def attach(model: Model, file: SessionFile) -> Session:
@@ -206,17 +193,7 @@ def _check_finite(state: State, logits: NDArray[np.float32] | None) -> None:
 
 def _described(config: ModelConfig) -> bytes:
     """A configuration in its one canonical form."""
-    return json.dumps(_plain(config), sort_keys=True, separators=(",", ":")).encode()
-
-
-def _plain(config: ModelConfig) -> dict[str, Any]:
-    return {f.name: _values(getattr(config, f.name)) for f in fields(config)}
-
-
-def _values(value: Any) -> Any:
-    if type(value) is tuple:
-        return [_values(one) for one in value]
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    return json.dumps(asdict(config), sort_keys=True, separators=(",", ":")).encode()
 
 
 def _config(description: bytes, nbytes: int) -> ModelConfig:

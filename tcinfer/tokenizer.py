@@ -212,7 +212,6 @@ def any_of(texts: Iterable[str]) -> "re.Pattern[str] | None":
 
 def short(text: str) -> str:
     """A text from a file as an error message shows it: quoted, on one line, not long."""
-    # The reader has the same; but importing it imports gguf, and that imports sentencepiece.
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 

@@ -81,8 +81,8 @@ def test_only_what_is_new_is_fed_and_together_it_is_the_template(
         text = answer(talk, question)
         (rendered,) = render(source, "<|im_start|>", "<|im_end|>", [said])
         wanted = smol.tokenizer.encode(rendered["text"], special=True)
-        asked = sum(map(len, talk.log.question(talk.turns)))
-        answered = sum(map(len, talk.log.answer(talk.turns)))
+        asked = sum(map(len, talk.log.part(talk.turns, "in")))
+        answered = sum(map(len, talk.log.part(talk.turns, "out")))
         assert fed(talk)[: before + asked] == wanted
         assert talk.session.position == before + asked + answered == len(wanted) + answered
         assert 0 < answered <= 5
@@ -220,14 +220,14 @@ def test_regen_is_another_answer_to_the_same_message(tmp_path: Path, resumed: bo
     if resumed:
         talk.close()
         talk = conversation(tmp_path, new=False, temperature=1.0, tokens=30)
-    question = list(talk.log.question(3))
+    question = list(talk.log.part(3, "in"))
     past = [*talk.log.replay(0, 2)]
     first = talk.last_text()
     texts = {first}
     for _ in range(3):
         texts.add("".join(piece.text for piece in talk.again()))
         assert talk.turns == 3
-        assert list(talk.log.question(3)) == question
+        assert list(talk.log.part(3, "in")) == question
         assert [*talk.log.replay(0, 2)] == past
     assert len(texts) == 4
     session = talk.model.session()

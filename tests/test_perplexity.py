@@ -320,7 +320,7 @@ def test_plots(sample: str, tmp_path: Path, suffix: str) -> None:
         ("-f SAMPLE --memory window:99999999999999999999", "MODE:WINDOW:SINKS"),
         ("-f SAMPLE --memory tensor --memory tensor:128", "tensor:128 is there twice"),
         ("-f SAMPLE --plot plot.pdf", "plot.pdf: a plot's name ends in .svg or .png"),
-        ("-f SAMPLE --plot nowhere/plot.svg", "nowhere/plot.svg: the plot cannot be written: No such file"),
+        ("-f SAMPLE --plot nowhere/plot.svg", "nowhere/plot.svg: cannot be written: No such file"),
         ("-f SAMPLE --plot .", "ends in .svg or .png"),
         ("--limit 5", "Missing option '-f'"),
     ],

@@ -35,16 +35,8 @@ from typing import Any
 
 from tcinfer.errors import TcinferError
 
-ARCHITECTURES = (
-    "tcgpt",
-    "tcllama",
-    "llama",
-    "qwen2",
-    "qwen3",
-    "gemma3",
-    "phi3",
-    "smollm3",
-)  # `general.architecture`, and the name of the module
+# `general.architecture`, and the name of the module
+ARCHITECTURES = ("tcgpt", "tcllama", "llama", "qwen2", "qwen3", "gemma3", "phi3", "smollm3")
 
 
 def architecture(name: str) -> Any:

@@ -65,6 +65,7 @@ def read(values: dict[str, Any], get: Callable[[str, Any], Any]) -> None:
     _layers(values, local if values["window"] else (False,) * count, get("rope.freq_base_swa", LOCAL_BASE))
     values["softcap"] = get("final_logit_softcapping", 0.0)
     if count == LAYERS_OF_27B:
+        check_count("attention.head_count", values["n_heads"], 1)
         values["attention_scale"] = 1 / math.sqrt(values["d_model"] // values["n_heads"])
 
 
@@ -128,10 +129,12 @@ def from_hugging_face(hf: dict[str, Any], values: dict[str, Any]) -> None:
 
 def _local_base(hf: dict[str, Any]) -> float:
     """The base of local layers, where folders of different ages have it."""
-    told = (hf.get("rope_parameters") or {}).get("sliding_attention") or {}
+    told: Any = (hf.get("rope_parameters") or {}).get("sliding_attention") or {}
+    if not isinstance(told, dict):
+        raise FileError("sliding_attention of rope_parameters in config.json must be an object")
     if told.get("rope_type", "default") != "default":
         raise FileError(f"rope_type {told['rope_type']!r} of sliding_attention in config.json is not supported")
-    base = hf.get("rope_local_base_freq", told.get("rope_theta", LOCAL_BASE))
+    base: Any = hf.get("rope_local_base_freq", told.get("rope_theta", LOCAL_BASE))
     check_number("rope_local_base_freq", base, 0.0, above=True)
     return float(base)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tcinfer.config import check_count
 from tcinfer.errors import FileError
 from tcinfer.memory import remember
 
@@ -57,6 +58,7 @@ def from_hugging_face(hf: dict[str, Any], values: dict[str, Any]) -> None:
     count, kind = values["n_layers"], hf.get("model_type")
     window = hf.get("sliding_window") if hf.get("use_sliding_window", kind == "mistral") else None
     first = hf.get("max_window_layers", 28) if kind == "qwen2" else 0  # the layers below have none
+    check_count("max_window_layers", first, 0)
     kinds = hf.get("layer_types")
     if kinds is None:
         local = [bool(window) and i >= first for i in range(count if window and first else 1)]

@@ -12,21 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tcinfer.architectures.llama import block
+from tcinfer.architectures import llama
 from tcinfer.config import check_count, check_number
 from tcinfer.errors import FileError
 
 if TYPE_CHECKING:
     from tcinfer.net import Net
 
-__all__ = ["FUSED", "HUGGING_FACE", "NAMES", "NORM", "OURS", "ROTARY", "block", "divisors", "read"]
-
 NORM, ROTARY, OURS = "rms", "half", False
 HUGGING_FACE = ("phi3",)
-FUSED = {
-    "attn_qkv": ("attn_q", "attn_k", "attn_v"),
-    "ffn_up": ("ffn_gate", "ffn_up"),
-}  # in files: rows one after another
+block = llama.block
+FUSED = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ffn_up": ("ffn_gate", "ffn_up")}
 NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
@@ -45,7 +41,7 @@ LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 
 def read(values: dict[str, Any], get: Callable[[str, Any], Any]) -> None:
     """Longrope, whose divisors are tensors; and the window, as the model was trained (llama.cpp ignores it)."""
-    if values["rope_scaling"] == "longrope":
+    if values.get("rope_scaling") == "longrope":
         values["rope_scaling"], values["rope_factor"] = "none", 1.0
     if values["window"] >= values["context_length"]:  # no token is ever so far away
         values["window"] = 0
@@ -68,6 +64,7 @@ def from_hugging_face(hf: dict[str, Any], values: dict[str, Any]) -> dict[str, A
     values["window"] = hf.get("sliding_window") or 0
     check_count("sliding_window", values["window"], 0)
     part = hf.get("partial_rotary_factor", scaling.get("partial_rotary_factor", 1.0))
+    check_number("partial_rotary_factor", part, 0.0, above=True)
     values["rope_dim"] = int(values["head_dim"] * part)
     arrays = {}
     if scaling.get("type", scaling.get("rope_type")) in ROPE_TYPES:
@@ -75,6 +72,8 @@ def from_hugging_face(hf: dict[str, Any], values: dict[str, Any]) -> dict[str, A
         for name, factors in arrays.items():
             if not isinstance(factors, list) or len(factors) != values["rope_dim"] // 2:
                 raise FileError(f"rope_scaling in config.json needs {values['rope_dim'] // 2} numbers for {name}")
+            for factor in factors:
+                check_number(name, factor, 0.0, above=True)
         context = values["context_length"]
         original = hf.get("original_max_position_embeddings", scaling.get("original_max_position_embeddings", context))
         check_count("original_max_position_embeddings", original, 2)
@@ -86,7 +85,5 @@ def from_hugging_face(hf: dict[str, Any], values: dict[str, Any]) -> dict[str, A
             values["rope_attention"] = scaling["attention_factor"]
         elif farther > 1:
             values["rope_attention"] = math.sqrt(1 + math.log(farther) / math.log(original))
-    if values["window"] >= values["context_length"]:
-        values["window"] = 0
-    values["memory"] = "window" if values["window"] else "full"
+    read(values, lambda key, default: default)
     return {name: np.asarray(factors, np.float32) for name, factors in arrays.items()}

@@ -5,17 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tcinfer.architectures import llama
-from tcinfer.architectures.llama import without_window as from_hugging_face
 from tcinfer.memory import remember
 
 if TYPE_CHECKING:
     from tcinfer.net import Net, Rows
 
-__all__ = ["HUGGING_FACE", "NAMES", "NORM", "OURS", "ROTARY", "block", "from_hugging_face"]
-
 NORM, ROTARY, OURS = "rms", "half", False
 HUGGING_FACE = ("qwen3",)
 NAMES = llama.NAMES | {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+from_hugging_face = llama.without_window
 
 
 def block(net: Net, x: Rows) -> Rows:

@@ -5,26 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tcinfer.architectures.llama import NAMES, block, converted, without_window
+from tcinfer.architectures import llama
 from tcinfer.config import ModelConfig
 from tcinfer.errors import FileError
 
-__all__ = [
-    "HUGGING_FACE",
-    "NAMES",
-    "NORM",
-    "OURS",
-    "ROTARY",
-    "TIED",
-    "block",
-    "converted",
-    "from_hugging_face",
-    "read",
-    "write",
-]
-
 NORM, ROTARY, OURS = "rms", "interleaved", False
 HUGGING_FACE = ("smollm3",)
+NAMES, block, converted = llama.NAMES, llama.block, llama.converted
 TIED = True  # where config.json does not say
 PLAIN_EVERY = 4  # layers, the last of which does not rotate
 
@@ -44,7 +31,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
 
 def from_hugging_face(hf: dict[str, Any], values: dict[str, Any]) -> None:
     """The same from a folder, whose config.json lists the layers: GGUF files have no key for others."""
-    without_window(hf, values)
+    llama.without_window(hf, values)
     if (hf.get("rope_parameters") or hf).get("partial_rotary_factor", 1.0) != 1.0:
         raise FileError("partial_rotary_factor in config.json: the whole head must rotate")
     read(values, lambda key, default: default)

@@ -43,8 +43,8 @@ class Conversation:
         self.model, self.template, self.log = model, template, log
         self.sampling = sampling
         self.max_tokens = -1
-        self.stop: list[str] = []
-        self.banned: list[str] = []
+        self.stop: tuple[str, ...] = ()
+        self.banned: tuple[str, ...] = ()
         self.system: str | None = log.start.get("system")
         self.session = model.session()
         self._snapshots = Snapshots()
@@ -89,7 +89,7 @@ class Conversation:
             self._rewind(turn - 1, progress)
             before = self.session.snapshot()
             session_file.write(before, self.log.session_path, private=True)
-            for ids in self.log.question(turn):
+            for ids in self.log.part(turn, "in"):
                 self.session.feed(ids, progress=progress)
             answer = self._begun()
         self.log.back_to(turn - 1, keep_question=True)
@@ -119,7 +119,7 @@ class Conversation:
 
     def last_text(self) -> str:
         """The last answer, for people."""
-        ids = deque(chain.from_iterable(self.log.answer(self.turns)) if self.turns else (), MEASURED)
+        ids = deque(chain.from_iterable(self.log.part(self.turns, "out")) if self.turns else (), MEASURED)
         return self.model.tokenizer.decode(ids)
 
     def fork(self, name: str) -> None:
@@ -219,7 +219,7 @@ class Conversation:
         else:
             start = 0
             if self.log.base_path.exists():
-                self.session.restore(session_file.load(self.model, self.log.base_path).snapshot())
+                self.session.restore(self.model.load_session(self.log.base_path).snapshot())
             else:
                 self.session.reset()
         for ids in self.log.replay(start, turn):
@@ -231,7 +231,7 @@ class Conversation:
         at = None
         if self.log.session_path.exists():
             try:
-                self.session = session_file.load(self.model, self.log.session_path)
+                self.session = self.model.load_session(self.log.session_path)
             except FileError as e:
                 raise FileError(f"{e}; remove that file to have the conversation fed again from its log") from None
             position = self.session.position

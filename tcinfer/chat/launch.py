@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tcinfer import memory, session_file
-from tcinfer.atomic import replacing
+from tcinfer.atomic import copy
 from tcinfer.chat import store
 from tcinfer.chat.conversation import Conversation
 from tcinfer.chat.store import Log
@@ -68,8 +67,7 @@ class Chats:
         log = Log(self.folder, name, start)
         if base is not None:
             try:
-                with replacing(log.base_path, private=True) as temporary:
-                    shutil.copyfile(base, temporary)
+                copy(base, log.base_path, private=True)
             except BaseException:
                 log.close()
                 raise

@@ -18,13 +18,13 @@ import errno
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from tcinfer.atomic import copy
 from tcinfer.errors import FileError, TcinferError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -183,17 +183,9 @@ class Log:
             if ids := record.get("in", record.get("out")):
                 yield ids
 
-    def question(self, turn: int) -> Iterator[list[int]]:
-        """What a turn fed before the answer."""
-        for record in self._turns(turn - 1, turn):
-            if "in" in record:
-                yield record["in"]
-
-    def answer(self, turn: int) -> Iterator[list[int]]:
-        """What the model answered in a turn."""
-        for record in self._turns(turn - 1, turn):
-            if "out" in record:
-                yield record["out"]
+    def part(self, turn: int, kind: str) -> Iterator[list[int]]:
+        """What a turn fed before the answer ("in"), or what the model answered ("out")."""
+        return (record[kind] for record in self._turns(turn - 1, turn) if kind in record)
 
     def positions(self) -> Iterator[tuple[int, int]]:
         """(turn, tokens taken in at its end) of every complete turn."""
@@ -209,8 +201,8 @@ class Log:
         targets = {self.session_path: f"{name}.tcs", self.base_path: f"{name}.base.tcs"}
         for path, target in targets.items():
             if path.exists():
-                _private_copy(path, self._folder / target)
-        _private_copy(self.path, log)  # last: with it, the conversation is there
+                copy(path, self._folder / target, private=True)
+        copy(self.path, log, private=True)  # last: with it, the conversation is there
         used = self.path.stat()
         os.utime(log, ns=(used.st_atime_ns, used.st_mtime_ns - 1))  # this one is still the last used
 
@@ -296,13 +288,6 @@ def _is_record(record: Any) -> bool:
         isinstance(record[k], list) and all(type(i) is int for i in record[k]) for k in ("in", "out") if k in record
     )
     return counts and ids and isinstance(record.get("start", {}), dict) and ("end" in record) == ("position" in record)
-
-
-def _private_copy(source: Path, target: Path) -> None:
-    from tcinfer.atomic import replacing
-
-    with replacing(target, private=True) as temporary:
-        shutil.copyfile(source, temporary)
 
 
 def _lock(file: IO[bytes], name: str) -> None:

@@ -19,6 +19,7 @@ from tcinfer.cli.options import (
 )
 from tcinfer.config import check_count
 from tcinfer.errors import TcinferError
+from tcinfer.sampling import strings
 
 
 @click.command()
@@ -52,12 +53,13 @@ def chat(**options: Any) -> None:
     from tcinfer.chat.template import CHATML
     from tcinfer.cli.repl import Repl
     from tcinfer.engine import backend
-    from tcinfer.generation import strings
 
     check_count("max_tokens", options["max_tokens"], -1)
     if sys.stdin is None:
         raise TcinferError("standard input is closed: there is nobody to talk with")
-    stop, banned = (strings(name, [argument(text) for text in options[name]]) for name in ("stop", "banned"))
+    stop, banned = (
+        strings(f"{name} strings", [argument(text) for text in options[name]]) for name in ("stop", "banned")
+    )
     how, folder, name = sampling(options), store.chats(), options["name"]
     path, template = options["model"], options["chat_template"]
     if template is not None:

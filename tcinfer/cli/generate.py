@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -30,6 +30,7 @@ from tcinfer.cli.options import (
 )
 from tcinfer.config import check_choice, check_count
 from tcinfer.errors import TcinferError
+from tcinfer.sampling import strings
 
 if TYPE_CHECKING:
     from tcinfer.session import Session
@@ -63,12 +64,13 @@ def generate(**options: Any) -> None:
     """
     from tcinfer import session_file
     from tcinfer.atomic import check_writable
-    from tcinfer.generation import strings
 
     check_choice("--stats", options["stats"], ("text", "json"))
     check_count("max_tokens", options["max_tokens"], -1)
     how = sampling(options)
-    stop, banned = (strings(name, [argument(text) for text in options[name]]) for name in ("stop", "banned"))
+    stop, banned = (
+        strings(f"{name} strings", [argument(text) for text in options[name]]) for name in ("stop", "banned")
+    )
     path = options["path"]
     if options["save"] and path is None:
         raise TcinferError("--save needs the session's file: -s FILE.tcs")
@@ -151,19 +153,16 @@ def _write(pieces: Iterator[Any], figures: Figures) -> None:
             click.echo(err=not sys.stdout.isatty())  # the figures begin on a line of their own
 
 
-@contextmanager
-def _prompt(text: str | None, file: str | None, optional: bool) -> Iterator[BinaryIO]:
+def _prompt(text: str | None, file: str | None, optional: bool) -> BinaryIO:
     """The prompt's bytes, from where it is given; nothing where that is optional."""
     if text is not None and file is not None:
         raise TcinferError("-p and -f exclude each other")
     if text is not None:
-        yield BytesIO(os.fsencode(text))
-    elif file is not None:
-        with open_text(file) as stream:
-            yield stream
-    elif sys.stdin is not None and not sys.stdin.isatty():
-        yield sys.stdin.buffer
-    elif optional:
-        yield BytesIO()
-    else:
-        raise TcinferError("no prompt: give -p TEXT or -f FILE, or pipe a text in")
+        return BytesIO(os.fsencode(text))
+    if file is not None:
+        return open_text(file)
+    if sys.stdin is not None and not sys.stdin.isatty():
+        return sys.stdin.buffer
+    if optional:
+        return BytesIO()
+    raise TcinferError("no prompt: give -p TEXT or -f FILE, or pipe a text in")

@@ -7,8 +7,6 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from tcinfer.cli.console import both, interruptible, one_line, say
-from tcinfer.cli.options import MEMORY, MODEL, RUNNING, load_model, model_options, notice, together
+from tcinfer.cli.options import MEMORY, MODEL, RUNNING, load_model, model_options, notice, open_text, together
 from tcinfer.errors import TcinferError
 
 if TYPE_CHECKING:
@@ -131,20 +129,12 @@ def perplexity(**options: Any) -> None:
         result.plot(plot)
 
 
-@contextmanager
-def _opened(file: str) -> Iterator[BinaryIO]:
-    if file == "-":
-        if sys.stdin is None or sys.stdin.isatty():
-            raise TcinferError("-f - reads a pipe, and there is none")
-        yield sys.stdin.buffer
-        return
-    try:
-        stream = open(file, "rb")  # noqa: SIM115 (closed below)
-        stream.peek(1)  # a folder opens, but cannot be read
-    except OSError as e:
-        raise TcinferError(f"{file}: {e.strerror}") from None
-    with stream:
-        yield stream
+def _opened(file: str) -> BinaryIO:
+    if file != "-":
+        return open_text(file)
+    if sys.stdin is None or sys.stdin.isatty():
+        raise TcinferError("-f - reads a pipe, and there is none")
+    return sys.stdin.buffer
 
 
 def _models(options: dict[str, Any]) -> dict[str, Model]:

@@ -93,7 +93,8 @@ class Repl:
                 with closing(answer):  # type: ignore[type-var]
                     for piece in chain(() if first is None else (first,), answer):
                         check()
-                        self._show(piece)
+                        sys.stdout.write(printable(piece.text))
+                        sys.stdout.flush()
                         count += 1
         except KeyboardInterrupt:
             if not began:
@@ -104,12 +105,6 @@ class Repl:
             sys.stdout.flush()
         seconds = time.monotonic() - start
         self._rate = f"{count / seconds:,.0f} tokens/s" if seconds > 0 and count > 1 else ""
-
-    @staticmethod
-    def _show(piece: Piece | None) -> None:
-        if piece is not None:
-            sys.stdout.write(printable(piece.text))
-            sys.stdout.flush()
 
     def _lines(self) -> Iterator[tuple[str, bool]]:
         """Messages and commands, each whole, and whether it came as a block."""

@@ -178,16 +178,12 @@ def diff(file: str, other: str) -> None:
 @click.argument("copy", metavar="NEW.tcs")
 def fork(file: str, copy: str) -> None:
     """Copy a session file, whole or not at all, once it has been checked."""
-    import shutil
-
-    from tcinfer import session_file
-    from tcinfer.atomic import replacing
+    from tcinfer import atomic, session_file
 
     found = session_file.read(file)
     if os.path.exists(copy):
         raise TcinferError(f"{one_line(copy)}: is there already; choose another name, or remove it")
-    with replacing(Path(copy)) as temporary:
-        shutil.copyfile(file, temporary)
+    atomic.copy(Path(file), Path(copy))
     click.echo(f"{one_line(copy)}: {found.position:,} tokens in {found.nbytes:,} bytes")
 
 

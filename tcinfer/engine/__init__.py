@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from tcinfer.config import check_count
 from tcinfer.errors import TcinferError
-from tcinfer.kernels.errors import UnavailableError
 
 if TYPE_CHECKING:
     from tcinfer.engine.base import Backend
@@ -42,7 +41,5 @@ def _made(name: str, threads: int | None) -> Backend:
     try:
         module = import_module(f"{__name__}.{MODULES[name]}")
         return module.Backend(threads)
-    except UnavailableError as e:
-        raise TcinferError(str(e)) from None
     except ImportError as e:
         raise TcinferError(f"backend {name!r} cannot be loaded ({e}); use 'numpy', or install what it needs") from e

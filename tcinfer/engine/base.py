@@ -22,7 +22,6 @@ class Logits(Protocol):
 
     def fetch(self) -> F32:
         """float32 [V], read only."""
-        ...
 
 
 class Here:
@@ -47,38 +46,26 @@ class How(NamedTuple):
 class Engine(Protocol):
     """One model on one backend. Passes wait for each other."""
 
-    @property
-    def chunk(self) -> int:
-        """Most rows of a pass."""
-        ...
-
-    @property
-    def bytes_per_token(self) -> int | None:
-        """Of the matrices that each token is multiplied with, as the file holds them."""
-        ...
+    chunk: int  # most rows of a pass
+    bytes_per_token: int | None  # of the matrices that each is multiplied with, as the file holds them; None on numpy
 
     def new_state(self, layout: Layout) -> AnyState:
         """All zeros, where the model runs. Raises TcinferError where there is not so much memory."""
-        ...
 
     def placed(self, state: AnyState) -> AnyState:
         """A copy of a state, where the model runs. Raises TcinferError as `new_state` does."""
-        ...
 
     def run(self, states: Sequence[Any], counts: Sequence[int], ids: NDArray[np.int64], out_rows: int) -> F32:
         """Take ids [sum of counts] into states, each its part, at most `chunk` in all, and move them on.
 
         Several states: a token each. Returns the logits of the last `out_rows` rows, float32 [out_rows, V].
         """
-        ...
 
     def room(self, rows: int) -> None:
         """See to it that `step` can leave the logits of so many rows where they are. Raises TcinferError."""
-        ...
 
     def chooses(self, sampling: Sampling) -> bool:
         """Whether `step` chooses ids by such options."""
-        ...
 
     def step(
         self, states: Sequence[Any], ids: NDArray[np.int64], hows: Sequence[How] | None = None, first: int = 0
@@ -86,7 +73,6 @@ class Engine(Protocol):
         """A token into each of at most `chunk` states: their logits, which may stay where they are, as rows `first`
         and following, until a later pass takes their place; and the ids that come next, int64 [len(states)], -1 where
         logits are not finite; None where `hows` is, or holds what the engine does not choose by."""
-        ...
 
 
 class Backend:

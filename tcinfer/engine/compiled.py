@@ -6,6 +6,7 @@ One plan serves a single token, a chunk of a prompt, and one token each of many 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import import_module
 from threading import Lock
@@ -46,7 +47,7 @@ class Engine(HostEngine):
         transformer(self._plan, config, lambda name, spec: weights.get(name))
         self._plan.finish()
         self._geometries = _geometries(config)
-        self.bytes_per_token = bytes_per_token(weights)
+        self.bytes_per_token: int | None = bytes_per_token(weights)
         self._parts = np.empty(0, np.uint8)
         self._gathered = np.empty(0, np.uint8)
 
@@ -109,11 +110,10 @@ class Engine(HostEngine):
 
 def _geometries(config: ModelConfig) -> dict[Geometry, int]:
     """The first levels that there are, as far as attention's room depends on them, and how many layers have each."""
-    found: dict[Geometry, int] = {}
-    for layer in config.layers:
-        g = Geometry(layer.n_heads, layer.n_kv_heads, layer.head_dim, layer.window, layer.sinks, True, True, 0)
-        found[g] = found.get(g, 0) + 1
-    return found
+    return Counter(
+        Geometry(layer.n_heads, layer.n_kv_heads, layer.head_dim, layer.window, layer.sinks, True, True, 0)
+        for layer in config.layers
+    )
 
 
 def operators() -> Collection[Operator]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from threading import RLock
 from typing import Any
@@ -55,13 +54,15 @@ class Engine:
         Raises UnavailableError where it lacks what the model needs.
         """
         self.config, self.device, self._lock, self._owner = config, device, RLock(), os.getpid()
-        self.chunk = chunk = CHUNK  # rows of the longest pass
-        self.bytes_per_token = bytes_per_token(weights)
+        self.chunk: int = CHUNK  # rows of the longest pass
+        self.bytes_per_token: int | None = bytes_per_token(weights)
         heads = {layer.n_kv_heads for layer in config.layers}
         if len(heads) > 1:
             raise UnavailableError("on a GPU all layers must have as many key heads: use --backend numba")
         self._heads = heads.pop()
-        self._plan = plan = Recorder(chunk, device, [o for found in rooms() for o in getattr(found, "OPERATORS", ())])
+        self._plan = plan = Recorder(
+            self.chunk, device, [o for found in rooms() for o in getattr(found, "OPERATORS", ())]
+        )
         transformer(plan, config, lambda name, spec: weights.get(name))
         leaders = plan.allocate(8 * device.multiprocessors)
         plan.step(LEADERS, when=ONE, vocabulary=config.vocab_size, leaders=leaders)
@@ -69,8 +70,8 @@ class Engine:
         plan.step(CHOOSE, when=FEW | PROMPT | SESSIONS, vocabulary=config.vocab_size, leaders=None)
         plan.fields = sum(len(fields) for fields in memory.layout(config).layers)
         plan.finish()
-        self._choices = plan.allocate(8 * chunk)
-        self._pass = device.zeros(Pass(chunk, chunk, self._heads).data.nbytes)
+        self._choices = plan.allocate(8 * self.chunk)
+        self._pass = device.zeros(Pass(self.chunk, self.chunk, self._heads).data.nbytes)
         address, key_heads = self._pass.address, self._heads
         # of a shape, made once: most passes are of one or two shapes
         self._passes = lru_cache(8)(lambda rows, sequences: Pass(rows, sequences, key_heads, address))
@@ -115,7 +116,7 @@ class Engine:
             return self.device.get(self._logits.address + 4 * V * first, np.empty((count, V), np.float32))
 
     def room(self, rows: int) -> None:
-        with self._lock, _enough():
+        with self._lock:
             if rows > self._rows:
                 self._rescue(0, self._rows)
                 self._logits, self._rows = self.device.zeros(4 * self.config.vocab_size * rows), rows
@@ -129,10 +130,7 @@ class Engine:
         how: NDArray[np.float64] | None = None,
         first: int = 0,
     ) -> None:
-        """Take ids [sum of counts] into states, each its part, at most `chunk` in all, and move them on.
-
-        Several states: a token each. The logits of the last `out_rows` rows become rows `first` and following.
-        """
+        """As `run`; the logits of the last `out_rows` rows become rows `first` and following."""
         total = len(ids)
         assert total == sum(counts) <= self.chunk
         assert len(states) == 1 or max(counts) == 1
@@ -164,15 +162,6 @@ class Engine:
             if reference is not None and (later := reference()) is not None:
                 later.fetch()
             self._later.pop(row, None)
-
-
-@contextmanager
-def _enough() -> Iterator[None]:
-    """What a device lacks becomes a TcinferError."""
-    try:
-        yield
-    except UnavailableError as e:
-        raise TcinferError(str(e)) from None
 
 
 class Backend(base.Backend):

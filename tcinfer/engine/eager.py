@@ -47,7 +47,7 @@ class Engine(HostEngine):
     """A model's weights as they lie in its file, unpacked when they are first used."""
 
     chunk = CHUNK
-    bytes_per_token = None
+    bytes_per_token: int | None = None
     product: Product = staticmethod(quants.linear)  # x Wᵀ + b
 
     def __init__(self, config: ModelConfig, weights: dict[str, Any]) -> None:

@@ -27,28 +27,14 @@ To add one: write the room, name it in MODES.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tcinfer.config import LayerConfig, ModelConfig
 from tcinfer.errors import TcinferError
-from tcinfer.memory.state import ALIGNMENT, Field, Layout
+from tcinfer.memory.state import ALIGNMENT, Layout
 
 if TYPE_CHECKING:
     from tcinfer.net import Net, Rows
-
-
-class Mechanism(Protocol):
-    """One room (a module serves)."""
-
-    Options: Any
-    MATRICES: tuple[str, ...]
-
-    @staticmethod
-    def check(layer: LayerConfig) -> None: ...
-    @staticmethod
-    def state(layer: LayerConfig, capacity: int) -> tuple[Field, ...]: ...
-    @staticmethod
-    def wire(net: Net, q: Rows, k: Rows, v: Rows, h: Rows, into: Rows | None) -> Rows: ...
 
 
 class Mode(NamedTuple):
@@ -79,8 +65,8 @@ def rooms() -> list[Any]:
     return list({mode.room: room(name) for name, mode in MODES.items()}.values())
 
 
-def mechanism(layer: LayerConfig) -> Mechanism:
-    """The mechanism that a layer names. Raises TcinferError for a name, options or sizes that it cannot be."""
+def mechanism(layer: LayerConfig) -> Any:
+    """The room of the memory that a layer names. Raises TcinferError for a name, options or sizes that it cannot be."""
     found = room(layer.memory)
     if type(layer.options) is not (found.Options or type(None)):
         raise TcinferError(f"{layer.memory} memory cannot have the options {layer.options!r}")

@@ -51,7 +51,8 @@ def wire(net: Net, q: Rows, k: Rows, v: Rows, h: Rows, into: Rows | None) -> Row
 
 
 class Entering(NamedTuple):
-    """What queries, keys and values of a pass have become on their way into the ring; None where not asked for."""
+    """What queries, keys and values of a pass have become on their way into the ring, in the order in which PUSH makes
+    it; None where not asked for."""
 
     q: Rows  # [H · D] rotated
     q_far: Rows | None  # the same, as they meet the sinks
@@ -64,42 +65,19 @@ class Entering(NamedTuple):
 
 def push(net: Net, q: Rows, k: Rows, v: Rows, rounded: bool = False, plain: bool = False) -> Entering:
     """Convolve, rotate, round.  rounded, plain: make k and v, and k_plain."""
-    layer, (cos, sin), far = net.layer, net.angles(), (None, None)
+    layer, g, (cos, sin), far = net.layer, net.geometry, net.angles(), (None, None)
     if layer.sinks and layer.sink_positions == "in-cache":
         far = net.angles(most=layer.sinks + layer.window - 1)
     taps, last = None, -1
     if layer.key_conv:
         taps = net.weight("attn_key_conv", (layer.key_conv, layer.n_kv_heads, layer.head_dim))
         last = net.field("k_last")
-    g = net.geometry
-    skipped = {
-        **({} if far[0] is not None else {"q_far": None}),
-        **({} if rounded else {"k_out": None, "v_out": None}),
-        **({} if plain or taps is not None else {"k_plain": None}),
-    }
-    made = net.call(
-        PUSH,
-        q=q,
-        k=k,
-        v=v,
-        H=g.heads,
-        G=g.kv_heads,
-        D=g.head_dim,
-        half=g.half,
-        interleaved=g.interleaved,
-        turned=g.turned,
-        cos=cos,
-        sin=sin,
-        cos_far=far[0],
-        sin_far=far[1],
-        taps=taps,
-        last=last,
-        **skipped,
-    )
-    names = [a.name for a in PUSH.arguments if a.output and a.name not in skipped]
-    found = dict(zip(names, made, strict=True))
-    order = ("q_out", "q_far", "k_new", "v_new", "k_out", "v_out", "k_plain")
-    return Entering(*(found.get(name) for name in order))
+    heads = {"H": g.heads, "G": g.kv_heads, "D": g.head_dim, "half": g.half, "interleaved": g.interleaved}
+    turn = {"turned": g.turned, "cos": cos, "sin": sin, "cos_far": far[0], "sin_far": far[1]}
+    asked = {"q_far": far[0] is not None, "k_out": rounded, "v_out": rounded, "k_plain": plain or taps is not None}
+    skipped = {name: None for name, wanted in asked.items() if not wanted}
+    made = iter(net.call(PUSH, q=q, k=k, v=v, **heads, **turn, taps=taps, last=last, **skipped))
+    return Entering(*(None if a.name in skipped else next(made) for a in PUSH.arguments if a.output))
 
 
 def attend(net: Net, new: Entering) -> Rows:

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tcinfer.errors import TcinferError
-from tcinfer.kernels.errors import UnavailableError
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 
@@ -115,10 +114,7 @@ class DeviceState:
         """All zeros, position 0. Raises TcinferError if the device has not so much memory."""
         places = [at for _, _, at in layout.places()]
         self.layout, self.position, self._device = layout, 0, device
-        try:
-            self._room = device.zeros(layout.nbytes + 8 * len(places))
-        except UnavailableError as e:
-            raise TcinferError(str(e)) from None
+        self._room = device.zeros(layout.nbytes + 8 * len(places))
         self.fields = self._room.address + layout.nbytes  # address of the arrays' addresses, int64
         device.put(self.fields, np.array(places, np.int64) + self._room.address)
 
@@ -133,16 +129,6 @@ class DeviceState:
     @property
     def nbytes(self) -> int:
         return self.layout.nbytes
-
-    @property
-    def buffer(self) -> NDArray[np.uint8]:
-        """A copy, uint8 [nbytes]."""
-        return self.on_host().buffer
-
-    @property
-    def layers(self) -> list[dict[str, NDArray]]:
-        """A copy of every array."""
-        return self.on_host().layers
 
     def on_host(self) -> State:
         """A copy in this machine's memory."""

@@ -83,7 +83,7 @@ def checkpoints(b: Bench) -> None:
         for way, lengths in FEEDS.items():
             session, parts = model.session(), np.split(want["tokens"], np.cumsum(lengths)[:-1])
             got = np.concatenate([session.feed(part, all_logits=True) for part in parts])
-            states, worst = session._state.layers, [relative(got, want["logits"])]
+            states, worst = session._state.on_host().layers, [relative(got, want["logits"])]
             for key in (key for key in want.files if "." in key):
                 memory, layer = key.split(".")
                 worst.append(relative(memory_of(states[int(layer)], memory, want[key].shape), want[key]))

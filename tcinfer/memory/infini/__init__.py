@@ -59,19 +59,9 @@ def wire(net: Net, q: Rows, k: Rows, v: Rows, h: Rows, into: Rows | None) -> Row
     delta = net.layer.options.rule == "delta"
     fq, fk, retrieve, norm = net.call(FEATURES, q=new.q, k=new.k, z=net.field("z"), **shape, eps=EPS, delta=delta)
     one = net.ones(G)
-    far = net.call(
-        SCAN,
-        **{"field": net.field("M"), "P": 1, **shape, "E": D},
-        q=fq,
-        k=fk,
-        v=new.v,
-        decay=one,
-        rate=one,
-        retrieve=retrieve if delta else None,
-        mix=None,
-        wedge=False,
-        write_first=False,
-    )
+    pairs = {"q": fq, "k": fk, "v": new.v, "decay": one, "rate": one, "retrieve": retrieve if delta else None}
+    plain = {"mix": None, "wedge": False, "write_first": False}
+    far = net.call(SCAN, field=net.field("M"), P=1, **shape, E=D, **pairs, **plain)
     betas = net.weight("infini_beta", (H,))
     net.contributed(lambda: blended(near, far, norm, betas, H, D))
     net.call(BLEND, near=near, far=far, norm=norm, betas=betas, H=H, D=D)

@@ -121,23 +121,12 @@ def wire(net: Net, q: Rows, k: Rows, v: Rows, h: Rows, into: Rows | None) -> Row
     queries = new.q if o.rope else q
     if o.normalize_q:
         queries = net.call(UNIT, x=queries, heads=H, width=D)
-    wk, wv, decay, rate = net.call(
-        WRITES,
-        **_pairs(net, new, terms),
-        G=G,
-        D=D,
-        window=layer.window,
-        sinks=layer.sinks,
-        timescales=o.timescales,
-        slots=o.slots,
-        normalize=o.normalize_k,
-        value_scale=o.value_scale,
-        temperature=o.router_temperature,
-        **_back(net),
-        **{name: net.weight(f"tc_{name[:-1]}", (o.timescales, G)) for name in ("decays", "rates")},
-        slot_keys=slot_keys,
-        route=queries if o.slots > 1 and o.write_route == "q" else None,
-    )
+    pairs = _pairs(net, new, terms) | _back(net) | {"normalize": o.normalize_k, "value_scale": o.value_scale}
+    sizes = {"G": G, "D": D, "window": layer.window, "sinks": layer.sinks, "timescales": o.timescales, "slots": o.slots}
+    steady = {name: net.weight(f"tc_{name[:-1]}", (o.timescales, G)) for name in ("decays", "rates")}
+    by = queries if o.slots > 1 and o.write_route == "q" else None
+    route = {"route": by, "slot_keys": slot_keys, "temperature": o.router_temperature}
+    wk, wv, decay, rate = net.call(WRITES, **pairs, **sizes, **steady, **route)
     mix = None
     if planes > 1:
         alpha = net.weight("tc_alpha", (G,)) if o.two_timescales else None
