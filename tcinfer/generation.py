@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -66,24 +67,25 @@ class Generation:
             raise TcinferError(f"stop_ids and logit_bias: {e}") from None
         self._stops, self._banned = strings("stop strings", stop), strings("banned strings", banned)
         self._ids = self._prompt_ids(prompt)
-        if np.size(self._ids):
-            session._check(self._ids)
-        elif session.logits is None:
+        if not self._ids.size and session.logits is None:
             raise TcinferError("there is nothing to go on from: give a prompt")
 
-    def _prompt_ids(self, prompt: str | ArrayLike | None) -> ArrayLike:
+    def _prompt_ids(self, prompt: str | ArrayLike | None) -> NDArray[np.int64]:
         tokenizer, at = self._session.model.tokenizer, self._session.position
         bos = at == 0 and tokenizer.add_bos
         if isinstance(prompt, str):
-            return tokenizer.encode(prompt, bos=bos, continues=at > 0)
-        if prompt is not None:
-            return prompt
-        return [tokenizer.bos_id] if bos and tokenizer.bos_id is not None else []
+            prompt = tokenizer.encode(prompt, bos=bos, continues=at > 0)
+        elif prompt is None:
+            prompt = [tokenizer.bos_id] if bos and tokenizer.bos_id is not None else []
+        with suppress(ValueError):  # a list of lists, which `_check` names
+            if not np.size(prompt):
+                return np.empty(0, np.int64)
+        return self._session._check(prompt)
 
     def pieces(self, progress: Progress | None) -> Iterator[Piece]:
         """Feed the prompt, then a Piece for each token chosen."""
         session, tokenizer = self._session, self._session.model.tokenizer
-        if np.size(self._ids):
+        if self._ids.size:
             session.feed(self._ids, progress=progress)
         if session.draws is None or self._how.seed >= 0:
             session.draws = self._how.draws()

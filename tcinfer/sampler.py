@@ -6,7 +6,7 @@ import math
 import operator
 import re
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -148,13 +148,15 @@ def _all_ids(V: int) -> NDArray[np.int64]:
     return ids
 
 
-def breaker_ids(tokenizer: Tokenizer, texts: Sequence[str], rows: int) -> NDArray[np.bool_]:
+@lru_cache(8)
+def breaker_ids(tokenizer: Tokenizer, texts: tuple[str, ...], rows: int) -> NDArray[np.bool_]:
     """DRY's sequence breakers: which of the model's ids hold one of the texts; bool [rows]."""
     breaks = np.zeros(rows, bool)
     if texts:
         holds = re.compile(b"|".join(re.escape(text.encode("utf-8", "replace")) for text in texts)).search
         for token in range(min(rows, tokenizer.vocab_size)):
             breaks[token] = holds(_bytes(tokenizer, token)) is not None
+    breaks.flags.writeable = False
     return breaks
 
 

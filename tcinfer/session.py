@@ -53,8 +53,9 @@ class Session:
     def __init__(self, model: Model, past: Snapshot | None = None) -> None:
         """Called by `model.session()`, at position 0, and by `fork` and `load_session` with a past to go on from."""
         self.model = model
-        self.reset()
-        if past is not None:
+        if past is None:
+            self.reset()
+        else:
             self.restore(past)
 
     @property
@@ -158,7 +159,8 @@ class Session:
 
     def fork(self) -> Session:
         """Another session with the same past; from here on the two never influence each other."""
-        return Session(self.model, self.snapshot())
+        self._check_whole()
+        return Session(self.model, Snapshot(self.model, self._state, self.logits, self._ring, self.draws))  # it copies
 
     def reset(self) -> None:
         """Forget everything: position 0, as new."""
@@ -277,16 +279,22 @@ def _copy(draws: Draws | None) -> Draws | None:
 
 def step_many(model: Model, sessions: Sequence[Session], tokens: ArrayLike, sampling: Sampling | None) -> NDArray:
     """See Model.step_many."""
-    from tcinfer.sampler import NOT_FINITE, sample
+    from tcinfer.sampler import NOT_FINITE, breaker_ids, sample
 
-    sessions = list(sessions)
+    sessions, breaks = list(sessions), None
     if not all(isinstance(s, Session) and s.model is model for s in sessions):
         raise TcinferError("step_many takes sessions of this model, as it was loaded")
     if len({id(s) for s in sessions}) < len(sessions):
         raise TcinferError("step_many takes each session once: their tokens are independent of each other")
-    if np.shape(tokens) != (len(sessions),) or not sessions:
-        raise TcinferError(f"step_many takes one token for each of at least one session, not {np.shape(tokens)} tokens")
+    if not sessions:
+        raise TcinferError("step_many takes at least one session")
     ids = sessions[0]._check_ids(tokens)
+    if len(ids) != len(sessions):
+        raise TcinferError(f"step_many takes one token for each session, not {len(ids)} for {len(sessions)}")
+    if sampling is not None and sampling.logit_bias:
+        sessions[0]._check_ids([token for token, _ in sampling.logit_bias])
+    if sampling is not None and sampling.dry_multiplier:
+        breaks = breaker_ids(model.tokenizer, sampling.dry_sequence_breakers, model.config.vocab_size)
     for session in sessions:
         session._check_fits(1)
     engine = model.engine
@@ -317,7 +325,7 @@ def step_many(model: Model, sessions: Sequence[Session], tokens: ArrayLike, samp
                 out[a + i] = chosen[i]
             else:
                 assert session.draws is not None
-                out[a + i] = sample(row.fetch(), sampling, session.draws, session.recent)
+                out[a + i] = sample(row.fetch(), sampling, session.draws, session.recent, None, breaks)
     return out
 
 

@@ -46,7 +46,7 @@ def logits(path: Path, backend: str = "numpy") -> np.ndarray:
 
 
 def converted(source: Path, out: Path, *options: str) -> Path:
-    done = command("convert", source, "-o", out, "--outtype", "f32", "--no-verify", *options)
+    done = command("convert", source, "-o", out, "--outtype", "F32", "--no-verify", *options)
     assert done.status == 0, done.err
     return out
 
@@ -317,7 +317,7 @@ def test_checkpoint_that_is_none(path: str, tmp_path: Path) -> None:
 
 
 def test_unknown_outtype() -> None:
-    assert "is not one of f32, f16" in refused(command("convert", "c.pt", "--outtype", "q2_k"))
+    assert "must be one of f32, f16" in refused(command("convert", "c.pt", "--outtype", "q2_k"))
 
 
 def full_disk() -> None:

@@ -122,7 +122,7 @@ def test_a_token_that_one_session_cannot_take_changes_none(backend: str) -> None
     for sessions, tokens, says in (
         ([a, b], [1, 50], "id 50"),
         ([a, b], [1], "one token for each"),
-        ([a, b], [[1], [2]], "one token for each"),
+        ([a, b], [[1], [2]], "flat list"),
         ([a, b], [1.0, 2.0], "whole numbers"),
         ([], [], "at least one session"),
         ([a, a], [1, 2], "each session once"),

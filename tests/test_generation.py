@@ -7,6 +7,7 @@ import math
 import re
 import signal
 import string
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from tcinfer.constraint import Constraint
 from tcinfer.engine import compiled
 from tcinfer.errors import TcinferError
 from tcinfer.model import Model
+from tcinfer.sampling import Sampling
 from tcinfer.session import RECENT, Session
 
 PROMPT = "ROMEO:\n"
@@ -435,3 +437,41 @@ def test_a_ban_of_nearly_everything_takes_no_minutes(smol: Model) -> None:
     """All that is left of 49,152 tokens are those without ASCII."""
     got = text(smol.session(), "Once upon", max_tokens=3, banned=[*string.printable])
     assert not set(got) & set(string.printable)
+
+
+# Many at once
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_many_are_stepped_as_each_would_write(way: str, shakespeare: Model) -> None:
+    """With breakers of DRY that the text is full of: without them it would be another one."""
+    how = Sampling(**{"seed": 5} | WAYS[way], dry_sequence_breakers=(" ", "e"))
+    prompts = [shakespeare.tokenizer.encode(text) for text in (PROMPT, "the king and the queen and the k")]
+    want = [ids(shakespeare.session(), 20, prompt=prompt, sampling=how) for prompt in prompts]
+    if way == "DRY":
+        other = replace(how, dry_sequence_breakers=())
+        assert want != [ids(shakespeare.session(), 20, prompt=prompt, sampling=other) for prompt in prompts]
+    sessions = [shakespeare.session() for _ in prompts]
+    for session, prompt in zip(sessions, prompts, strict=True):
+        session.feed(prompt[:-1])
+    tokens, got = [prompt[-1] for prompt in prompts], []
+    for _ in range(20):
+        tokens = shakespeare.step_many(sessions, tokens, how).tolist()
+        got.append(tokens)
+    assert np.array(got).T.tolist() == want
+
+
+def test_a_bias_of_no_id_is_refused_before_any_session_moves_on(shakespeare: Model) -> None:
+    sessions = [shakespeare.session() for _ in range(2)]
+    with pytest.raises(TcinferError, match="outside the vocabulary"):
+        shakespeare.step_many(sessions, [1, 2], Sampling(logit_bias={10**6: 1.0}))
+    assert [session.position for session in sessions] == [0, 0]
+
+
+@pytest.mark.parametrize("prompt", [[[1], [2, 3]], [[1, 2]], [None], {}, object()])
+def test_a_prompt_that_is_no_list_of_ids_is_refused(prompt: Any, shakespeare: Model) -> None:
+    session = shakespeare.session()
+    with pytest.raises(TcinferError, match="ids must be"):
+        session.generate(prompt)
+    with pytest.raises(TcinferError, match="ids must be"):
+        shakespeare.step_many([session], prompt)

@@ -250,7 +250,7 @@ def test_a_file_is_never_its_own_output(how: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["q9_0", "q4_k", "", "f8", "q8_0 "])
 def test_unknown_types(kind: str, tmp_path: Path) -> None:
     line = refused(command("quantize", bundled(), tmp_path / "out.gguf", kind))
-    assert "is not one of f32, f16, bf16, q8_0" in line
+    assert "must be one of f32, f16, bf16, q8_0" in line
     assert not list(tmp_path.iterdir())
 
 

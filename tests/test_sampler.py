@@ -405,11 +405,19 @@ def test_words_that_are_no_draws_are_refused() -> None:
 def test_breakers_are_tokens_that_hold_one_of_the_texts() -> None:
     model = tcinfer.load(SHAKESPEARE)
     tokenizer, rows = model.tokenizer, model.config.vocab_size
-    breaks = breaker_ids(tokenizer, ["\n", ":", "xyz"], rows + 5)
+    breaks = breaker_ids(
+        tokenizer,
+        (
+            "\n",
+            ":",
+            "xyz",
+        ),
+        rows + 5,
+    )
     assert breaks.tolist() == [i < rows and tokenizer.decode([i]) in ("\n", ":") for i in range(rows + 5)]
     assert not breaker_ids(tokenizer, (), rows).any()
-    assert breaker_ids(tokenizer, ["\n"], 1).tolist() == [True]
-    assert not breaker_ids(from_metadata({}, 9), ["\n"], 9).any()  # a file without a tokenizer
+    assert breaker_ids(tokenizer, ("\n",), 1).tolist() == [True]
+    assert not breaker_ids(from_metadata({}, 9), ("\n",), 9).any()  # a file without a tokenizer
 
 
 def test_breakers_where_tokens_have_no_bytes_of_their_own() -> None:
@@ -420,7 +428,14 @@ def test_breakers_where_tokens_have_no_bytes_of_their_own() -> None:
         def decode(self, ids: Any) -> str:
             return ["a", "b:", "c"][next(iter(ids))]
 
-    assert breaker_ids(Words({}, 3, 4), [":", "\n"], 4).tolist() == [False, True, False, False]
+    assert breaker_ids(
+        Words({}, 3, 4),
+        (
+            ":",
+            "\n",
+        ),
+        4,
+    ).tolist() == [False, True, False, False]
 
 
 def test_breakers_of_a_large_vocabulary() -> None:

@@ -65,8 +65,13 @@ def read(values: dict[str, Any], get: Callable[[str, Any], Any]) -> None:
     _layers(values, local if values["window"] else (False,) * count, get("rope.freq_base_swa", LOCAL_BASE))
     values["softcap"] = get("final_logit_softcapping", 0.0)
     if count == LAYERS_OF_27B:
-        check_count("attention.head_count", values["n_heads"], 1)
-        values["attention_scale"] = 1 / math.sqrt(values["d_model"] // values["n_heads"])
+        values["attention_scale"] = 1 / math.sqrt(_width(values))
+
+
+def _width(values: dict[str, Any]) -> int:
+    """Of a head, if heads divided the model's width among them."""
+    check_count("n_heads", values["n_heads"], 1, values["d_model"])
+    return values["d_model"] // values["n_heads"]
 
 
 def _layers(values: dict[str, Any], local: tuple[bool, ...], base: float) -> None:
@@ -115,12 +120,14 @@ def from_hugging_face(hf: dict[str, Any], values: dict[str, Any]) -> None:
         )
     values["window"] = hf.get("sliding_window", 4096) or 0
     _layers(values, tuple(kind == llama.ATTENTIONS[0] for kind in kinds), _local_base(hf))
-    values["softcap"] = float(hf.get("final_logit_softcapping") or 0.0)
+    cap = hf.get("final_logit_softcapping") or 0.0
+    check_number("final_logit_softcapping", cap, 0.0)
+    values["softcap"] = float(cap)
     for key in ("attn_logit_softcapping", "use_bidirectional_attention", "attention_bias"):
         if hf.get(key):
             raise FileError(f"{key} in config.json is not supported")
     # a file has no key for it: what it is follows from the model's size
-    width = values["d_model"] // values["n_heads"] if count == LAYERS_OF_27B else values["head_dim"]
+    width = _width(values) if count == LAYERS_OF_27B else values["head_dim"]
     if hf.get("query_pre_attn_scalar", 256) != width:
         raise FileError(f"query_pre_attn_scalar in config.json must be {width} in a model of this shape")
     if count == LAYERS_OF_27B:

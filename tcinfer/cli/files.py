@@ -11,6 +11,7 @@ import click
 
 from tcinfer.cli.console import one_line, say, terminated
 from tcinfer.cli.options import CACHE_TYPE, MEMORY, together
+from tcinfer.config import check_choice
 from tcinfer.errors import TcinferError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def convert(
     verify: bool | None,
 ) -> None:
     """Convert a checkpoint (ckpt.pt, a Hugging Face folder, or GGUF) to GGUF. Needs no PyTorch."""
-    _check_type("--outtype", outtype)
+    outtype = _type("--outtype", outtype)
     path = Path(checkpoint)
     name = path.resolve().name if os.path.isdir(path) else path.stem
     for option, given in (("-o", output), ("--tokenizer", tokenizer), ("--chat-template", chat_template)):
@@ -69,18 +70,17 @@ def quantize(source: str, output: str, outtype: str, verify: bool | None) -> Non
     f32, the tokenizer, the chat template. Files in q4_k, q5_k and q6_k can be read; what an earlier type has lost does
     not come back.
     """
-    outtype = outtype.lower()
-    _check_type("TYPE", outtype)
+    outtype = _type("TYPE", outtype)
     out = Path(output)
     model, written, _ = _convert(Path(source), out, outtype, None, verify, "gguf_file")
     _conclude(out, outtype, model, written, "the original")
 
 
-def _check_type(what: str, outtype: str) -> None:
+def _type(what: str, outtype: str) -> str:
     from tcinfer.converters.write import OUTTYPES
 
-    if outtype not in OUTTYPES:
-        raise TcinferError(f"{what} {outtype!r} is not one of {', '.join(OUTTYPES)}")
+    check_choice(what, outtype.lower(), tuple(OUTTYPES))
+    return outtype.lower()
 
 
 def _convert(
