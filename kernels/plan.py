@@ -6,8 +6,7 @@ written: where that is so a barrier stands, computed here from what operators re
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -34,28 +33,15 @@ from tcinfer.kernels.operators import Argument, Operator
     EACH,  # bytes from one thread's to the next
     PASS,
 ) = range(16)
-WORDS = {
-    "kind": KIND_OF_PASS,
-    "rows": ROWS,
-    "ids": IDS,
-    "sequence_of": SEQUENCE_OF,
-    "sequences": SEQUENCES,
-    "table": TABLE,
-    "out_first": OUT_FIRST,
-    "out_rows": OUT_ROWS,
-    "logits": LOGITS,
-    "splits": SPLITS,
-    "parts": PARTS,
-    "gathered": GATHERED,
-    "keys": KEYS,
-}
+NAMES = "kind rows ids sequence_of sequences table out_first out_rows logits splits parts gathered keys"  # as above
+WORDS = {name: number for number, name in enumerate(NAMES.split())}
 SEQUENCE = 4
 FIELDS, FIRST, ROW, COUNT = range(SEQUENCE)  # of a sequence: its state's addresses, position, first row, rows
 ONE, FEW, PROMPT, SESSIONS = 1, 2, 4, 8  # kinds of pass: one token; a few of a sequence; more; one each of many
 ALWAYS = ONE | FEW | PROMPT | SESSIONS
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 Made = TypeVar("Made")
-Conflict = tuple[bool, bool]  # whether two steps need a barrier between them, and whether a block's own will do
+NONE, BLOCK, GRID = range(3)  # what stands between two steps: nothing, a barrier of each GPU block for itself, of all
 
 
 class Geometry(NamedTuple):
@@ -69,11 +55,6 @@ class Geometry(NamedTuple):
     half: bool  # the ring's elements are float16, and else float32
     interleaved: bool  # which channels make a rotated pair: neighbours, or the two halves
     turned: int  # channels of a head that rotate, the first ones
-
-    @property
-    def size(self) -> int:
-        """Bytes of an element of the ring."""
-        return 2 if self.half else 4
 
 
 class Step:
@@ -122,10 +103,11 @@ class Step:
 class Rows:
     """A matrix of the pass, one row a token; float32 unless it is told to hold halves."""
 
-    def __init__(self, plan: Plan, columns: int, half: bool = False) -> None:
+    def __init__(self, plan: Plan, columns: int, half: bool = False, address: int | None = None) -> None:
+        """address: where they lie already; None: in memory that the plan gives them."""
         self.plan, self.columns, self.half = plan, columns, half
         self.stride = (2 if half else 4) * columns  # bytes
-        self.address = plan.room(plan.capacity * self.stride)
+        self.address = plan.room(plan.capacity * self.stride) if address is None else address
 
 
 class Plan:
@@ -172,8 +154,12 @@ class Plan:
         finally:
             self._rooms = rooms
 
-    def rows(self, columns: int, half: bool = False) -> Rows:
-        return Rows(self, columns, half)
+    def rows(self, columns: int, half: bool = False, address: int | None = None) -> Rows:
+        return Rows(self, columns, half, address)
+
+    def ones(self, columns: int) -> Rows:
+        """Rows of ones, which nobody writes."""
+        return self.rows(columns, address=self.keep(np.ones((self.capacity, columns), np.float32)))
 
     def step(self, operator: Operator, kind: str = "", when: int = ALWAYS, **arguments: Any) -> Step:
         """Append a step. Arguments are numbers, addresses, Rows, arrays to keep, or None for what is not asked for.
@@ -183,7 +169,7 @@ class Plan:
         operator.check(arguments)
         numbers = {a.name for a in operator.arguments if a.number}
         words = {
-            name: as_words([float(value or 0)])[0] if name in numbers else self._word(value)
+            name: as_word(float(value or 0)) if name in numbers else self._word(value)
             for name, value in arguments.items()
         }
         self.steps.append(Step(operator, kind, words, when))
@@ -218,10 +204,10 @@ class Plan:
         assert not isinstance(value, float), "mark it as a number in the table"
         return int(getattr(value, "address", value))
 
-    def conflict(self, first: Step, second: Step) -> Conflict:
-        """Whether the second of two steps must wait for the first, and whether a barrier of each block would do."""
+    def conflict(self, first: Step, second: Step) -> int:
+        """What must stand between two steps: NONE, BLOCK or GRID."""
         (reads, writes), (reads_too, writes_too) = first.touched(), second.touched()
-        return bool(writes & (reads_too | writes_too) or reads & writes_too), False
+        return GRID if writes & (reads_too | writes_too) or reads & writes_too else NONE
 
 
 def barriers(plan: Plan, steps: Sequence[Step]) -> list[int]:
@@ -233,26 +219,15 @@ def barriers(plan: Plan, steps: Sequence[Step]) -> list[int]:
     out = [NONE] * len(steps)
     since_grid = since_block = 0  # steps that no such barrier has been put behind
     for j, step in enumerate(steps):
-        need = NONE
-        for i in range(since_grid, j):
-            clash, local = plan.conflict(steps[i], step)
-            if clash and not local:
-                need = GRID
-                break
-            if clash and i >= since_block:
-                need = BLOCK
-        if need == GRID:
-            since_grid = since_block = j
-        elif need == BLOCK:
-            since_block = j
+        found = ((i, plan.conflict(steps[i], step)) for i in range(since_grid, j))
+        need = max((what for i, what in found if what == GRID or i >= since_block), default=NONE)
         if need:
-            out[j - 1] = need
+            out[j - 1], since_block = need, j
+        if need == GRID:
+            since_grid = j
     return out
 
 
-NONE, BLOCK, GRID = range(3)
-
-
-def as_words(arguments: Iterable[int | float]) -> list[int]:
-    """Arguments as int64: of a float64 its bits (kernels take them back by `number`)."""
-    return [struct.unpack("<q", struct.pack("<d", x))[0] if isinstance(x, float) else int(x) for x in arguments]
+def as_word(number: float) -> int:
+    """The bits of a float64 as an int64 (kernels take them back by `number`)."""
+    return int(np.float64(number).view(np.int64))

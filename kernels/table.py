@@ -7,6 +7,7 @@ into which its recorder takes apart what a block is made of (embedding, norm, pr
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from tcinfer.kernels.operators import Operator
 from tcinfer.kernels.reference import matrix_memory, pointwise, ring, rotary
@@ -166,24 +167,9 @@ def _linear_many(more: str) -> Operator:
 
 LINEAR_ONE, HEAD_ONE = _linear_one(""), _linear_one(" %logits>")
 LINEAR_MANY, HEAD_MANY = _linear_many(""), _linear_many(" %logits>")
-ATTEND_ROWS = Operator(
-    "attend_rows",
-    ATTENTION,
-    "attention",
-    forms="ring",
-    by_head=True,
-    shared=_attention_room,
-    beside=("insert",),
-)
-ATTEND_SPLITS = Operator(
-    "attend_splits",
-    ATTENTION,
-    "attention",
-    launch="one",
-    forms="ring",
-    shared=_attention_room,
-    beside=("insert",),
-)
+by_rows: dict[str, Any] = {"forms": "ring", "shared": _attention_room, "beside": ("insert",)}
+ATTEND_ROWS = Operator("attend_rows", ATTENTION, "attention", by_head=True, **by_rows)
+ATTEND_SPLITS = Operator("attend_splits", ATTENTION, "attention", launch="one", **by_rows)
 ATTEND_MANY = Operator("attend_many", ATTENTION, "attention_many", launch="many", shared=_attend_many_room, large=True)
 COMBINE_SPLITS = Operator("combine", "parts< out> stride H D splits", "attention", launch="one")
 LEADERS = Operator("leaders", "vocabulary %logits< leaders>", "sampling", launch="one")

@@ -21,7 +21,7 @@ from tcinfer.kernels.cpu.jit import OPERATORS as COMPILED
 from tcinfer.kernels.cpu.plan import module_of
 from tcinfer.kernels.cpu.threads import WAIT, WHEN
 from tcinfer.kernels.operators import Operator
-from tcinfer.kernels.plan import ALWAYS, FEW, ONE, PROMPT, SESSIONS, Plan, Step, as_words
+from tcinfer.kernels.plan import ALWAYS, FEW, ONE, PROMPT, SESSIONS, Plan, Step, as_word
 from tcinfer.model import Model
 
 KINDS = (ONE, FEW, PROMPT, SESSIONS)
@@ -38,7 +38,7 @@ IDS = np.random.default_rng(3).integers(0, 50, 60)
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda o: f"{o.name}-{len(o.names)}")
 def test_a_step_takes_its_operators_arguments_and_no_others(operator: Operator) -> None:
     given = dict.fromkeys(operator.names, 1)
-    words = [as_words([1.0])[0] if a.number else 1 for a in operator.arguments]
+    words = [as_word(1.0) if a.number else 1 for a in operator.arguments]
     assert Plan(1).step(operator, **given).words() == words
     for name in operator.names:
         with pytest.raises(TypeError, match=rf"{operator.name}: missing \['{name}'\], unknown \[\]"):

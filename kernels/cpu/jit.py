@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numba
@@ -26,6 +27,7 @@ from tcinfer.kernels.cpu.simd import FAST
 
 UNUSED = 30 * 24 * 3600  # seconds after which another version's machine code may go
 FASTMATH = set(FAST)
+_making = Lock()  # a cache: threads may load models side by side
 
 
 @cache
@@ -103,11 +105,12 @@ def _cached(dispatcher: Any, function: Callable, name: str) -> None:
     if folder is None:
         return
     config: Any = numba.core.config
-    before, config.CACHE_DIR = config.CACHE_DIR, str(folder)  # read by the cache's maker, and only here
-    try:
-        dispatcher._cache = _Cache(function, name)
-    finally:
-        config.CACHE_DIR = before
+    with _making:
+        before, config.CACHE_DIR = config.CACHE_DIR, str(folder)  # read by the cache's maker, and only here
+        try:
+            dispatcher._cache = _Cache(function, name)
+        finally:
+            config.CACHE_DIR = before
 
 
 def compiled(function: Callable) -> Any:

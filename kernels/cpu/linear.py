@@ -175,24 +175,11 @@ def linear(
     """
     outputs, columns = w.shape
     assert columns == x.columns
-    packed = w.kind in PACKINGS
-    if packed and not head:
-        quantised(plan, x)
-    y = into or (Rows(plan, 0 if head else outputs))
-    y_stride = 4 * outputs if head else y.stride
-    plan.step(
-        CPU_HEAD if head else CPU_LINEAR,
-        w.kind.name,
-        w=w.data,
-        x=quantised_twice(plan, x) if packed and head else x.bytes if packed else x,
-        stride=x.bytes_stride if packed else x.stride,
-        columns=columns,
-        outputs=outputs,
-        y=y,
-        y_stride=y_stride,
-        bias=bias,
-        gate=gate,
-        add=into is not None,
-        head=head,
-    )
+    y = into or Rows(plan, 0 if head else outputs)
+    read: dict[str, Any] = {"x": x, "stride": x.stride}
+    if w.kind in PACKINGS:
+        read = {"x": (quantised_twice if head else quantised)(plan, x), "stride": x.bytes_stride}
+    read |= {"w": w.data, "columns": columns, "outputs": outputs, "bias": bias, "gate": gate}
+    to: dict[str, Any] = {"y": y, "y_stride": 4 * outputs if head else y.stride, "add": into is not None}
+    plan.step(CPU_HEAD if head else CPU_LINEAR, w.kind.name, **read, **to, head=head)
     return y

@@ -25,15 +25,11 @@ KINDS = tuple(1 << i for i in range(ALWAYS.bit_length()))
 class Rows(neutral.Rows):
     """Rows that packed weights can be multiplied with.  `bytes`: the same quantised, if asked for."""
 
-    def __init__(self, plan: Plan, columns: int, half: bool = False) -> None:
-        super().__init__(plan, columns, half)
+    def __init__(self, plan: Plan, columns: int, half: bool = False, address: int | None = None) -> None:
+        super().__init__(plan, columns, half, address)
         self.maker: Step | None = None  # that can quantise, where its argument `out` asks it to
-        self._bytes = 0
-
-    @property
-    def bytes(self) -> int:
-        """Address of int8 [columns], then 4 float32 for each 32 of them; `bytes_stride` apart. 0: not made yet."""
-        return self._bytes
+        # address of int8 [columns], then 4 float32 for each 32 of them; `bytes_stride` apart; 0: not made yet
+        self.bytes = 0
 
     @property
     def bytes_stride(self) -> int:
@@ -41,21 +37,13 @@ class Rows(neutral.Rows):
 
     def want_bytes(self) -> bool:
         """Make room for the quantised rows; whether a step of its own has to fill it."""
-        if self._bytes:
+        if self.bytes:
             return False
-        self._bytes = self.plan.room(self.plan.capacity * self.bytes_stride)
+        self.bytes = self.plan.room(self.plan.capacity * self.bytes_stride)
         if self.maker is None:
             return True
-        self.maker.change("out", self._bytes)
+        self.maker.change("out", self.bytes)
         return False
-
-
-class Ones(Rows):
-    """Rows of ones, which nobody writes."""
-
-    def __init__(self, plan: Plan, columns: int) -> None:
-        self.plan, self.columns, self.half, self.stride, self.maker = plan, columns, False, 4 * columns, None
-        self.address = plan.keep(np.ones((plan.capacity, columns), np.float32))
 
 
 class Plan(neutral.Plan):
@@ -80,11 +68,8 @@ class Plan(neutral.Plan):
         self.kept.append(array)
         return int(array.ctypes.data)
 
-    def rows(self, columns: int, half: bool = False) -> Rows:
-        return Rows(self, columns, half)
-
-    def ones(self, columns: int) -> Rows:
-        return Ones(self, columns)
+    def rows(self, columns: int, half: bool = False, address: int | None = None) -> Rows:
+        return Rows(self, columns, half, address)
 
     def finish(self) -> None:
         """Compile what is not compiled yet, put the barriers, and fix the steps."""

@@ -123,10 +123,11 @@ def quantised_twice(plan: Plan, x: Rows) -> int:
     return out
 
 
-def quantised(plan: Plan, x: Rows) -> None:
-    """See to it that x.bytes is there."""
+def quantised(plan: Plan, x: Rows) -> int:
+    """Address of x quantised to bytes, x.bytes, made if it is not there."""
     if x.want_bytes():
         plan.step(QUANTISE, x=x, stride=x.stride, columns=x.columns, out=x.bytes, out_stride=x.bytes_stride)
+    return x.bytes
 
 
 @operator
@@ -158,19 +159,9 @@ def _norm(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
 def norm(plan: Plan, x: Rows, weight: NDArray, bias: NDArray | None, eps: float, layer: bool) -> Rows:
     """RMS norm, or layer norm with its mean and its bias."""
     y = Rows(plan, x.columns)
-    y.maker = plan.step(
-        CPU_NORM,
-        x=x,
-        columns=x.columns,
-        y=y,
-        stride=y.stride,
-        weight=weight,
-        bias=bias,
-        eps=eps,
-        layer=layer,
-        out=None,
-        out_stride=y.bytes_stride,
-    )
+    rows: dict[str, Any] = {"x": x, "columns": x.columns, "y": y, "stride": y.stride}
+    to: dict[str, Any] = {"out": None, "out_stride": y.bytes_stride}
+    y.maker = plan.step(CPU_NORM, **rows, **to, weight=weight, bias=bias, eps=eps, layer=layer)
     return y
 
 
@@ -193,16 +184,9 @@ def _gated(a, p, thread, threads, taken):  # type: ignore[no-untyped-def]
 
 def gated(plan: Plan, gate: Rows, up: Rows, activation: str) -> Rows:
     """act(gate) · up, in place of up; activation: "silu" or "gelu_tanh"."""
-    up.maker = plan.step(
-        CPU_GATED,
-        gate=gate,
-        up=up,
-        columns=up.columns,
-        stride=up.stride,
-        out=None,
-        out_stride=up.bytes_stride,
-        tanh=activation == "gelu_tanh",
-    )
+    rows: dict[str, Any] = {"gate": gate, "up": up, "columns": up.columns, "stride": up.stride}
+    to: dict[str, Any] = {"out": None, "out_stride": up.bytes_stride}
+    up.maker = plan.step(CPU_GATED, **rows, **to, tanh=activation == "gelu_tanh")
     return up
 
 

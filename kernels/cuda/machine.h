@@ -1,5 +1,5 @@
 // What operators ask of the machine: numbers of 16 bits, sums over a warp, tensor cores, barriers. Inline PTX stands
-// here and nowhere else; host.h gives the same names on a CPU, where tests run the operators thread by thread.
+// here and nowhere else; tests/gpu/host.h gives the same names on a CPU, where tests run the operators thread by thread.
 #ifndef HOST
 
 typedef long long int64;

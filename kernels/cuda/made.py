@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from tcinfer.kernels.cuda.program import MERGED_PARTS, PLAIN
 from tcinfer.kernels.plan import ONE, Plan, Rows
 from tcinfer.kernels.table import COMBINE_SPLITS, PREPARE
@@ -42,14 +40,8 @@ class Parts(Rows):
         self.plan, self.columns, self.half, self.stride = plain.plan, plain.columns, False, plain.stride
         self.plain = plain
         self.words: Words = MERGED_PARTS, parts, D, plain.columns, splits, 0, 0
-        self._combine: dict[str, Any] = {
-            "parts": parts,
-            "out": plain,
-            "stride": plain.stride,
-            "H": heads,
-            "D": D,
-            "splits": splits,
-        }
+        to = {"out": plain, "stride": plain.stride}
+        self._combine: dict[str, Any] = {"parts": parts, **to, "H": heads, "D": D, "splits": splits}
 
     @property
     def address(self) -> int:  # type: ignore[override]
@@ -57,14 +49,6 @@ class Parts(Rows):
             self.plan.step(COMBINE_SPLITS, when=ONE, **self._combine)
             self.words, self._combine = (PLAIN, self.plain.address, self.stride, self.columns, 0, 0, 0), {}
         return self.plain.address
-
-
-class Ones(Rows):
-    """Rows of ones, which nobody writes."""
-
-    def __init__(self, plan: Plan, columns: int) -> None:
-        self.plan, self.columns, self.half, self.stride = plan, columns, False, 4 * columns
-        self.address = plan.keep(np.ones((plan.capacity, columns), np.float32))
 
 
 def made_of(x: Rows) -> Words:

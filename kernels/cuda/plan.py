@@ -36,7 +36,7 @@ from tcinfer.kernels.cuda.program import (
 )
 from tcinfer.kernels.errors import UnavailableError
 from tcinfer.kernels.operators import Operator
-from tcinfer.kernels.plan import ALWAYS, FEW, ONE, PROMPT, SESSIONS, WORDS, Conflict, Step, barriers
+from tcinfer.kernels.plan import ALWAYS, BLOCK, FEW, GRID, NONE, ONE, PROMPT, SESSIONS, WORDS, Step, barriers
 from tcinfer.kernels.table import GPU_PUSH, INSERT, PUSH
 
 BLOCKS = 4  # of a launch, for each multiprocessor
@@ -92,12 +92,13 @@ class Plan(neutral.Plan):
             when &= ~(FEW | PROMPT)
         return super().step(operator, kind, when, **arguments)
 
-    def conflict(self, first: Step, second: Step) -> Conflict:
+    def conflict(self, first: Step, second: Step) -> int:
         """As of any plan, but a token's row is alone (see `beside` in kernels/operators.py), and a block's own barrier
         is enough between steps that treat the same heads by themselves."""
         if first.operator.name in second.operator.beside or second.operator.name in first.operator.beside:
-            return False, False
-        return super().conflict(first, second)[0], first.operator.by_head and second.operator.by_head
+            return NONE
+        most = BLOCK if first.operator.by_head and second.operator.by_head else GRID
+        return min(super().conflict(first, second), most)
 
     def _push_into_rings(self) -> None:
         """In a token's pass `push` does what `insert` would do, where only attention needs the ring in between."""
@@ -225,12 +226,8 @@ class Pass:
     """
 
     def __init__(self, rows: int, sequences: int, key_heads: int, address: int = 0) -> None:
-        shapes = {
-            "how": (rows, HOW_MANY),
-            "table": (sequences, neutral.SEQUENCE),
-            "ids": (rows,),
-            "sequence_of": (rows,),
-        }
+        one, table = (rows,), (sequences, neutral.SEQUENCE)
+        shapes = {"how": (rows, HOW_MANY), "table": table, "ids": one, "sequence_of": one}
         ends = np.cumsum([PASS, *(math.prod(shape) for shape in shapes.values())])
         self.data: NDArray[np.int64] = np.zeros(int(ends[-1]), np.int64)
         parts = [

@@ -16,8 +16,8 @@ from tcinfer.kernels.cuda.made import MADE, Made, Parts, made_of
 from tcinfer.kernels.cuda.packing import CHUNK_RUNS, TILE_ROWS, packed
 from tcinfer.kernels.cuda.plan import Plan
 from tcinfer.kernels.packing import FLOATS
-from tcinfer.kernels.plan import FEW, NONE, ONE, PROMPT, SESSIONS, Conflict, Rows, Step
-from tcinfer.kernels.reference.quants import Matrix
+from tcinfer.kernels.plan import FEW, GRID, NONE, ONE, PROMPT, SESSIONS, Rows, Step
+from tcinfer.kernels.reference.quants import Matrix, small
 from tcinfer.kernels.table import HEAD_MANY, HEAD_ONE, LINEAR_MANY, LINEAR_ONE, PREPARE
 
 MANY = FEW | PROMPT | SESSIONS
@@ -74,10 +74,7 @@ class Products(Plan):
                     step.change(name, value)
         self._awaited.clear()
 
-    def small(self, values: NDArray[np.float32]) -> Matrix:
-        """A float32 matrix [rows, columns] as products read it."""
-        data = np.ascontiguousarray(values).view(np.uint8).reshape(len(values), -1)
-        return Matrix(data, Kind.F32, (values.shape[0], values.shape[1]))
+    small = staticmethod(small)
 
     def linear(
         self,
@@ -109,18 +106,8 @@ class Products(Plan):
         )
         rows, rows_stride, factors = self._halves(x, w.kind, head)
         many: dict[str, Any] = {"rows": rows, "rows_stride": rows_stride, "factors": factors, "y": address}
-        strides = {"y_stride": stride, "y_2_stride": 0, "y_3_stride": 0}
-        of_many = self.step(
-            HEAD_MANY if head else LINEAR_MANY,
-            w.kind.name,
-            MANY,
-            **matrix,
-            **many,
-            **strides,
-            **after,
-            head=head,
-            columns=columns,
-        )
+        many |= {"y_stride": stride, "y_2_stride": 0, "y_3_stride": 0, "head": head, "columns": columns}
+        of_many = self.step(HEAD_MANY if head else LINEAR_MANY, w.kind.name, MANY, **matrix, **many, **after)
         self.await_((w,), (one, of_many))
         alone = into is not None or gate is not None or head
         self._last = None if alone else Product(product, (w,), (y,), (one, of_many), bias is None, len(self.steps))
@@ -137,12 +124,8 @@ class Products(Plan):
         self._take_back(last)
         part, where = ENDS[len(last.outputs)], ("second", "third")[len(last.outputs) - 1]
         for step, stride in zip(last.steps, (None, y.stride), strict=True):
-            change = {
-                where: first,
-                f"y{part}": y.address,
-                f"bias{part}": self.keep(bias),
-                "outputs": first + w.shape[0],
-            }
+            change = {where: first, f"y{part}": y.address, f"bias{part}": self.keep(bias)}
+            change |= {"outputs": first + w.shape[0]}
             change |= {} if stride is None else {f"y{part}_stride": stride}
             for name, value in change.items():
                 step.change(name, value)
@@ -202,13 +185,12 @@ class Products(Plan):
         self._last = None  # nothing joins it any more
         return True
 
-    def conflict(self, first: Step, second: Step) -> Conflict:
+    def conflict(self, first: Step, second: Step) -> int:
         """As of any plan, but two products side by side that add to the same numbers give each to the same block:
         blocks need not meet between them."""
-        clash, local = super().conflict(first, second)
-        if clash and self.before.get(id(second)) is first and _in_turn(first, second):
-            clash = bool(first.touched()[1] & (second.touched()[0] - {second.arguments["y"]}))
-        return clash, local
+        if self.before.get(id(second)) is first and _in_turn(first, second):
+            return GRID if first.touched()[1] & (second.touched()[0] - {second.arguments["y"]}) else NONE
+        return super().conflict(first, second)
 
     def share(self, steps: Sequence[Step], waits: Sequence[int]) -> None:
         """Which tiles of weights each block has in a token's products, and whether x has been staged before."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from tcinfer.kernels.cuda.made import Made, Ones, Parts
+from tcinfer.kernels.cuda.made import Made, Parts
 from tcinfer.kernels.cuda.products import MANY, PLACE, Products
 from tcinfer.kernels.cuda.program import GEGLU, GELU, LAYER_NORM, MOST_MERGED, PART_END, RMS_NORM, SWIGLU
 from tcinfer.kernels.plan import FEW, ONE, PROMPT, SESSIONS, Geometry, Rows
@@ -25,9 +25,6 @@ LARGEST_HEAD = 256  # that attend_many has room for
 
 class Recorder(Products):
     """A plan of products, and what else a block is made of."""
-
-    def ones(self, columns: int) -> Rows:
-        return Ones(self, columns)
 
     def embed(self, table: Matrix, positions: NDArray | None) -> Rows:
         """The rows of the embedding that the pass's ids name, plus those of learned positions, if there are any."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +20,7 @@ def softmax(x: F32) -> F32:
 
 
 def attention(
-    q: F32,
-    k: F32,
-    v: F32,
-    visible: NDArray[np.bool_] | None = None,
-    sinks: int = 0,
-    q_sinks: F32 | None = None,
+    q: F32, k: F32, v: F32, visible: NDArray[np.bool_] | None = None, sinks: int = 0, q_sinks: F32 | None = None
 ) -> F32:
     """softmax(q kᵀ / √D) v, head by head.
 
@@ -36,20 +32,9 @@ def attention(
     S, G, _ = k.shape
     step = max(1, MOST_SCORES // (H * S))
     if step < T:
-        parts = [slice(i, i + step) for i in range(0, T, step)]
-        return np.concatenate(
-            [
-                attention(
-                    q[p],
-                    k,
-                    v,
-                    None if visible is None else visible[p],
-                    sinks,
-                    None if q_sinks is None else q_sinks[p],
-                )
-                for p in parts
-            ]
-        )
+        of_queries = q, visible, q_sinks
+        parts: list[Any] = [[None if x is None else x[i : i + step] for x in of_queries] for i in range(0, T, step)]
+        return np.concatenate([attention(mine, k, v, seen, sinks, far) for mine, seen, far in parts])
 
     def grouped(queries: F32) -> F32:  # [T, H, D] -> [G, H/G · T, D]
         return queries.reshape(T, G, H // G, D).transpose(1, 2, 0, 3).reshape(G, -1, D)

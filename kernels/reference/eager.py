@@ -24,6 +24,8 @@ Product = Callable[[F32, quants.Matrix, F32 | None], F32]
 class Eager:
     """One chunk of one sequence on its way through a model."""
 
+    gelu, gated, small = staticmethod(pointwise.gelu), staticmethod(pointwise.gated), staticmethod(quants.small)
+
     def __init__(
         self,
         ids: NDArray[np.int64],
@@ -55,26 +57,23 @@ class Eager:
 
     def call(self, operator: Operator, **given: Any) -> Any:
         """Execute an operator: what it writes, in order, as rows; None is not asked for and not given."""
-        names = {a.name for a in operator.arguments if not a.private}
-        assert given.keys() <= names, (operator, given.keys() - names)
-        dims = dict(given)
         arguments = {}
         for a in operator.arguments:
             value = given.get(a.name)
             if a.output or a.private:
                 continue
-            assert a.name in given, (operator, a.name)
             if a.field:
                 value = self._fields[int(value)]  # type: ignore[arg-type]
             elif a.shape and value is not None:
-                value = value.reshape(self.count, *(int(n) if n.isdigit() else int(dims[n]) for n in a.shape))
+                value = value.reshape(self.count, *(int(n) if n.isdigit() else int(given[n]) for n in a.shape))
             arguments[a.name] = value
+        operator.check(given | {a.name: None for a in operator.arguments if a.output or a.private})
         assert operator.equation is not None, operator
         found = operator.equation(self, **arguments)
         outputs = [a for a in operator.arguments if a.output]
         results = found if isinstance(found, tuple) else (found,)
         made = [
-            None if result is None else np.ascontiguousarray(result).reshape(self.count, a.columns(dims))
+            None if result is None else np.ascontiguousarray(result).reshape(self.count, a.columns(given))
             for a, result in zip(outputs, results if outputs else (), strict=True)
             if a.name not in given
         ]
@@ -91,19 +90,8 @@ class Eager:
     def norm(self, x: F32, weight: F32, bias: F32 | None, eps: float, layer: bool) -> F32:
         return pointwise.layer_norm(x, weight, bias, eps) if layer else pointwise.rms_norm(x, weight, eps)
 
-    def gelu(self, x: F32) -> F32:
-        return pointwise.gelu(x)
-
-    def gated(self, gate: F32, up: F32, activation: str) -> F32:
-        return pointwise.gated(gate, up, activation)
-
     def stored(self, matrix: quants.Matrix) -> quants.Matrix:
         return matrix
-
-    def small(self, values: F32) -> quants.Matrix:
-        """A float32 matrix [rows, columns] as products take it."""
-        data = np.ascontiguousarray(values).view(np.uint8).reshape(len(values), -1)
-        return quants.Matrix(data, quants.Kind.F32, (values.shape[0], values.shape[1]))
 
     def linear(
         self,

@@ -29,11 +29,6 @@ def sigmoid(x: F32) -> F32:
     return np.where(x >= 0, 1, e) / (1 + e)
 
 
-def swiglu(gate: F32, up: F32) -> F32:
-    """silu(gate) · up, silu(g) = g sigmoid(g).  Both [T, F]."""
-    return gate * sigmoid(gate) * up
-
-
 _erf = np.frompyfunc(math.erf, 1, 1)  # NumPy has no erf of its own
 
 
@@ -48,8 +43,8 @@ def gelu_tanh(x: F32) -> F32:
 
 
 def gated(gate: F32, up: F32, activation: str) -> F32:
-    """act(gate) · up; activation: "silu" or "gelu_tanh".  Both [T, F]."""
-    return swiglu(gate, up) if activation == "silu" else gelu_tanh(gate) * up
+    """act(gate) · up; activation: "silu", g sigmoid(g), or "gelu_tanh".  Both [T, F]."""
+    return (gate * sigmoid(gate) if activation == "silu" else gelu_tanh(gate)) * up
 
 
 def softcap(p: Any, columns: int, cap: float) -> None:

@@ -35,6 +35,12 @@ class Matrix:
         return unpack(self.data[ids], self.kind)
 
 
+def small(values: NDArray[np.float32]) -> Matrix:
+    """A float32 matrix [rows, columns] as one."""
+    data = np.ascontiguousarray(values).view(np.uint8).reshape(len(values), -1)
+    return Matrix(data, Kind.F32, (values.shape[0], values.shape[1]))
+
+
 def unpack(data: NDArray[np.uint8], kind: Kind) -> NDArray[np.float32]:
     """float32 [rows, columns] of packed rows uint8 [rows, bytes per row] (formats: the GGUF specification)."""
     if kind == Kind.F32:

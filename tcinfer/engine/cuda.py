@@ -39,10 +39,11 @@ class Later:
 
     def fetch(self) -> F32:
         """float32 [V], read only."""
-        if self._logits is None:
-            self._logits = self._engine.logits(self.row, 1)[0]
-            self._logits.flags.writeable = False
-        return self._logits
+        with self._engine.lock:  # a pass of another thread may be fetching it just now
+            if self._logits is None:
+                self._logits = self._engine.logits(self.row, 1)[0]
+                self._logits.flags.writeable = False
+            return self._logits
 
 
 class Engine:
@@ -53,7 +54,7 @@ class Engine:
 
         Raises UnavailableError where it lacks what the model needs.
         """
-        self.config, self.device, self._lock, self._owner = config, device, RLock(), os.getpid()
+        self.config, self.device, self.lock, self._owner = config, device, RLock(), os.getpid()
         self.chunk: int = CHUNK  # rows of the longest pass
         self.bytes_per_token: int | None = bytes_per_token(weights)
         heads = {layer.n_kv_heads for layer in config.layers}
@@ -88,7 +89,7 @@ class Engine:
         return on_device(sampling, self.config.vocab_size)
 
     def run(self, states: Sequence[Any], counts: Sequence[int], ids: NDArray[np.int64], out_rows: int) -> F32:
-        with self._lock:
+        with self.lock:
             self._launch(states, counts, ids, out_rows)
             return self.logits(0, out_rows)
 
@@ -96,7 +97,7 @@ class Engine:
         self, states: Sequence[Any], ids: NDArray[np.int64], hows: Sequence[How] | None = None, first: int = 0
     ) -> tuple[Sequence[Logits], NDArray[np.int64] | None]:
         count, V = len(states), self.config.vocab_size
-        with self._lock:
+        with self.lock:
             if hows is None:
                 return [Here(row.copy()) for row in self.run(states, [1] * count, ids, count)], None
             rows = [
@@ -112,11 +113,11 @@ class Engine:
     def logits(self, first: int, count: int) -> F32:
         """Rows of the last pass's logits, float32 [count, V]."""
         V = self.config.vocab_size
-        with self._lock:
+        with self.lock:
             return self.device.get(self._logits.address + 4 * V * first, np.empty((count, V), np.float32))
 
     def room(self, rows: int) -> None:
-        with self._lock:
+        with self.lock:
             if rows > self._rows:
                 self._rescue(0, self._rows)
                 self._logits, self._rows = self.device.zeros(4 * self.config.vocab_size * rows), rows

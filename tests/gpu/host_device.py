@@ -1,4 +1,4 @@
-"""What the tests use in place of a GPU: CUDA text compiled by g++ and run thread by thread (kernels/cuda/host.h)."""
+"""What the tests use in place of a GPU: CUDA text compiled by g++ and run thread by thread (host.h)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tcinfer.engine import cuda
 
 BACKEND = cuda.Backend
 
-HEADER = Path(__file__).resolve().parents[2] / "kernels" / "cuda" / "host.h"  # and what it includes, beside it
+HEADER = Path(__file__).resolve().parent / "host.h"  # and what it includes, beside it
 FLAGS = [
     "-O1",
     "-std=c++20",

@@ -1,4 +1,4 @@
-"""What the CPU that stands in for a GPU promises: what kernels/cuda/host.h computes, and which mistakes it shows."""
+"""What the CPU that stands in for a GPU promises: what host.h computes, and which mistakes it shows."""
 
 from __future__ import annotations
 
