@@ -2,16 +2,13 @@
 #pragma once
 
 FUNCTION float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
-FUNCTION float __int_as_float(int x) { return std::bit_cast<float>(x); }
 FUNCTION unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
-FUNCTION int __float_as_int(float x) { return std::bit_cast<int>(x); }
 // Counts up, and says nothing of time.
 FUNCTION int64 clock64() {
     static int64 count = 0;
     return ++count;
 }
 FUNCTION double __longlong_as_double(int64 x) { return std::bit_cast<double>(x); }
-FUNCTION int64 __double_as_longlong(double x) { return std::bit_cast<int64>(x); }
 FUNCTION int __float2int_rn(float x) { return (int)rintf(x); }
 FUNCTION int __ffs(int x) { return __builtin_ffs(x); }
 FUNCTION int __popc(unsigned x) { return std::popcount(x); }
