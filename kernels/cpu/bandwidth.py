@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from functools import reduce
+from operator import xor
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from tcinfer.kernels.cpu.jit import operator
 from tcinfer.kernels.cpu.machine import int64s
 from tcinfer.kernels.cpu.plan import Plan
 from tcinfer.kernels.cpu.rows import share
-from tcinfer.kernels.cpu.simd import I32, I64, LANES, Lanes, constant, fetch_ahead, intrinsic, load
+from tcinfer.kernels.cpu.simd import I32, I64, Held, Lanes, fetch_ahead, intrinsic, load
 from tcinfer.kernels.cpu.threads import Threads
 from tcinfer.kernels.cpu.tiles import AHEAD
 from tcinfer.kernels.table import LOOK
@@ -22,28 +24,16 @@ READINGS = 9
 LINES = 4  # cache lines looked at together
 
 
-@intrinsic
-def _read(typingctx: Any, at: Any, size: Any) -> Any:
+@intrinsic(types.int32, types.int64, types.int64)
+def _read(builder: Any, at: Any, size: Any) -> Lanes:
     """Read `size` bytes (a multiple of 256); returns a number that depends on all of them."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        at, size = arguments
-        kind = constant(builder, I32, LANES).type
-        sums = [cgutils.alloca_once(builder, kind) for _ in range(LINES)]
-        for total in sums:
-            builder.store(constant(builder, I32, LANES).value, total)
-        with cgutils.for_range_slice(builder, I64(0), size, I64(64 * LINES)) as (i, _):
-            here = builder.add(at, i)
-            for line, total in enumerate(sums):
-                fetch_ahead(builder, here, AHEAD + 64 * line)
-                seen = load(builder, here, 64 * line, I32) ^ Lanes(builder, builder.load(total))
-                builder.store(seen.value, total)
-        whole = Lanes(builder, builder.load(sums[0]))
-        for total in sums[1:]:
-            whole = whole ^ Lanes(builder, builder.load(total))
-        return whole.reduce("add").value
-
-    return types.int32(types.int64, types.int64), codegen
+    seen = Held(builder, LINES, element=I32)
+    with cgutils.for_range_slice(builder, I64(0), size, I64(64 * LINES)) as (i, _):
+        here = builder.add(at, i)
+        for line in range(LINES):
+            fetch_ahead(builder, here, AHEAD + 64 * line)
+            seen[line] = load(builder, here, 64 * line, I32) ^ seen[line]
+    return reduce(xor, [seen[line] for line in range(LINES)]).reduce("add")
 
 
 @operator

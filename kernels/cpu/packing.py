@@ -125,22 +125,15 @@ def _runs(builder: Any, p: Packing, row: Any, blocks: Any) -> Iterator[tuple[Any
 def unpacker(p: Packing) -> Any:
     """The intrinsic unpack(row, blocks, out): float32 values of a packed row.  Addresses, and a count of blocks."""
 
-    @intrinsic
-    def unpack(typingctx: Any, row: Any, blocks: Any, out: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            row, blocks, out = arguments
-            for first, runs in _runs(builder, p, row, blocks):
-                at = builder.add(out, builder.mul(first, I64(4 * RUN)))
-                for i, run in enumerate(runs):
-                    for half, d in enumerate(run.d * (2 // len(run.d))):
-                        if run.m is None:
-                            value = (run.q[half] - p.offset).float() * d
-                        else:
-                            value = run.q[half].float() * d + run.m
-                        store(value, at, 128 * i + 64 * half)
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64, types.int64), codegen
+    @intrinsic(types.void, *[types.int64] * 3)
+    def unpack(builder: Any, row: Any, blocks: Any, out: Any) -> None:
+        for first, runs in _runs(builder, p, row, blocks):
+            at = builder.add(out, builder.mul(first, I64(4 * RUN)))
+            for i, run in enumerate(runs):
+                for half, d in enumerate(run.d * (2 // len(run.d))):
+                    q = run.q[half]
+                    value = q.float() * d + run.m if run.m else (q - p.offset).float() * d
+                    store(value, at, 128 * i + 64 * half)
 
     return unpack
 
@@ -149,17 +142,12 @@ def interleaver(p: Packing) -> Any:
     """The intrinsic interleave(row, blocks, out, lane): a packed row becomes row `lane` of the 16 at `out`."""
     size = interleaved(p).itemsize
 
-    @intrinsic
-    def interleave(typingctx: Any, row: Any, blocks: Any, out: Any, lane: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            row, blocks, out, lane = arguments
-            for first, runs in _runs(builder, p, row, blocks):
-                at = builder.add(out, builder.mul(first, I64(size)))
-                for i, run in enumerate(runs):
-                    _write(p, run, builder.add(at, I64(i * size)), lane)
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64, types.int64, types.int64), codegen
+    @intrinsic(types.void, *[types.int64] * 4)
+    def interleave(builder: Any, row: Any, blocks: Any, out: Any, lane: Any) -> None:
+        for first, runs in _runs(builder, p, row, blocks):
+            at = builder.add(out, builder.mul(first, I64(size)))
+            for i, run in enumerate(runs):
+                _write(p, run, builder.add(at, I64(i * size)), lane)
 
     return interleave
 

@@ -7,10 +7,13 @@ instructions by itself, but for one product (`dot4`) and the conversion of halve
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partialmethod, reduce, wraps
+from operator import add
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils
+from numba.core import cgutils, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic as numba_intrinsic
 
@@ -34,9 +37,19 @@ TIER = _tier()
 HAS_HALF = TIER != "generic" or "+fullfp16" in _FEATURES  # whether `half` in LLVM code is safe here
 
 
-def intrinsic(function: Any) -> Any:
-    """Numba's own, untyped: compiled functions call it without its first argument."""
-    return numba_intrinsic(function)
+def intrinsic(returns: Any, *takes: Any) -> Callable[[Callable], Any]:
+    """Of a function(builder, *arguments) that writes LLVM code: what compiled functions call, with these types."""
+
+    def made(write: Callable) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            found = write(builder, *arguments)
+            if returns == types.void:
+                return context.get_dummy_value()
+            return found.value if isinstance(found, Lanes) else found
+
+        return numba_intrinsic(wraps(write)(lambda typingctx, *given: (returns(*takes), codegen)))
+
+    return made
 
 
 class Lanes:
@@ -56,17 +69,18 @@ class Lanes:
     def element(self) -> Any:
         return getattr(self.type, "element", self.type)
 
+    @property
+    def count(self) -> int:
+        return getattr(self.type, "count", 1)
+
     def _shaped(self, element: Any) -> Any:
-        return ir.VectorType(element, self.type.count) if isinstance(self.type, ir.VectorType) else element
+        return _vector(element, self.count)
 
     def _with(self, other: Lanes | float) -> Any:
+        """Another operand's value, in as many lanes as this one has."""
         if not isinstance(other, Lanes):
-            constant = ir.Constant(self.element, other)
-            vector = isinstance(self.type, ir.VectorType)
-            return ir.Constant(self.type, [constant] * self.type.count) if vector else constant
-        if isinstance(self.type, ir.VectorType) and not isinstance(other.type, ir.VectorType):
-            return other.splat(self.type.count).value
-        return other.value
+            return ir.Constant(self.type, [other] * self.count if self.count > 1 else other)
+        return other.splat(self.count).value if self.count > other.count else other.value
 
     def _emit(self, name: str, other: Lanes | float) -> Lanes:
         return Lanes(self.builder, getattr(self.builder, name)(self.value, self._with(other)))
@@ -74,29 +88,15 @@ class Lanes:
     def _arithmetic(self, name: str, other: Lanes | float) -> Lanes:
         return self._emit("f" + name if self.element == F32 else name, other)
 
-    def __add__(self, other: Lanes | float) -> Lanes:
-        return self._arithmetic("add", other)
-
-    def __sub__(self, other: Lanes | float) -> Lanes:
-        return self._arithmetic("sub", other)
-
-    def __mul__(self, other: Lanes | float) -> Lanes:
-        return self._arithmetic("mul", other)
-
-    def __and__(self, other: Lanes | int) -> Lanes:
-        return self._emit("and_", other)
-
-    def __or__(self, other: Lanes | int) -> Lanes:
-        return self._emit("or_", other)
-
-    def __xor__(self, other: Lanes | int) -> Lanes:
-        return self._emit("xor", other)
-
-    def __lshift__(self, other: Lanes | int) -> Lanes:
-        return self if isinstance(other, int) and other == 0 else self._emit("shl", other)
-
-    def __rshift__(self, other: Lanes | int) -> Lanes:  # of unsigned values
-        return self if isinstance(other, int) and other == 0 else self._emit("lshr", other)
+    __add__ = partialmethod(_arithmetic, "add")
+    __sub__ = partialmethod(_arithmetic, "sub")
+    __mul__ = partialmethod(_arithmetic, "mul")
+    __truediv__ = partialmethod(_arithmetic, "div")  # of floats
+    __and__ = partialmethod(_emit, "and_")
+    __or__ = partialmethod(_emit, "or_")
+    __xor__ = partialmethod(_emit, "xor")
+    __lshift__ = partialmethod(_emit, "shl")
+    __rshift__ = partialmethod(_emit, "lshr")  # of unsigned values
 
     def fma(self, other: Lanes | float, plus: Lanes | float) -> Lanes:
         """self · other + plus, rounded once."""
@@ -132,16 +132,12 @@ class Lanes:
             above = above.fma(square, c)
         for c in (-2.13374055278905e-04, -1.68282697438203e-03, -7.37332916720468e-03, -1.42647390514189e-02):
             below = below.fma(square, c)
-        return (x * above).over(below)
+        return x * above / below
 
     def _held(self, than: str, limit: float) -> Lanes:
         """`limit` where self is < or > it; the comparison is false for NaN."""
         beyond = self.builder.fcmp_ordered(than, self.value, self._with(limit))
         return Lanes(self.builder, self.builder.select(beyond, self._with(limit), self.value))
-
-    def over(self, other: Lanes) -> Lanes:
-        """self / other."""
-        return Lanes(self.builder, self.builder.fdiv(self.value, self._with(other)))
 
     def nearest(self) -> Lanes:
         """The nearest whole numbers, ties to even, still float32."""
@@ -153,21 +149,15 @@ class Lanes:
 
     def reduce(self, name: str) -> Lanes:
         """All lanes in one: "add", "umax", "fmax" or "fadd", always in the same order."""
-        if name == "fadd":
-            start = ir.Constant(F32, 0.0)
-            kind = ir.FunctionType(F32, [F32, self.type])
-            called = f"llvm.vector.reduce.fadd.{_suffix(self.type)}"
-            function = cgutils.get_or_insert_function(self.builder.module, kind, called)
-            return Lanes(self.builder, self.builder.call(function, [start, self.value], fastmath=FAST))
-        return self.call(f"llvm.vector.reduce.{name}", self.element)
+        if name != "fadd":
+            return self.call(f"llvm.vector.reduce.{name}", self.element)
+        name = f"llvm.vector.reduce.fadd.{_suffix(self.type)}"
+        return Lanes(self.builder, call_function(self.builder, name, F32, F32(0.0), self.value, fastmath=FAST))
 
     def call(self, name: str, returns: Any, *others: Any) -> Lanes:
         """An LLVM intrinsic, this value being its first argument; "llvm.name" gets the type's suffix."""
         name = name if name.startswith("llvm.x86") else f"{name}.{_suffix(self.type)}"
-        arguments = [self.value, *others]
-        kind = ir.FunctionType(returns, [a.type for a in arguments])
-        function = cgutils.get_or_insert_function(self.builder.module, kind, name)
-        return Lanes(self.builder, self.builder.call(function, arguments))
+        return Lanes(self.builder, call_function(self.builder, name, returns, self.value, *others))
 
     def wide(self, signed: bool = False) -> Lanes:
         """Bytes or halves as 32-bit integers."""
@@ -184,10 +174,8 @@ class Lanes:
 
     def bits(self, element: Any) -> Lanes:
         """The same bits as elements of another type; their number follows from its width."""
-        count = getattr(self.type, "count", 1) * _width(self.element) // _width(element)
-        return Lanes(
-            self.builder, self.builder.bitcast(self.value, ir.VectorType(element, count) if count > 1 else element)
-        )
+        count = self.count * _width(self.element) // _width(element)
+        return Lanes(self.builder, self.builder.bitcast(self.value, _vector(element, count)))
 
     def half(self) -> Lanes:
         """16-bit floats (as integers) in float32; by integer arithmetic where the CPU has no instruction for it."""
@@ -222,18 +210,23 @@ class Lanes:
     def splat(self, count: int = LANES) -> Lanes:
         """A scalar in every lane."""
         undefined = ir.Constant(ir.VectorType(self.type, count), ir.Undefined)
-        one = self.builder.insert_element(undefined, self.value, I32(0))
-        return Lanes(
-            self.builder, self.builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, count), [0] * count))
-        )
+        one = Lanes(self.builder, self.builder.insert_element(undefined, self.value, I32(0)))
+        return one.shuffle(one, [0] * count)
 
     def shuffle(self, other: Lanes, order: list[int]) -> Lanes:
         """Lanes of self and other (numbered on) in the order given."""
-        mask = ir.Constant(ir.VectorType(I32, len(order)), order)
-        return Lanes(self.builder, self.builder.shuffle_vector(self.value, other.value, mask))
+        places = constant(self.builder, I32, order).value
+        return Lanes(self.builder, self.builder.shuffle_vector(self.value, other.value, places))
 
     def part(self, first: int, count: int) -> Lanes:
         return self.shuffle(self, list(range(first, first + count)))
+
+    def first(self, lanes: Any) -> Lanes:
+        """The first `lanes` (int64; None: all), and 0 in the others."""
+        if lanes is None:
+            return self
+        inside = Lanes(self.builder, _inside(self.builder, lanes))
+        return inside.select(self, constant(self.builder, self.element, self.count))
 
     def lane(self, i: int) -> Lanes:
         return Lanes(self.builder, self.builder.extract_element(self.value, I32(i)))
@@ -249,32 +242,29 @@ class Lanes:
             return self + _halves(bytes_, signed, full)
         total = self
         for shift in (0, 8, 16, 24):
-            s = signed << (24 - shift)
-            s = Lanes(self.builder, self.builder.ashr(s.value, s._with(24)))
+            s = (signed << (24 - shift))._emit("ashr", 24)
             total = total + ((bytes_ >> shift) & 255) * s
         return total
 
 
 def _halves(u: Lanes, s: Lanes, full: bool) -> Lanes:
     """The byte product in AVX2: sums of two as int16 (which hold them if one of two is 0, or the bytes are small)."""
+    masks = (0x00FF00FF, 0xFF00FF00 - 2**32) if full else (-1,)
+    ones = constant(u.builder, I16, [1] * 16).value
     sums = []
     for first in (0, 8):
-        x, part = s.part(first, 8).bits(I8), u.part(first, 8)
-        total = None
-        for mask in (0x00FF00FF, 0xFF00FF00 - 2**32) if full else (-1,):
-            pairs = (part & mask).bits(I8).call("llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 16), x.value)
-            ones = ir.Constant(ir.VectorType(I16, 16), [1] * 16)
-            four = pairs.call("llvm.x86.avx2.pmadd.wd", ir.VectorType(I32, 8), ones)
-            total = four if total is None else total + four
-        sums.append(total)
-    low, high = sums
-    assert low is not None
-    assert high is not None
-    return low.shuffle(high, list(range(16)))
+        x, part = s.part(first, 8).bits(I8).value, u.part(first, 8)
+        pairs = [(part & mask).bits(I8).call("llvm.x86.avx2.pmadd.ub.sw", ones.type, x) for mask in masks]
+        sums.append(reduce(add, [two.call("llvm.x86.avx2.pmadd.wd", ir.VectorType(I32, 8), ones) for two in pairs]))
+    return sums[0].shuffle(sums[1], list(range(16)))
+
+
+def _vector(element: Any, count: int) -> Any:
+    return ir.VectorType(element, count) if count > 1 else element
 
 
 def _suffix(kind: Any) -> str:
-    return f"v{kind.count}{_name(kind.element)}" if isinstance(kind, ir.VectorType) else _name(kind)
+    return f"v{kind.count}{kind.element.intrinsic_name}" if isinstance(kind, ir.VectorType) else kind.intrinsic_name
 
 
 def _width(element: Any) -> int:
@@ -287,59 +277,93 @@ def constant(builder: Any, element: Any, values: Any) -> Lanes:
     return Lanes(builder, ir.Constant(ir.VectorType(element, len(values)), values))
 
 
-def pointer(builder: Any, address: Any, offset: Any = 0) -> Any:
+class Held:
+    """Vectors that live in registers across loops and branches: held[i] reads one, held[i] = v replaces it."""
+
+    def __init__(self, builder: Any, count: int = 1, start: float = 0, element: Any = F32) -> None:
+        self.builder, first = builder, constant(builder, element, [start] * LANES).value
+        self._at = [cgutils.alloca_once_value(builder, first) for _ in range(count)]
+
+    def __getitem__(self, i: int) -> Lanes:
+        return Lanes(self.builder, self.builder.load(self._at[i]))
+
+    def __setitem__(self, i: int, value: Lanes) -> None:
+        self.builder.store(value.value, self._at[i])
+
+
+def call_function(builder: Any, name: str, returns: Any, *arguments: Any, fastmath: tuple[str, ...] = ()) -> Any:
+    """Call a function of LLVM or of the system by its name, with LLVM values."""
+    kind = ir.FunctionType(returns, [a.type for a in arguments])
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(function, arguments, fastmath=fastmath)
+
+
+def pointer(builder: Any, address: Any, offset: Any = 0, kind: Any = I8) -> Any:
     """An LLVM pointer from an address (int64) and an offset in bytes."""
     if offset != 0:
         address = builder.add(address, I64(offset) if isinstance(offset, int) else offset)
-    return builder.inttoptr(address, I8.as_pointer())
+    return builder.inttoptr(address, kind.as_pointer())
 
 
-def load(builder: Any, address: Any, offset: Any, element: Any, count: int = LANES) -> Lanes:
-    """`count` elements (1: a scalar) from an address, of any alignment."""
-    want = ir.VectorType(element, count) if count > 1 else element
-    at = builder.bitcast(pointer(builder, address, offset), want.as_pointer())
-    return Lanes(builder, builder.load(at, align=1))
+def load(
+    builder: Any, address: Any, offset: Any = 0, kind: Any = F32, count: int = LANES, lanes: Any = None, rest: float = 0
+) -> Lanes:
+    """`count` elements (1: a scalar) from an address, of any alignment.
+
+    lanes (int64): only the first of LANES elements; the others are `rest` and their memory is not touched.
+    """
+    want = _vector(kind, count)
+    at = pointer(builder, address, offset, want)
+    if lanes is None:
+        return Lanes(builder, builder.load(at, align=1))
+    others = constant(builder, kind, [rest] * LANES).value
+    name = f"llvm.masked.load.{_suffix(want)}.p0"
+    return Lanes(builder, call_function(builder, name, want, at, I32(1), _inside(builder, lanes), others))
 
 
-def store(value: Lanes, address: Any, offset: Any = 0) -> None:
+def store(value: Lanes, address: Any, offset: Any = 0, lanes: Any = None) -> None:
+    """All elements to an address, of any alignment; or only the first `lanes` (int64) of LANES."""
     builder = value.builder
-    at = builder.bitcast(pointer(builder, address, offset), value.type.as_pointer())
-    builder.store(value.value, at, align=1)
+    at = pointer(builder, address, offset, value.type)
+    if lanes is None:
+        builder.store(value.value, at, align=1)
+    else:
+        name = f"llvm.masked.store.{_suffix(value.type)}.p0"
+        call_function(builder, name, ir.VoidType(), value.value, at, I32(1), _inside(builder, lanes))
 
 
-def load_some(builder: Any, address: Any, offset: Any, element: Any, lanes: Any, rest: float = 0) -> Lanes:
-    """The first `lanes` (int64) of LANES elements; the others are `rest` and their memory is not touched."""
-    vector = ir.VectorType(element, LANES)
-    at = builder.bitcast(pointer(builder, address, offset), vector.as_pointer())
-    mask, others = _mask(builder, lanes), ir.Constant(vector, [rest] * LANES)
-    kind = ir.FunctionType(vector, [at.type, I32, mask.type, vector])
-    name = f"llvm.masked.load.v{LANES}{_name(element)}.p0"
-    function = cgutils.get_or_insert_function(builder.module, kind, name)
-    return Lanes(builder, builder.call(function, [at, I32(1), mask, others]))
+def spread(builder: Any, address: Any, offset: Any = 0, kind: Any = F32) -> Lanes:
+    """The element at an address, in every lane."""
+    return load(builder, address, offset, kind, 1).splat()
 
 
-def store_some(value: Lanes, address: Any, offset: Any, lanes: Any) -> None:
-    """The first `lanes` (int64) elements to an address."""
-    builder = value.builder
-    at = builder.bitcast(pointer(builder, address, offset), value.type.as_pointer())
-    mask = _mask(builder, lanes)
-    kind = ir.FunctionType(ir.VoidType(), [value.type, at.type, I32, mask.type])
-    name = f"llvm.masked.store.v{LANES}{_name(value.element)}.p0"
-    builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [value.value, at, I32(1), mask])
-
-
-def _name(element: Any) -> str:
-    return {F32: "f32", F16: "f16"}.get(element) or f"i{element.width}"
-
-
-def _mask(builder: Any, lanes: Any) -> Any:
+def _inside(builder: Any, lanes: Any) -> Any:
+    """Which of LANES are the first `lanes`."""
     count = Lanes(builder, builder.trunc(lanes, I32)).splat()
-    return builder.icmp_signed("<", ir.Constant(ir.VectorType(I32, LANES), list(range(LANES))), count.value)
+    return builder.icmp_signed("<", constant(builder, I32, list(range(LANES))).value, count.value)
+
+
+def each(builder: Any, count: Any, size: int = 4) -> Iterator[tuple[Any, Any]]:
+    """The loop over the vectors of `count` elements of `size` bytes: yields (offset in bytes, lanes), twice.
+
+    Once with the code open for whole vectors, lanes being None, and once for the rest, which is `lanes` (int64) long.
+    """
+    whole = builder.and_(count, I64(-LANES))
+    with cgutils.for_range_slice(builder, I64(0), whole, I64(LANES)) as (c, _):
+        yield builder.mul(c, I64(size)), None
+    rest = builder.sub(count, whole)
+    with builder.if_then(builder.icmp_signed(">", rest, I64(0))):
+        yield builder.mul(whole, I64(size)), rest
+
+
+def whole_or_not(builder: Any, lanes: Any) -> Iterator[Any]:
+    """Yields None with the code open for lanes = LANES, and then `lanes` (int64) with it open for fewer."""
+    with builder.if_else(builder.icmp_signed("==", lanes, I64(LANES))) as branches:
+        for branch, count in zip(branches, (None, lanes), strict=True):
+            with branch:
+                yield count
 
 
 def fetch_ahead(builder: Any, address: Any, offset: int) -> None:
     """Ask for a cache line that will be read soon; any address does."""
-    at = pointer(builder, address, offset)
-    kind = ir.FunctionType(ir.VoidType(), [at.type, I32, I32, I32])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [at, I32(0), I32(3), I32(1)])
+    call_function(builder, "llvm.prefetch.p0", ir.VoidType(), pointer(builder, address, offset), I32(0), I32(3), I32(1))
