@@ -93,7 +93,8 @@ def give_way(builder: Any) -> None:
 
 
 @intrinsic(types.void, types.int64, *[types.CPointer(types.int64)] * 2, *[types.int64] * 3)
-def call(builder: Any, function: Any, *arguments: Any) -> None:
+def call(builder: Any, function: Any, a: Any, p: Any, thread: Any, threads: Any, taken: Any) -> None:
     """Call an operator by its address: function(a, p, thread, threads, taken)."""
+    arguments = [a, p, thread, threads, taken]
     kind = ir.FunctionType(ir.VoidType(), [x.type for x in arguments])
     builder.call(pointer(builder, function, 0, kind), arguments)

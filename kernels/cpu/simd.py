@@ -47,7 +47,8 @@ def intrinsic(returns: Any, *takes: Any) -> Callable[[Callable], Any]:
                 return context.get_dummy_value()
             return found.value if isinstance(found, Lanes) else found
 
-        return numba_intrinsic(wraps(write)(lambda typingctx, *given: (returns(*takes), codegen)))
+        # Numba takes the names of the arguments from here, and leaves the first one out: `builder`, as wraps has it.
+        return numba_intrinsic(wraps(write)(lambda typingctx, *given, **named: (returns(*takes), codegen)))
 
     return made
 
@@ -107,7 +108,7 @@ class Lanes:
 
         x = n ln 2 + r, |r| <= ln 2 / 2; e^r by a polynomial (Cephes' coefficients), 2^n by its bits.
         """
-        x = self._held("<", -87.0)._held(">", 88.0)
+        x = self.limited("<", -87.0).limited(">", 88.0)
         n = (x * 1.4426950408889634).nearest()
         r = n.fma(2.12194440e-4, n.fma(-0.693359375, x))
         p = r * 0.0 + 1.9875691500e-4
@@ -118,7 +119,7 @@ class Lanes:
 
     def erf(self) -> Lanes:
         """The error function within 3e-7; x is taken within -4 .. 4, and NaN stays.  A rational function (Eigen's)."""
-        x = self._held("<", -4.0)._held(">", 4.0)
+        x = self.limited("<", -4.0).limited(">", 4.0)
         square = x * x
         above, below = square * 0.0 + -2.72614225801306e-10, square * 0.0 + -1.45660718464996e-05
         for c in (
@@ -134,7 +135,7 @@ class Lanes:
             below = below.fma(square, c)
         return x * above / below
 
-    def _held(self, than: str, limit: float) -> Lanes:
+    def limited(self, than: str, limit: float) -> Lanes:
         """`limit` where self is < or > it; the comparison is false for NaN."""
         beyond = self.builder.fcmp_ordered(than, self.value, self._with(limit))
         return Lanes(self.builder, self.builder.select(beyond, self._with(limit), self.value))
@@ -254,8 +255,8 @@ def _halves(u: Lanes, s: Lanes, full: bool) -> Lanes:
     sums = []
     for first in (0, 8):
         x, part = s.part(first, 8).bits(I8).value, u.part(first, 8)
-        pairs = [(part & mask).bits(I8).call("llvm.x86.avx2.pmadd.ub.sw", ones.type, x) for mask in masks]
-        sums.append(reduce(add, [two.call("llvm.x86.avx2.pmadd.wd", ir.VectorType(I32, 8), ones) for two in pairs]))
+        pairs = ((part & mask).bits(I8).call("llvm.x86.avx2.pmadd.ub.sw", ones.type, x) for mask in masks)
+        sums.append(reduce(add, (two.call("llvm.x86.avx2.pmadd.wd", ir.VectorType(I32, 8), ones) for two in pairs)))
     return sums[0].shuffle(sums[1], list(range(16)))
 
 

@@ -124,7 +124,7 @@ def quantise_run(builder: Any, x: Any, q: Any, head: Any) -> None:
     values = [load(builder, x, 4 * LANES * i) for i in range(RUN // LANES)]
     magnitudes = [v.bits(I32) & 0x7FFFFFFF for v in values]
     top = magnitudes[0].call("llvm.umax", magnitudes[0].type, magnitudes[1].value).reduce("umax").bits(F32)
-    inverse = (Lanes(builder, F32(127.0)) / top)._held(">", 3e38)  # of nothing but zeros: any number does
+    inverse = (Lanes(builder, F32(127.0)) / top).limited(">", 3e38)  # of nothing but zeros: any number does
     sums = []
     for i, v in enumerate(values):
         whole = (v * inverse).nearest().whole()
@@ -155,8 +155,9 @@ def delivered(
 
     for some in whole_or_not(builder, lanes):
         with cgutils.for_range(builder, n) as loop:
-            v, to = Held(builder), builder.add(out, builder.mul(loop.index, stride))
+            v = Held(builder)
             v[0] = load(builder, sums, builder.mul(loop.index, I64(4 * LANES)))
+            to = builder.add(out, builder.mul(loop.index, stride))
             with given(bias):
                 v[0] = v[0] + load(builder, bias, lanes=some)
             with given(gate):
