@@ -10,8 +10,7 @@ added up in the same order whatever n is: a token gets the same bits alone, in a
 
 from __future__ import annotations
 
-from functools import cache, reduce
-from operator import add
+from functools import cache
 from typing import Any
 
 from gguf.constants import GGMLQuantizationType as Kind
@@ -71,7 +70,7 @@ def byte_tile(kind: Kind, n: int) -> Any:
                     chains[c] = chains[c].dot4(q[j], spread(builder, byte, 4 * j, I32), packing.bits == 8)
                 d_x, total = spread(builder, head), sums[t]
                 if packing.scales == 1:
-                    chains = [reduce(add, chains)]
+                    chains = [sum(chains[1:], chains[0])]
                 for i, chain in enumerate(chains):
                     total = chain.float().fma(d[i] * d_x, total)
                     total = m[i].fma(spread(builder, head, 4 * (packing.scales + i)), total)
