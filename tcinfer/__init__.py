@@ -13,23 +13,39 @@ from typing import TYPE_CHECKING, Any
 from tcinfer.errors import TcinferError
 
 if TYPE_CHECKING:
-    from tcinfer.generation import Piece
+    from tcinfer.api import Model, Session, Text
+    from tcinfer.generation import Piece, Request
     from tcinfer.loader import load
-    from tcinfer.model import Model
-    from tcinfer.sampler import Sampling
-    from tcinfer.session import Session, Snapshot
+    from tcinfer.sampling import Sampling
+    from tcinfer.sequence import Snapshot
 
 __version__ = "0.1.0"
-__all__ = ["Model", "Piece", "Sampling", "Session", "Snapshot", "TcinferError", "__version__", "load"]
-
 _HOMES = {
-    "Model": "model",
+    "Model": "api",
     "Piece": "generation",
-    "Sampling": "sampler",
-    "Session": "session",
-    "Snapshot": "session",
+    "Request": "generation",
+    "Sampling": "sampling",
+    "Session": "api",
+    "Snapshot": "sequence",
+    "Text": "api",
     "load": "loader",
 }
+__all__ = [
+    "Model",
+    "Piece",
+    "Request",
+    "Sampling",
+    "Session",
+    "Snapshot",
+    "TcinferError",
+    "Text",
+    "__version__",
+    "load",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

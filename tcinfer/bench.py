@@ -15,9 +15,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tcinfer.api import Model, Session
 from tcinfer.errors import TcinferError
-from tcinfer.model import Model
-from tcinfer.session import Session
 
 SEED = 0
 OURS = "tcinfer"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import copy
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,13 @@ class Constraint:
             raise TcinferError(f"{name}: {_line(error)}")
         self._V, self._known, self._ends = V, min(V, tokenizer.vocab_size), sorted(tokenizer.eos_ids)
         self._found: tuple[NDArray[np.bool_], bool] | None = None  # by _next, for this place
+
+    def afresh(self) -> Constraint:
+        """The same grammar, at its start."""
+        other = copy(self)
+        other._matcher, other._found = self._matcher.deep_copy(), None
+        other._matcher.reset()
+        return other
 
     def allowed(self) -> NDArray[np.bool_]:
         """The ids that may come next, bool [V]; the tokenizer's `eos_ids` exactly where the text may end.

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from tcinfer import memory
 from tcinfer.config import CHUNK, ModelConfig
 from tcinfer.engine.eager import Engine
+from tcinfer.loaded import Loaded
 from tcinfer.memory.state import State
-from tcinfer.model import Model
-from tcinfer.session import Session, Snapshot
+from tcinfer.sequence import Sequence as Past
+from tcinfer.sequence import Snapshot
 
 
 class LayerMemory(NamedTuple):
@@ -42,7 +43,7 @@ def layers(config: ModelConfig, state: State) -> list[LayerMemory]:
     return found
 
 
-def shares(model: Model, before: Snapshot, ids: Sequence[int]) -> dict[int, float]:
+def shares(model: Loaded, before: Snapshot, ids: Sequence[int]) -> dict[int, float]:
     """By layer, the memory's share in what attention added while these ids were read or written.
 
     Of the last CHUNK of the ids, which follow on the snapshot. For each token and layer it is the length of what the
@@ -50,11 +51,11 @@ def shares(model: Model, before: Snapshot, ids: Sequence[int]) -> dict[int, floa
     """
     if not len(ids):
         return {}
-    session = Session(model, before)
-    checked, first = session._check(ids), max(0, len(ids) - CHUNK)
+    session = Past(model, before)
+    checked, first = session.check(ids), max(0, len(ids) - CHUNK)
     if first:
         session.feed(checked[:first])
-    session._make_room(len(checked) - first)
+    session.make_room(len(checked) - first)
     found: dict[int, NDArray[np.float32]] = {}  # [T] of each layer; computed by the reference, whatever the backend
-    Engine(model.config, model.weights).forward(session._state.on_host().copy(), checked[first:], 0, found)
+    Engine(model.config, model.weights).forward(session.state.on_host().copy(), checked[first:], 0, found)
     return {layer: float(share.mean()) for layer, share in found.items()}

@@ -31,9 +31,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tcinfer import plot
+from tcinfer.api import Model
 from tcinfer.config import CHUNK, DEFAULT_WINDOW, ModelConfig, check_count
 from tcinfer.errors import TcinferError
-from tcinfer.model import Model
 
 LONGEST_BATCH = 512  # tokens
 FEWEST = 4  # batches

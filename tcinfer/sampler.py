@@ -120,6 +120,19 @@ def sample(
     return int(c.ids[at])
 
 
+def log_probabilities(logits: NDArray[np.float32], count: int, chosen: int) -> dict[int, float]:
+    """The model's own log probabilities, natural logarithms, of the `count` likeliest ids, and of the one chosen.
+
+    logits float32 [V], before any sampler.
+    """
+    x = logits.astype(np.float64)
+    x -= x.max()
+    x -= math.log(np.exp(x).sum())
+    top = np.argpartition(-x, count - 1)[:count] if count else np.empty(0, np.int64)
+    top = top[np.lexsort((top, -x[top]))]
+    return {int(token): float(x[token]) for token in (*top, chosen)}
+
+
 def _candidates(logits: NDArray[np.float32], how: Sampling, allowed: NDArray[np.bool_] | None) -> Candidates:
     """What may be chosen at all, biases added."""
     V = len(logits)

@@ -40,10 +40,10 @@ from tcinfer.errors import FileError, TcinferError
 from tcinfer.memory.state import State
 from tcinfer.reader import file_error, map_file
 from tcinfer.sampler import Draws
-from tcinfer.session import RECENT, Session, Snapshot, rounded_up
+from tcinfer.sequence import RECENT, Snapshot, rounded_up
 
 if TYPE_CHECKING:
-    from tcinfer.model import Model
+    from tcinfer.loaded import Loaded
 
 MAGIC = b"TCSESSN\0"
 VERSION = 1
@@ -130,10 +130,10 @@ def read(path: str | os.PathLike[str]) -> SessionFile:
         raise file_error(path, str(e)) from None
 
 
-def attach(model: Model, file: SessionFile) -> Session:
-    """A session that goes on from a file. Raises FileError where it is not of this model, as it was loaded."""
+def fitting(file: SessionFile, model: Loaded) -> Snapshot:
+    """What a file holds, to go on from. Raises FileError where it is not of this model, as it was loaded."""
     _check_fit(file, model)
-    return Session(model, Snapshot(model, file.state, file.logits, file.ring, file.draws))
+    return Snapshot(model, file.state, file.logits, file.ring, file.draws)
 
 
 def arrays(state: State) -> Iterator[tuple[int, str, NDArray]]:
@@ -243,7 +243,7 @@ def _with_options(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"memory": modes, "options": options}
 
 
-def _check_fit(file: SessionFile, model: Model) -> None:
+def _check_fit(file: SessionFile, model: Loaded) -> None:
     ours, theirs = model.config, file.config
     named = f"{theirs.name!r}" if theirs.name else "without a name"
     shape = [f.name for f in fields(ModelConfig) if f.name not in (*MEMORY_FIELDS, "name")]

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from gguf.quants import quantize
 
+from tcinfer.api import Model
 from tcinfer.config import ModelConfig
 from tcinfer.engine import backend as engine_backend
 from tcinfer.kernels.reference import quants
 from tcinfer.kernels.reference.quants import Kind, Matrix
-from tcinfer.model import Model
 from tcinfer.net import Spec
 from tcinfer.tokenizer import from_metadata
 from tcinfer.transformer import tensors

@@ -20,13 +20,13 @@ import psutil
 import pyte
 from conftest import SHAKESPEARE
 
+from tcinfer.api import Model
 from tcinfer.chat.conversation import Conversation
 from tcinfer.chat.launch import Chats
 from tcinfer.chat.store import Log
 from tcinfer.chat.template import ChatTemplate
 from tcinfer.engine import backend as engine_backend
 from tcinfer.loader import load
-from tcinfer.model import Model
 from tcinfer.sampler import Sampling
 
 COMMAND = str(Path(sys.executable).parent / "tcinfer")

@@ -27,12 +27,12 @@ from test_memory import IDS
 
 import tcinfer as package
 from tcinfer import insight, session_file
+from tcinfer.api import Session
 from tcinfer.converters.source import Source, Tensor
 from tcinfer.converters.write import write
 from tcinfer.engine.base import Here
 from tcinfer.errors import FileError, TcinferError
 from tcinfer.reader import read
-from tcinfer.session import Session
 
 CHARACTERS = string.printable[:95] + "\n\ufffd"
 WINDOW = {"vocab_size": len(CHARACTERS), "memory": "window", "window": 8}
@@ -331,7 +331,7 @@ def saved(session: Session, tmp_path: Path) -> Saved:
 def test_show_tells_all(saved: Saved) -> None:
     path, _, session = saved
     done, parsed = command("session", "show", path), command("session", "show", path, "--json")
-    config, layers = session.model.config, insight.layers(session.model.config, session._state)
+    config, layers = session.model.config, insight.layers(session.model.config, session.state)
     facts = {
         "file": str(path),
         "bytes": path.stat().st_size,
@@ -371,9 +371,9 @@ def test_diff_tells_how_far_apart(saved: Saved, model: Path, tmp_path: Path) -> 
     path, _, session = saved
     assert command("session", "diff", path, path).out == "tokens                302 and 302\nthe same state\n"
     other = session.fork()
-    other._state.layers[2]["A"][0, 1] *= 1.5
+    other.state.layers[2]["A"][0, 1] *= 1.5
     other.save(tmp_path / "b.tcs")
-    one, two = session._state.layers[2]["A"], other._state.layers[2]["A"]
+    one, two = session.state.layers[2]["A"], other.state.layers[2]["A"]
     apart = np.linalg.norm((one - two).astype(np.float64)) / np.linalg.norm(two.astype(np.float64))
     want = (
         f"tokens                302 and 302\n  layer 2   A          {apart:.3g} of its length apart\ndifferent states\n"
@@ -487,7 +487,7 @@ def test_a_session_that_overflowed_does_not_replace_a_good_file(saved: Saved) ->
     for spoil in ("state", "logits"):
         session = saved.session.fork()
         logits = session.logits.copy()
-        (logits if spoil == "logits" else session._state.layers[0]["A"]).flat[0] = math.inf
+        (logits if spoil == "logits" else session.state.layers[0]["A"]).flat[0] = math.inf
         session._logits = Here(logits)
         with pytest.raises(TcinferError):
             session.save(saved.path)

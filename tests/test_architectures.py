@@ -19,11 +19,11 @@ from made_up_folders import FOLDERS, write_folder
 
 import tcinfer
 from tcinfer import converters
+from tcinfer.api import Model
 from tcinfer.config import ModelConfig
 from tcinfer.errors import TcinferError
 from tcinfer.loader import read_config
 from tcinfer.memory_options import with_memory
-from tcinfer.model import Model
 from tcinfer.reader import read
 from tcinfer.session_file import read as read_session
 

@@ -130,12 +130,12 @@ def pinned_for_ever(path: Path | None, source: str | None, system: str, message:
     assert config.sinks == count > 4
     assert config.window == 64
     answer(talk, "Hi")
-    layers = [(layer["k"][:count].copy(), layer["v"][:count].copy()) for layer in talk.session._state.layers]
+    layers = [(layer["k"][:count].copy(), layer["v"][:count].copy()) for layer in talk.session.state.layers]
     size, first = talk.session.nbytes, talk.session.position
     while talk.session.position < first + 64 + 1000:
         answer(talk, message)
     assert all(np.abs(k.astype(np.float32)).max() > 0 for k, _ in layers)
-    for (k, v), layer in zip(layers, talk.session._state.layers, strict=True):
+    for (k, v), layer in zip(layers, talk.session.state.layers, strict=True):
         assert np.array_equal(layer["k"][:count], k)
         assert np.array_equal(layer["v"][:count], v)
     assert talk.session.nbytes == size

@@ -12,12 +12,12 @@ from conftest import smollm2
 from terminal import TEMPLATE, answer, conversation, shakespeare
 
 from tcinfer import load
+from tcinfer.api import Model
 from tcinfer.chat.conversation import Conversation
 from tcinfer.chat.snapshots import Snapshots
 from tcinfer.chat.template import CHATML, render
 from tcinfer.errors import TcinferError
 from tcinfer.loader import Opened
-from tcinfer.model import Model
 from tcinfer.sampler import Sampling
 from tcinfer.text import SIZE
 

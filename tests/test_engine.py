@@ -9,12 +9,11 @@ import pytest
 from conftest import SMALL, ByBytes, build, small
 from test_memory import CASES, config_of, difference, feed, weights_of
 
+from tcinfer.api import Model, Session
 from tcinfer.config import CHUNK, ModelConfig
 from tcinfer.engine import compiled
 from tcinfer.errors import TcinferError
 from tcinfer.kernels.reference.quants import Kind
-from tcinfer.model import Model
-from tcinfer.session import Session
 
 IDS = np.random.default_rng(1).integers(0, SMALL.vocab_size, 60)
 LENGTHS = [1, 2, 3, 5, 1, 20, 4, 1, 1]
@@ -71,7 +70,7 @@ def test_any_chunks_give_the_same_bits(name: str, kind: Kind) -> None:
     wanted: list[np.ndarray] = []
     for lengths in ([256], [1] * 290, [100, 1, 1, 30, 4, 3, 1], [5, 123, 2, 1, 1, 1, 4]):
         session = model.session()
-        got = [feed(session, ids, lengths), session._state.buffer]
+        got = [feed(session, ids, lengths), session.state.buffer]
         wanted = wanted or got
         for a, b in zip(got, wanted, strict=True):
             np.testing.assert_array_equal(a, b, str(lengths[:5]))
@@ -150,7 +149,7 @@ def test_any_number_of_threads_gives_the_same_bits(name: str, kind: Kind, monkey
         model = build(config, "numba", weights_of(config), kind, threads)
         sessions = at_many_positions(model, [30, 1, 9])
         got = [feed(sessions[0], IDS, LENGTHS), *(model.step_many(sessions, [i, i + 1, i + 2]) for i in range(9))]
-        got += [session._state.buffer for session in sessions]
+        got += [session.state.buffer for session in sessions]
         wanted = wanted or got
         for a, b in zip(got, wanted, strict=True):
             np.testing.assert_array_equal(a, b)

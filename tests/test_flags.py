@@ -21,9 +21,9 @@ from conftest import tcinfer
 from flag_rows import BASES, HELP, MODEL, STDIN, TABLES, TEMPLATE, TEXT
 from test_cli import COMMAND, Outcome, command, refused, write_model
 
+from tcinfer.api import Session
 from tcinfer.chat import launch
 from tcinfer.cli import cli
-from tcinfer.session import Session
 
 
 def commands(group: click.Command = cli, *names: str) -> Iterator[tuple[str, click.Command]]:

@@ -8,8 +8,8 @@ from conftest import ROOT, shared
 from gemma import gemma3
 
 import tcinfer
+from tcinfer.api import Model
 from tcinfer.inspect import facts
-from tcinfer.model import Model
 from tcinfer.reader import read
 from tcinfer.tokenizer import from_metadata
 

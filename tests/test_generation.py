@@ -22,12 +22,12 @@ from test_session_file import BOUNDED, GROWING, model
 
 import tcinfer as package
 from tcinfer import session_file
+from tcinfer.api import Model, Session
 from tcinfer.constraint import Constraint
 from tcinfer.engine import compiled
 from tcinfer.errors import TcinferError
-from tcinfer.model import Model
 from tcinfer.sampling import Sampling
-from tcinfer.session import RECENT, Session
+from tcinfer.sequence import RECENT
 
 PROMPT = "ROMEO:\n"
 ON = ("-p", "")  # nothing beside the session; without it, standard input is the prompt

@@ -10,11 +10,10 @@ from conftest import BACKENDS, SMALL, build, random_weights
 from test_memory import CASES, IDS, changed, config_of, inf, model_of, tc, weights_of
 
 from tcinfer import insight, memory
+from tcinfer.api import Model, Session
 from tcinfer.config import CHUNK, ModelConfig
 from tcinfer.errors import TcinferError
 from tcinfer.memory.state import State
-from tcinfer.model import Model
-from tcinfer.session import Session
 
 D, RNG = SMALL.head_dim, np.random.default_rng(0)
 FAR = [name for name, changes in CASES.items() if changes.get("memory") in ("tensor", "infini")]
@@ -88,11 +87,11 @@ def test_saturation_is_the_mean_over_heads_and_planes() -> None:
 def test_layers_that_have_a_second_level(name: str, layers: list[int], backend: str) -> None:
     session = model_of(name, backend).session()
     session.feed(IDS)
-    before = session._state.buffer.copy()
-    found = insight.layers(session.model.config, session._state)
+    before = session.state.buffer.copy()
+    found = insight.layers(session.model.config, session.state)
     assert [layer.layer for layer in found] == layers
     assert all(layer.norm > 0 and 1 / D <= layer.saturation <= 1 for layer in found)
-    np.testing.assert_array_equal(session._state.buffer, before)
+    np.testing.assert_array_equal(session.state.buffer, before)
     shares = insight.shares(session.model, session.snapshot(), IDS.tolist())
     assert sorted(shares) == layers
 

@@ -18,6 +18,7 @@ from conftest import SHARED, SMALL, build, random_weights
 from oracle import Weights
 
 from tcinfer import memory
+from tcinfer.api import Model, Session
 from tcinfer.architectures import architecture
 from tcinfer.config import DEFAULT_WINDOW, ModelConfig
 from tcinfer.errors import FileError, TcinferError
@@ -26,9 +27,7 @@ from tcinfer.kernels.reference.rotary import angles, frequencies
 from tcinfer.loader import bind, dropped, load, read_config
 from tcinfer.memory import infini, tensor_cache
 from tcinfer.memory_options import with_memory
-from tcinfer.model import Model
 from tcinfer.reader import read
-from tcinfer.session import Session
 
 T, W = 48, 7
 IDS = np.random.default_rng(1).integers(0, SMALL.vocab_size, T)
@@ -164,7 +163,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def arrays(session: Session) -> Weights:
-    return {f"{i}.{name}": a for i, layer in enumerate(session._state.on_host().layers) for name, a in layer.items()}
+    return {f"{i}.{name}": a for i, layer in enumerate(session.state.on_host().layers) for name, a in layer.items()}
 
 
 def without(weights: Weights, *parts: str) -> Weights:
@@ -197,7 +196,7 @@ def test_parity(name, backend):
     want, memories = expected(name)
     session = model_of(name, backend).session()
     assert difference(session.feed(IDS, all_logits=True), want) < TOLERANCE[backend]
-    for state, matrices in zip(session._state.on_host().layers, memories, strict=True):
+    for state, matrices in zip(session.state.on_host().layers, memories, strict=True):
         for key in matrices.keys() & state.keys():
             assert difference(state[key], matrices[key].reshape(state[key].shape)) < TOLERANCE[backend], key
 
@@ -218,7 +217,7 @@ def test_any_chunks_give_the_same_answers(name, backend):
 @pytest.mark.parametrize("name", BOUNDED)
 def test_bytes_never_change(name, backend):
     session = model_of(name, backend).session()
-    buffer = session._state.on_host().buffer
+    buffer = session.state.on_host().buffer
     for count in (1, 499):
         assert session.nbytes == buffer.nbytes == memory.layout(session.model.config).nbytes
         session.feed(np.resize(IDS, count))
@@ -317,7 +316,7 @@ def test_limits_that_are_a_plainer_memory(name, backend):
 def test_a_wedge_matrix_is_antisymmetric(backend):
     session = model_of("tensor-wedge", backend).session()
     session.feed(IDS)
-    A = session._state.on_host().layers[0]["A"]
+    A = session.state.on_host().layers[0]["A"]
     assert difference(A, -A.swapaxes(-1, -2)) < 1e-6
 
 
@@ -420,4 +419,4 @@ def test_of_slots_that_are_equal_the_first_is_written_and_read(backend: str) -> 
     at_once, singly = model.session(), model.session()
     want = at_once.feed(IDS, all_logits=True)
     np.testing.assert_allclose(np.stack([singly.feed(i) for i in IDS]), want, atol=1e-4)
-    assert not at_once._state.on_host().layers[0]["A"][1:].any()
+    assert not at_once.state.on_host().layers[0]["A"][1:].any()

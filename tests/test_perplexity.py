@@ -21,7 +21,7 @@ from test_cli import FAST, PLAY, command, refused, start, write_model
 
 import tcinfer as package
 from tcinfer import TcinferError, perplexity, text
-from tcinfer.model import Model
+from tcinfer.api import Model
 from tcinfer.perplexity import Row, measure
 
 WINDOW = {"memory": "window", "window": 8}

@@ -15,6 +15,7 @@ from plans import Pass, normal
 from test_memory import CASES, config_of, weights_of
 
 from tcinfer import memory
+from tcinfer.api import Model
 from tcinfer.engine.compiled import KERNELS
 from tcinfer.kernels import table
 from tcinfer.kernels.cpu.jit import OPERATORS as COMPILED
@@ -22,7 +23,6 @@ from tcinfer.kernels.cpu.plan import module_of
 from tcinfer.kernels.cpu.threads import WAIT, WHEN
 from tcinfer.kernels.operators import Operator
 from tcinfer.kernels.plan import ALWAYS, FEW, ONE, PROMPT, SESSIONS, Plan, Step, as_word
-from tcinfer.model import Model
 
 KINDS = (ONE, FEW, PROMPT, SESSIONS)
 ROOMS = [o for room in memory.rooms() for o in getattr(room, "OPERATORS", ())]
@@ -111,7 +111,7 @@ def answers(model: Model, kind: int, seed: int = 0) -> list[np.ndarray]:
             logits = np.concatenate([s.feed(ids[-COUNTS[kind] :], all_logits=True) for s in sessions])
     finally:
         plan._finished = whole
-    return [logits, *(s._state.buffer for s in sessions)]
+    return [logits, *(s.state.buffer for s in sessions)]
 
 
 def groups(steps: np.ndarray, kind: int, without: int = -1) -> Iterator[list[np.ndarray]]:

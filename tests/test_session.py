@@ -11,11 +11,12 @@ import pytest
 from conftest import SHAKESPEARE, small
 
 import tcinfer
+from tcinfer.api import Session
 from tcinfer.config import CHUNK
 from tcinfer.errors import TcinferError
 from tcinfer.kernels.reference.eager import Eager
 from tcinfer.memory import tensor_cache
-from tcinfer.session import RECENT, Session
+from tcinfer.sequence import RECENT
 
 TENSOR = {"memory": "tensor", "window": 8, "options": tensor_cache.Options()}
 IDS = np.random.default_rng(0).integers(0, 50, 40)
@@ -63,10 +64,10 @@ def test_feed_takes_one_id_or_many_and_gives_the_last_logits_or_all() -> None:
 def test_ids_that_are_none_are_refused_and_change_nothing(bad) -> None:
     s = small(**TENSOR).session()
     s.feed(IDS)
-    before = s._state.buffer.copy()
+    before = s.state.buffer.copy()
     with pytest.raises(TcinferError):
         s.feed(bad)
-    np.testing.assert_array_equal(s._state.buffer, before)
+    np.testing.assert_array_equal(s.state.buffer, before)
     s.feed(1)
 
 
@@ -145,7 +146,7 @@ def test_an_interrupted_pass_leaves_a_session_that_says_so(monkeypatch: pytest.M
         with pytest.raises(KeyboardInterrupt):
             s.feed([1])
     for use in (lambda: s.feed([1]), s.snapshot, s.fork, lambda: next(s.generate([1]))):
-        with pytest.raises(TcinferError, match="interrupted in the middle"):
+        with pytest.raises(TcinferError, match="broke off and its layers disagree"):
             use()
     s.restore(snap)
     s.feed([1])

@@ -30,11 +30,11 @@ from test_memory import IDS, SINKS, config_of, difference, weights_of
 from test_processes import process
 
 from tcinfer import loader, session_file
+from tcinfer.api import Model, Session
 from tcinfer.errors import FileError, TcinferError
 from tcinfer.kernels.reference.quants import Kind
 from tcinfer.memory import tensor_cache
-from tcinfer.model import Model
-from tcinfer.session import RECENT, Session
+from tcinfer.sequence import RECENT
 
 BOUNDED = [
     "window", "window-learned-key-conv", "sinks", "sinks-in-cache", "sinks-in-cache-qwen2-key-conv", "infini-linear",
@@ -90,7 +90,7 @@ def test_the_other_backend_goes_on_from_it(name: str, one: str, two: str, tmp_pa
     session.save(tmp_path / "s.tcs")
     other = model(name, two, "f32").load_session(tmp_path / "s.tcs")
     same(other, session)
-    for a, b in zip(session_file.arrays(other._state), session_file.arrays(session._state), strict=True):
+    for a, b in zip(session_file.arrays(other.state), session_file.arrays(session.state), strict=True):
         np.testing.assert_array_equal(a[2][:20], b[2][:20])
     assert difference(other.feed(IDS[20:], all_logits=True), session.feed(IDS[20:], all_logits=True)) < 1e-4
 
@@ -110,7 +110,7 @@ def test_a_position_of_any_size_is_kept(name: str, position: int, backend: str, 
     session, path = model(name, backend).session(), tmp_path / "s.tcs"
     session.feed(IDS)
     size = session.save(path)
-    session._state.position = position
+    session.state.position = position
     assert session.save(path) == size
     other = session.model.load_session(path)
     same(other, session)
@@ -382,9 +382,9 @@ def test_not_a_number_in_any_array(cache_type: str, bad: float, tmp_path: Path) 
     session, path = model("tensor-everything", "numpy", cache_type).session(), tmp_path / "s.tcs"
     session.feed(IDS)
     session.save(path)
-    good, buffer = path.read_bytes(), session._state.buffer
+    good, buffer = path.read_bytes(), session.state.buffer
     start = good.index(buffer.tobytes())
-    for layer, name, array in session_file.arrays(session._state):
+    for layer, name, array in session_file.arrays(session.state):
         at = array.ctypes.data + array.nbytes - array.itemsize - buffer.ctypes.data
         value = np.array(bad, array.dtype).tobytes()
         path.write_bytes(sealed(good[: start + at] + value + good[start + at + len(value) :]))
@@ -450,7 +450,7 @@ def test_thousands_of_forged_bytes(tmp_path: Path, backend: str) -> None:
             refusal(t.path, t.model)
             continue
         loaded += 1
-        assert all(np.isfinite(array).all() for _, _, array in session_file.arrays(session._state))
+        assert all(np.isfinite(array).all() for _, _, array in session_file.arrays(session.state))
         assert np.isfinite(session.logits).all()
         with contextlib.suppress(TcinferError):
             session.feed(IDS[:2])

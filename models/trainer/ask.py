@@ -20,7 +20,7 @@ import exercises
 import vocabulary
 from runtime import OFF, open_models
 
-from tcinfer.model import Model
+from tcinfer.api import Model
 from tcinfer.progress import bar
 
 GAPS = (2, 4, 8, 16)  # windows

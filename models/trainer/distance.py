@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 from runtime import one_error, open_models
 
-from tcinfer.model import Model
+from tcinfer.api import Model
 from tcinfer.perplexity import WHOLE, measure
 from tcinfer.plot import axes, check
 from tcinfer.progress import bar

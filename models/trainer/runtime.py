@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
+from tcinfer.api import Model
 from tcinfer.errors import TcinferError
 from tcinfer.loader import load
-from tcinfer.model import Model
 
 OFF = "memory off"  # the name of the first model without its memory
 

@@ -21,11 +21,11 @@ from tcinfer.chat.template import ChatTemplate, Part, fill
 from tcinfer.errors import FileError, TcinferError
 from tcinfer.generation import UNFINISHED
 from tcinfer.sampler import Sampling
-from tcinfer.session import Snapshot
+from tcinfer.sequence import Snapshot
 
 if TYPE_CHECKING:
+    from tcinfer.api import Model
     from tcinfer.generation import Piece
-    from tcinfer.model import Model
     from tcinfer.tokenizer import Tokenizer
 
 MEASURED = 4096  # tokens of a turn, at most, that are fed again to measure it

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tcinfer import memory, session_file
+from tcinfer.api import Model
 from tcinfer.atomic import copy
 from tcinfer.chat import store
 from tcinfer.chat.conversation import Conversation
@@ -17,7 +18,6 @@ from tcinfer.engine.base import Backend
 from tcinfer.errors import TcinferError
 from tcinfer.loader import Opened
 from tcinfer.memory_options import with_memory
-from tcinfer.model import Model
 from tcinfer.sampling import Sampling
 from tcinfer.tokenizer import CHAT_TEMPLATE
 
@@ -59,7 +59,7 @@ class Chats:
         else:
             found = session_file.read(base)
             options = found.memory_options(self.opened.config)
-            session_file.attach(self._load(options), found)
+            self._load(options).attach(found)
         fingerprint = self._load(options).fingerprint.hex()
         name = store.new_name(self.folder) if name is None else name
         start: dict[str, Any] = {"model": str(self.opened.path.resolve()), "fingerprint": fingerprint}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tcinfer.session import Snapshot
+from tcinfer.sequence import Snapshot
 
 BUDGET = 64 * 2**20  # bytes
 MOST = 16  # snapshots: small ones too are not free to look through

@@ -33,7 +33,7 @@ from tcinfer.errors import TcinferError
 from tcinfer.sampling import strings
 
 if TYPE_CHECKING:
-    from tcinfer.session import Session
+    from tcinfer.api import Session
 
 
 @click.command()
@@ -77,7 +77,7 @@ def generate(**options: Any) -> None:
     file = session_file.read(path) if path is not None and not (options["save"] and not os.path.exists(path)) else None
     with _prompt(options["prompt"], options["file"], optional=file is not None) as stream:
         model = load_model(options, file)
-        session = model.session() if file is None else session_file.attach(model, file)
+        session = model.session() if file is None else model.attach(file)
         follow = constraint(options, model)
         if options["save"]:
             check_writable(Path(path))  # what cannot be written should show before the work

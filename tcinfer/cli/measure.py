@@ -18,7 +18,7 @@ from tcinfer.cli.options import MEMORY, MODEL, RUNNING, load_model, model_option
 from tcinfer.errors import TcinferError
 
 if TYPE_CHECKING:
-    from tcinfer.model import Model
+    from tcinfer.api import Model
     from tcinfer.perplexity import Result
 
 SIZED = re.compile(r"([^:]+)(?::(\d{1,10}))?(?::(\d{1,10}))?")  # mode, window, sinks

@@ -13,8 +13,8 @@ from tcinfer.errors import TcinferError
 from tcinfer.sampling import Sampling, bias
 
 if TYPE_CHECKING:
+    from tcinfer.api import Model
     from tcinfer.constraint import Constraint
-    from tcinfer.model import Model
     from tcinfer.session_file import SessionFile
 
 MODEL = click.option("-m", "--model", metavar="MODEL.gguf", help="The model; without it, the bundled one.")

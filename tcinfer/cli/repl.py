@@ -237,7 +237,7 @@ class Repl:
         session = conversation.session
         held = session.position - session.outside_window
         say(f"window: {held:,} tokens held exactly, {session.outside_window:,} outside; {size(session.nbytes)}")
-        layers = insight.layers(config, session._state.on_host())
+        layers = insight.layers(config, session.state.on_host())
         if not layers:
             say(f"{config.memories} memory has no second level: the window's share of every answer is 100%")
             return

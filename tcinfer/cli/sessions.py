@@ -59,7 +59,7 @@ def absorb(path: str, file: str | None, every: float, quiet: bool, **options: An
         if found is None and options["memory"] is None and not model.bounded:
             notice("this model's own cache would grow with the stream: sinks memory is used (--memory full keeps all)")
             model = load_model(options | {"memory": "sinks"})
-        session = model.session() if found is None else session_file.attach(model, found)
+        session = model.session() if found is None else model.attach(found)
         session.save(path)  # what cannot be written should show before hours of reading
         first, start, saved = session.position, time.monotonic(), time.monotonic()
         try:
@@ -201,6 +201,6 @@ def verify(file: str, model: str | None) -> None:
     if model is not None:
         opened = Opened(model)
         asked = found.memory_options(opened.config)
-        session_file.attach(opened.model(backend("numpy"), **asked), found)
+        opened.model(backend("numpy"), **asked).attach(found)
         fits = f"; it goes on in {one_line(model)}"
     click.echo(f"{one_line(file)}: whole, {found.position:,} tokens in {found.nbytes:,} bytes{fits}")

@@ -47,6 +47,7 @@ class Engine(Protocol):
     """One model on one backend. Passes wait for each other."""
 
     chunk: int  # most rows of a pass
+    ragged: bool  # whether a pass takes several tokens of each of several states
     bytes_per_token: int | None  # of the matrices that each is multiplied with, as the file holds them; None on numpy
 
     def new_state(self, layout: Layout) -> AnyState:
@@ -58,7 +59,8 @@ class Engine(Protocol):
     def run(self, states: Sequence[Any], counts: Sequence[int], ids: NDArray[np.int64], out_rows: int) -> F32:
         """Take ids [sum of counts] into states, each its part, at most `chunk` in all, and move them on.
 
-        Several states: a token each. Returns the logits of the last `out_rows` rows, float32 [out_rows, V].
+        Several states: a token each, but where the engine is `ragged`.
+        Returns the logits of the last `out_rows` rows, float32 [out_rows, V].
         """
 
     def room(self, rows: int) -> None:

@@ -56,6 +56,7 @@ class Engine:
         """
         self.config, self.device, self.lock, self._owner = config, device, RLock(), os.getpid()
         self.chunk: int = CHUNK  # rows of the longest pass
+        self.ragged = False
         self.bytes_per_token: int | None = bytes_per_token(weights)
         heads = {layer.n_kv_heads for layer in config.layers}
         if len(heads) > 1:

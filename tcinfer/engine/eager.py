@@ -21,6 +21,8 @@ from tcinfer.transformer import transformer
 class HostEngine:
     """What engines share whose states lie in this machine's memory."""
 
+    ragged = True
+
     def new_state(self, layout: Layout) -> AnyState:
         return State(layout)
 

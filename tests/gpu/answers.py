@@ -14,10 +14,10 @@ from test_golden import FEEDS, LIMIT, memory_of, relative
 from test_memory import CASES, IDS, W, arrays, difference, feed, model_of
 
 from tcinfer import converters
+from tcinfer.api import Model
 from tcinfer.engine import eager
 from tcinfer.kernels.reference.quants import Kind
 from tcinfer.loader import load
-from tcinfer.model import Model
 from tcinfer.tokenizer import from_metadata
 
 FLOATS, HALVES = 1e-3, 5e-3  # of ‖logits‖: of one token, its keys and values halves; of many, in halves throughout
@@ -83,7 +83,7 @@ def checkpoints(b: Bench) -> None:
         for way, lengths in FEEDS.items():
             session, parts = model.session(), np.split(want["tokens"], np.cumsum(lengths)[:-1])
             got = np.concatenate([session.feed(part, all_logits=True) for part in parts])
-            states, worst = session._state.on_host().layers, [relative(got, want["logits"])]
+            states, worst = session.state.on_host().layers, [relative(got, want["logits"])]
             for key in (key for key in want.files if "." in key):
                 memory, layer = key.split(".")
                 worst.append(relative(memory_of(states[int(layer)], memory, want[key].shape), want[key]))

@@ -21,6 +21,7 @@ from gguf.quants import quantize
 from plans import SCALES, normal, random_matrix, scales
 
 from tcinfer import memory
+from tcinfer.api import Model, Session
 from tcinfer.config import ModelConfig
 from tcinfer.engine import cuda
 from tcinfer.kernels.cuda import products
@@ -31,9 +32,8 @@ from tcinfer.kernels.plan import ONE
 from tcinfer.kernels.reference.quants import Kind, Matrix
 from tcinfer.memory import tensor_cache
 from tcinfer.memory.state import State
-from tcinfer.model import Model
 from tcinfer.sampling import Sampling
-from tcinfer.session import Session
+from tcinfer.sequence import advance
 from tcinfer.tokenizer import from_metadata
 from tcinfer.transformer import tensors
 
@@ -151,14 +151,14 @@ def filled(model: Model, position: int = 5000) -> Session:
             array[...] = np.resize(some if name in ("k", "v") else some / 100, array.shape)
     state.position = position
     session = model.session()
-    session._state = model.engine.placed(state)
+    session.state = model.engine.placed(state)
     return session
 
 
 def same_again(session: Session) -> Session:
     """Another session that stands where this one does."""
     other = session.model.session()
-    other._state = session.model.engine.placed(session._state)
+    other.state = session.model.engine.placed(session.state)
     return other
 
 
@@ -176,8 +176,8 @@ def stepping(session: Session) -> Callable[[], int]:
 
     def run() -> int:
         nonlocal token
-        session._advance(token, GREEDY)
-        chosen = session._chosen_ahead(GREEDY)
+        advance([session], np.array([token]), [GREEDY])
+        chosen = session.chosen_ahead(GREEDY)
         if chosen is None:
             raise ArithmeticError("logits are not finite, or were not chosen from on the device")
         token = chosen

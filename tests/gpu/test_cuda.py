@@ -18,6 +18,7 @@ from test_memory import config_of, difference, feed, weights_of
 
 import tcinfer
 from tcinfer import bench
+from tcinfer.api import Session
 from tcinfer.engine import cuda
 from tcinfer.errors import TcinferError
 from tcinfer.kernels.cuda.plan import Pass
@@ -28,7 +29,7 @@ from tcinfer.kernels.reference import pointwise
 from tcinfer.kernels.reference.quants import KINDS, Kind
 from tcinfer.sampler import Draws
 from tcinfer.sampling import Sampling
-from tcinfer.session import Session
+from tcinfer.sequence import advance
 
 IDS = np.random.default_rng(1).integers(0, SMALL.vocab_size, 60)
 EVERYTHING = "tensor-everything"
@@ -123,7 +124,7 @@ def test_logits_wait_on_the_device_and_are_rescued_before_they_are_overwritten(c
     model = build(replace(SMALL, memory="window", window=7), "cuda")
     one, other = model.session(), model.session()
     ids_of(one, 3, GREEDY)
-    one._advance(5, GREEDY)
+    advance([one], np.array([5]), [GREEDY])
     assert isinstance(one._logits, cuda.Later)
     fetched = counted.fetched
     other.feed(IDS[:3])
@@ -287,7 +288,7 @@ def test_neither_order_nor_number_of_blocks_shows_in_the_bits(name: str, monkeyp
         session = model.session()
         got = [feed(session, IDS, [1, 1, 30, 1, 9])]
         together = at_many_positions(model, [3, 9, 30])
-        got += [model.step_many(together, IDS[:3]), session._state.on_host().buffer]
+        got += [model.step_many(together, IDS[:3]), session.state.on_host().buffer]
         wanted = wanted or got
         for a, b in zip(got, wanted, strict=True):
             np.testing.assert_array_equal(a, b, f"seed {seed}, {multiprocessors} blocks")

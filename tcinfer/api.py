@@ -1,0 +1,200 @@
+"""Models and sessions as users have them: the one place where sequences, texts, files and schedulers meet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from tcinfer import session_file
+from tcinfer.errors import TcinferError
+from tcinfer.generation import DEFAULT_TOKENS, Generation, Piece, Request
+from tcinfer.loaded import Loaded
+from tcinfer.sampler import breaker_ids, sample
+from tcinfer.sampling import Sampling
+from tcinfer.scheduler import Scheduler
+from tcinfer.sequence import Progress, advance, check_ids, rows_of_logits
+from tcinfer.sequence import Sequence as Past
+
+if TYPE_CHECKING:
+    from tcinfer.constraint import Constraint
+
+
+class Model(Loaded):
+    """A model ready to run: `config`, `tokenizer`, and weights that any number of sessions share."""
+
+    def session(self) -> Session:
+        """A new sequence at position 0. Raises TcinferError if its state does not fit this machine."""
+        return Session(self)
+
+    def load_session(self, path: str | PathLike[str]) -> Session:
+        """Go on from a file that `session.save` wrote: the same logits, to the bit (on the same backend).
+
+        Raises TcinferError for a file that is damaged, of another model, of other memory options, or of a newer
+        version.
+        """
+        return self.attach(session_file.read(path))
+
+    def attach(self, file: session_file.SessionFile) -> Session:
+        """The same for a file that was read. Raises FileError where it is not of this model, as it was loaded."""
+        return Session(self, session_file.fitting(file, self))
+
+    def scheduler(self, **options: Any) -> Scheduler:
+        """What works on many requests at once, in a thread of its own; options: as `tcinfer.scheduler.Scheduler`."""
+        return Scheduler(self, self.session, **options)
+
+    def step_many(
+        self, sessions: Sequence[Session], tokens: ArrayLike, sampling: Sampling | Sequence[Sampling] | None = None
+    ) -> NDArray[Any]:
+        """Feed one token to each of many sessions, sharing each pass over the weights; logits [len(sessions), V].
+
+        With `sampling`, one for all or one for each, the ids that come next instead, int64 [len(sessions)], each drawn
+        by its session's own random numbers: on a GPU the logits then need not leave it.
+        The same as feeding each by itself (bit for bit on CPUs), and much faster: reading the weights is most of the
+        cost of a token. Raises TcinferError, all sessions untouched, for a token out of range or a session that is not
+        this model's or is named twice.
+        """
+        sessions = list(sessions)
+        if not all(isinstance(s, Session) and s.model is self for s in sessions):
+            raise TcinferError("step_many takes sessions of this model, as it was loaded")
+        if len({id(s) for s in sessions}) < len(sessions):
+            raise TcinferError("step_many takes each session once: their tokens are independent of each other")
+        if not sessions:
+            raise TcinferError("step_many takes at least one session")
+        ids, count = check_ids(self, tokens), len(sessions)
+        if len(ids) != count:
+            raise TcinferError(f"step_many takes one token for each session, not {len(ids)} for {count}")
+        hows = self._hows(sampling, count)
+        for session in sessions:
+            session.check_fits(1)
+        chooses = any(how is not None and self.engine.chooses(how) for how in hows)
+        self.engine.room(count if chooses else min(count, self.chunk))
+        for session, how in zip(sessions, hows, strict=True):
+            session.make_room(1)
+            if how is not None and session.draws is None:
+                session.draws = how.draws()
+        V = self.config.vocab_size
+        out: NDArray[Any] = rows_of_logits(count, V) if sampling is None else np.empty(count, np.int64)
+        for a in range(0, count, self.chunk):
+            part = slice(a, a + self.chunk)
+            advance(list[Past](sessions[part]), ids[part], hows[part], a if chooses else 0)
+            for i, (session, how) in enumerate(zip(sessions[part], hows[part], strict=True), a):
+                out[i] = session.logits if how is None else self._next(session, how)  # type: ignore[assignment]
+        return out
+
+    def _hows(self, sampling: Sampling | Sequence[Sampling] | None, count: int) -> list[Sampling | None]:
+        """One for each of `count` sessions, checked."""
+        several = sampling is not None and not isinstance(sampling, Sampling)
+        hows: list[Any] = list(sampling) if several else [sampling] * count  # type: ignore[arg-type]
+        if several and (len(hows) != count or not all(isinstance(how, Sampling) for how in hows)):
+            raise TcinferError(f"sampling is one tcinfer.Sampling for all, or one for each of {count} sessions")
+        for how in dict.fromkeys(hows):
+            if how is not None and how.logit_bias:
+                check_ids(self, [token for token, _ in how.logit_bias])
+        return hows
+
+    def _next(self, session: Session, how: Sampling) -> int:
+        """The id that comes next."""
+        if (ahead := session.chosen_ahead(how)) is not None:
+            return ahead
+        logits, breaks = session.logits, None
+        assert logits is not None
+        assert session.draws is not None
+        if how.dry_multiplier:
+            breaks = breaker_ids(self.tokenizer, how.dry_sequence_breakers, self.config.vocab_size)
+        return sample(logits, how, session.draws, session.recent, None, breaks)
+
+
+class Session(Past):
+    """The state of one sequence, made by `model.session()`. One thread at a time may use it; sessions are cheap."""
+
+    def generate(
+        self,
+        prompt: str | ArrayLike | None = None,
+        max_tokens: int = DEFAULT_TOKENS,
+        sampling: Sampling | None = None,
+        stop: str | Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+        banned: str | Sequence[str] = (),
+        constraint: Constraint | None = None,
+        logprobs: int | None = None,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Text:
+        """Go on from here: feed `prompt` (text, ids, or nothing), then yield a Piece for each new token.
+
+        Text gets the BOS token in front where the file says so and the session is empty. Ends after max_tokens (-1:
+        never), at an end-of-text token or one of `stop_ids`, none of which is fed, or before the first of the `stop`
+        strings, which is not part of the text.
+        `banned` strings never come up in the text. How tokens are chosen: `sampling`, or its fields one by one
+        (temperature=0, top_k=1, seed=7 ...); seed -1 goes on with the session's own random numbers, which its
+        snapshots, forks and files carry. constraint: a grammar or JSON schema that the text must follow. A token
+        that is yielded has been fed: the session holds all that was shown. logprobs: with each piece, of so many likely
+        ids and its own. Raises TcinferError on bad arguments at once, before the first piece is asked for.
+        """
+        own = {"stop": stop, "stop_ids": stop_ids, "banned": banned, "constraint": constraint, "logprobs": logprobs}
+        request = Request.of(prompt, max_tokens=max_tokens, sampling=sampling, **own, **options)
+        return Text(self, Generation(request, self), progress)
+
+    def save(self, path: str | PathLike[str]) -> int:
+        """Write the session to a file, in one step, and give its bytes: the same number however long the session is.
+
+        `model.load_session` goes on from it, to the bit (session_file.py has the layout). Raises TcinferError, the
+        file at `path` as it was, where it cannot be written.
+        """
+        return session_file.write(self.snapshot(), path)
+
+
+class Text(Iterator[Piece]):
+    """A text as it is written: an iterator of its pieces, which can be closed.
+
+    finish_reason: None until it is over, then "stop" or "length"; prompt_tokens, new_tokens: fed so far;
+    prompt_seconds, new_seconds: that took.
+    """
+
+    def __init__(self, session: Past, generation: Generation, progress: Progress | None = None) -> None:
+        self._session, self._generation, self._progress = session, generation, progress
+        self.prompt_tokens = self.new_tokens = 0
+        self.prompt_seconds = self.new_seconds = 0.0
+        self._pieces = self._written()
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self._generation.finish_reason
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Write no more."""
+        self._pieces.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _written(self) -> Generator[Piece, None, None]:
+        session, generation, start = self._session, self._generation, time.monotonic()
+        if generation.prompt.size:
+            session.feed(generation.prompt, progress=self._progress)
+            self.prompt_tokens, self.prompt_seconds = generation.prompt.size, time.monotonic() - start
+        generation.begin(session)
+        start = time.monotonic()
+        while (token := generation.choose(session)) is not None:
+            ids = session.check([token])
+            session.make_room(1)
+            session.model.engine.room(1)
+            advance([session], ids, [generation.ahead])
+            piece = generation.fed(token)
+            self.new_tokens, self.new_seconds = self.new_tokens + 1, time.monotonic() - start
+            yield piece
+            if generation.finish_reason:
+                return
+        if generation.rest:
+            yield Piece(generation.rest, -1)

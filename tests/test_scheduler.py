@@ -1,0 +1,257 @@
+"""Many requests at once: each text is the same as alone, what ends one ends no other, and nobody waits for long."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import SHAKESPEARE, small
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import tcinfer
+from tcinfer.api import Model, Session
+from tcinfer.constraint import Constraint
+from tcinfer.errors import TcinferError
+from tcinfer.generation import Request
+from tcinfer.scheduler import UNREAD, Answer, BusyError, Scheduler
+
+WAIT = 120  # seconds, more than any of these takes
+TEXT = "First Citizen: Before we proceed any further, hear me speak. All: Speak, speak. "
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return tcinfer.load(SHAKESPEARE, threads=1)
+
+
+@pytest.fixture
+def scheduler(model: Model) -> Iterator[Scheduler]:
+    with model.scheduler() as made:
+        yield made
+
+
+def alone(model: Model, request: Request) -> str:
+    options = {name: getattr(request, name) for name in ("max_tokens", "sampling", "stop", "banned", "constraint")}
+    return "".join(piece.text for piece in model.session().generate(request.prompt, **options))
+
+
+def mixed(model: Model, count: int, longest: int = 600) -> list[Request]:
+    """Requests of every kind: prompts of 1 token to many, short and long answers, one grammar."""
+    rng, made = np.random.default_rng(7), []
+    grammar = Constraint(model.tokenizer, model.config.vocab_size, grammar="start: /[A-Z][a-z ]{5,30}[.]/")
+    for i in range(count):
+        text = (TEXT * 40)[: int(rng.integers(1, longest))]
+        options: dict[str, Any] = {"max_tokens": int(rng.integers(1, 60)), "seed": i}
+        options["temperature"] = float(rng.choice([0, 0.7, 1.2]))
+        if i % 4 == 1:
+            options |= {"stop": ["the", "\n"], "top_k": 5}
+        if i % 4 == 2:
+            options |= {"banned": [" a", "you"], "repeat_penalty": 1.2}
+        if i % 4 == 3:
+            options |= {"constraint": grammar}
+        made.append(Request.of(text, **options))
+    return made
+
+
+def test_each_text_is_that_of_the_request_alone(model: Model, scheduler: Scheduler) -> None:
+    requests = mixed(model, 40)
+    handles = [scheduler.submit(request) for request in requests]
+    got = [handle.result(WAIT) for handle in handles]
+    for request, answer, handle in zip(requests, got, handles, strict=True):
+        assert answer.text == alone(model, request)
+        assert answer.finish_reason in ("stop", "length")
+        assert handle.session.whole
+        assert handle.session.position == answer.prompt_tokens + len(answer.ids)
+    assert scheduler.active == 0
+
+
+@given(data=st.data())
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_comes_and_goes_changes_no_text(data: st.DataObject, model: Model) -> None:
+    """Submitted by turns, cancelled, gone on with and forked, with whatever is done in between."""
+    requests = mixed(model, 12, 120)
+    past = model.session()
+    past.feed(model.tokenizer.encode(TEXT))
+    with model.scheduler(max_active=data.draw(st.integers(1, 6))) as scheduler:
+        handles = []
+        for request in requests:
+            what = data.draw(st.sampled_from(["new", "fork", "cancel", "wait"]))
+            session = Session(model, past.snapshot()) if what == "fork" else None
+            handle = scheduler.submit(request, session)
+            handles.append((what, request, handle))
+            if what == "cancel":
+                handle.cancel()
+            if what == "wait":
+                next(iter(handle), None)
+        for what, request, handle in handles:
+            answer = handle.result(WAIT)
+            if what == "fork":
+                options = {"max_tokens": request.max_tokens, "sampling": request.sampling, "stop": request.stop}
+                options |= {"banned": request.banned, "constraint": request.constraint}
+                session = Session(model, past.snapshot())
+                assert answer.text == "".join(p.text for p in session.generate(request.prompt, **options))
+            elif answer.finish_reason == "cancelled":
+                assert alone(model, request).startswith(answer.text)
+                assert handle.session.whole
+                assert handle.session.stands or not handle.session.position
+            else:
+                assert answer.text == alone(model, request)
+
+
+def test_a_cancelled_prompt_leaves_a_session_that_goes_on(model: Model, scheduler: Scheduler) -> None:
+    ids = model.tokenizer.encode(TEXT * 200)
+    handle = scheduler.submit(Request(ids))
+    while not handle.session.position:
+        time.sleep(0.001)
+    handle.cancel()
+    assert handle.result(WAIT).finish_reason == "cancelled"
+    position = handle.session.position
+    assert 0 < position < len(ids)
+    other = model.session()
+    other.feed(ids[:position])
+    assert other.logits is not None
+    assert handle.session.logits is not None
+    np.testing.assert_array_equal(handle.session.logits, other.logits)
+    assert len(list(handle.session.generate(max_tokens=3))) == 3
+
+
+def test_what_goes_wrong_with_one_ends_that_one(model: Model, scheduler: Scheduler) -> None:
+    nowhere = Constraint(model.tokenizer, model.config.vocab_size, grammar='start: "\N{PARROT}\N{SNOWMAN}"')
+    good = scheduler.submit(Request.of("ROMEO:", max_tokens=200, seed=1))
+    wrong = [
+        (Request.of([10**6]), "outside the vocabulary"),
+        (Request.of("A", logit_bias={10**6: 1.0}), "outside the vocabulary"),
+        (Request.of("A", constraint=nowhere), "grammar|allows|token"),
+        (Request.of("A", banned=[*map(chr, range(32, 127)), "\n"]), "no token may come next"),
+    ]
+    handles = [(scheduler.submit(request), says) for request, says in wrong]
+    for handle, says in handles:
+        with pytest.raises(TcinferError, match=says):
+            handle.result(WAIT)
+        assert handle.finish_reason == "error"
+        with pytest.raises(TcinferError, match=says):
+            list(handle)
+    assert good.result(WAIT).text == alone(model, good.request)
+
+
+def test_a_session_that_ends_at_learned_positions_ends_alone() -> None:
+    model = small()
+    end = model.config.context_length
+    with model.scheduler(context=end) as scheduler:
+        over = scheduler.submit(Request(np.zeros(end - 2, int), max_tokens=10))
+        good = scheduler.submit(Request([1, 2], max_tokens=5))
+        with pytest.raises(TcinferError, match=r"ends at token|tokens of `context`"):
+            over.result(WAIT)
+        assert len(good.result(WAIT).ids) == 5
+
+
+def test_who_does_not_read_is_waited_for(model: Model, scheduler: Scheduler) -> None:
+    slow = scheduler.submit(Request.of("A", max_tokens=UNREAD + 50, seed=1))
+    quick = scheduler.submit(Request.of("B", max_tokens=UNREAD + 300, seed=1))
+    assert len(quick.result(WAIT).ids) == UNREAD + 300
+    time.sleep(0.05)
+    assert not slow.done()
+    assert slow.session.position <= UNREAD + 2
+    assert len(list(slow)) == UNREAD + 50
+    assert slow.finish_reason == "length"
+
+
+def test_a_deadline(scheduler: Scheduler) -> None:
+    handle = scheduler.submit(Request.of("A", max_tokens=-1), deadline=0.2)
+    answer = handle.result(WAIT)
+    assert answer.finish_reason == "deadline"
+    assert 0.2 <= answer.seconds < 2
+    assert answer.ids
+
+
+def test_limits(model: Model) -> None:
+    with model.scheduler(max_active=1, max_queue=1) as scheduler:
+        first = scheduler.submit(Request.of("A", max_tokens=-1))
+        next(iter(first))
+        second = scheduler.submit(Request.of("B", max_tokens=1))
+        with pytest.raises(BusyError, match="1 requests wait already"):
+            scheduler.submit(Request.of("C"))
+        assert scheduler.active == 1
+        first.cancel()
+        assert second.result(WAIT).finish_reason in ("length", "stop")
+    with pytest.raises(TcinferError, match="closed"):
+        scheduler.submit(Request.of("A"))
+    with pytest.raises(TcinferError, match="max_active"):
+        model.scheduler(max_active=0)
+
+
+def test_bytes_are_counted_before_they_are_taken(model: Model) -> None:
+    with model.scheduler() as any_:
+        each = any_.bytes_each
+    assert each >= model.session().nbytes
+    with model.scheduler(budget=2 * each) as scheduler:
+        handles = [scheduler.submit(Request.of("A", max_tokens=30)) for _ in range(5)]
+        for handle in handles:
+            handle.result(WAIT)
+            assert scheduler.nbytes <= 2 * each
+        assert scheduler.nbytes == 0
+    with model.scheduler(budget=each - 1) as scheduler, pytest.raises(TcinferError, match="more than the budget"):
+        scheduler.submit(Request.of("A")).result(WAIT)
+
+
+def test_a_cancel_frees_its_bytes_within_a_pass(model: Model, scheduler: Scheduler) -> None:
+    handles = [scheduler.submit(Request.of("A", max_tokens=-1, seed=i)) for i in range(4)]
+    for handle in handles:
+        next(handle)
+    handles[0].cancel()
+    handles[0].result(WAIT)
+    assert scheduler.nbytes == 3 * scheduler.bytes_each
+
+
+def test_a_cache_that_grows_needs_a_bound() -> None:
+    full = tcinfer.load(SHAKESPEARE, memory="full", threads=1)
+    with pytest.raises(TcinferError, match="context"):
+        full.scheduler()
+    with full.scheduler(context=200) as scheduler:
+        with pytest.raises(TcinferError, match="200 tokens"):
+            scheduler.submit(Request.of("A", max_tokens=-1)).result(WAIT)
+        assert len(scheduler.submit(Request.of("A", max_tokens=100)).result(WAIT).ids) == 100
+
+
+def test_a_session_has_one_user(model: Model, scheduler: Scheduler) -> None:
+    session, failed = model.session(), []
+    session.feed(model.tokenizer.encode(TEXT))
+
+    def feed() -> None:
+        for _ in range(300):
+            try:
+                session.feed([1])
+            except TcinferError as e:
+                failed.append(str(e))
+
+    threads = [threading.Thread(target=feed) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert session.whole
+    assert all("another thread" in line for line in failed)
+    assert session.position == len(model.tokenizer.encode(TEXT)) + 900 - len(failed)
+
+
+def test_an_application_of_asyncio(model: Model, scheduler: Scheduler) -> None:
+    requests = mixed(model, 8, 100)
+
+    async def streamed(request: Request) -> str:
+        return "".join([piece.text async for piece in scheduler.submit(request)])
+
+    async def whole(request: Request) -> Answer:
+        return await scheduler.submit(request)
+
+    async def app() -> list[Any]:
+        return await asyncio.gather(*map(streamed, requests[:4]), *map(whole, requests[4:]))
+
+    got = asyncio.run(app())
+    texts = [answer.text if isinstance(answer, Answer) else answer for answer in got]
+    assert texts == [alone(model, request) for request in requests]
