@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tcinfer import session_file
+from tcinfer import memory, session_file
 from tcinfer.errors import TcinferError
 from tcinfer.generation import DEFAULT_TOKENS, Generation, Piece, Request
 from tcinfer.loaded import Loaded
 from tcinfer.sampler import breaker_ids, sample
 from tcinfer.sampling import Sampling
-from tcinfer.scheduler import Scheduler
-from tcinfer.sequence import Progress, advance, check_ids, rows_of_logits
+from tcinfer.scheduler import Answer, Scheduler
+from tcinfer.sequence import Progress, Snapshot, advance, check_ids, rows_of_logits
 from tcinfer.sequence import Sequence as Past
 
 if TYPE_CHECKING:
@@ -25,11 +25,50 @@ if TYPE_CHECKING:
 
 
 class Model(Loaded):
-    """A model ready to run: `config`, `tokenizer`, and weights that any number of sessions share."""
+    """A model ready to run: `config`, `tokenizer`, and weights that any number of sessions share.
 
-    def session(self) -> Session:
-        """A new sequence at position 0. Raises TcinferError if its state does not fit this machine."""
-        return Session(self)
+    A context manager: at its end it is closed. Pickled, it is loaded from its file again, or found where it is open.
+    """
+
+    def __init__(self, *loaded: Any, again: tuple[Any, ...] | None = None) -> None:
+        """loaded: as Loaded takes it; again: a function and its arguments that give this model in another process."""
+        super().__init__(*loaded)
+        self._again = again
+
+    def __repr__(self) -> str:
+        c = self.config
+        return f"<tcinfer.Model {c.name or 'without a name'}: {c.arch}, memory {c.memories}, on {self.backend.name}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._again is None:
+            raise TcinferError("this model was not loaded from a file, and cannot be pickled")
+        return self._again
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give its memory back: neither it nor its sessions run any more."""
+        self.weights, self.engine = {}, _Closed()
+
+    @property
+    def learned(self) -> list[dict[str, Any]]:
+        """What each layer's memory has learned (gates, half-lives of decays, write rates ...), empty without one."""
+        return [
+            room.learned(self._weights_of(i)) if (room := memory.room(layer.memory)).LEARNED else {}
+            for i, layer in enumerate(self.config.layers)
+        ]
+
+    def _weights_of(self, layer: int) -> dict[str, Any]:
+        start = f"blk.{layer}."
+        return {name.removeprefix(start): w for name, w in self.weights.items() if name.startswith(start)}
+
+    def session(self, past: Snapshot | None = None) -> Session:
+        """A new sequence, at position 0 or with a past. Raises TcinferError if its state does not fit this machine."""
+        return Session(self, past)
 
     def load_session(self, path: str | PathLike[str]) -> Session:
         """Go on from a file that `session.save` wrote: the same logits, to the bit (on the same backend).
@@ -46,6 +85,21 @@ class Model(Loaded):
     def scheduler(self, **options: Any) -> Scheduler:
         """What works on many requests at once, in a thread of its own; options: as `tcinfer.scheduler.Scheduler`."""
         return Scheduler(self, self.session, **options)
+
+    def generate_many(self, prompts: Sequence[str | ArrayLike], **options: Any) -> list[Answer]:
+        """A text for each of many prompts, in their order; options: as `Session.generate`, for all of them.
+
+        What the prompts begin with alike is read once. With a seed, all start from the same random numbers, as each
+        would by itself. Raises TcinferError where one of them cannot be, and then gives none.
+        """
+        past = self.session()
+        ids = [Generation(Request.of(prompt), past).prompt for prompt in prompts]
+        if shared := _shared(ids):
+            past.feed(ids[0][:shared])
+        start = past.snapshot()
+        with self.scheduler(max_queue=len(ids)) as scheduler:
+            handles = [scheduler.submit(Request.of(one[shared:], **options), start) for one in ids]
+            return [handle.result() for handle in handles]
 
     def step_many(
         self, sessions: Sequence[Session], tokens: ArrayLike, sampling: Sampling | Sequence[Sampling] | None = None
@@ -109,8 +163,61 @@ class Model(Loaded):
         return sample(logits, how, session.draws, session.recent, None, breaks)
 
 
+def _shared(prompts: list[NDArray[np.int64]]) -> int:
+    """Ids with which all begin alike, at most all but one of the shortest."""
+    if len(prompts) < 2:
+        return 0
+    most = min(map(len, prompts)) - 1
+    same = np.all([one[:most] == prompts[0][:most] for one in prompts], axis=0)
+    return most if same.all() else int(np.argmin(same))
+
+
+class _Closed:
+    """In place of a closed model's engine."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise TcinferError("this model was closed: load it again")
+
+
 class Session(Past):
-    """The state of one sequence, made by `model.session()`. One thread at a time may use it; sessions are cheap."""
+    """The state of one sequence, made by `model.session()`. One thread at a time may use it; sessions are cheap.
+
+    `copy.copy` is a fork. Pickled, it is its bytes and its model.
+    """
+
+    def __repr__(self) -> str:
+        name, memories = self.model.config.name or "a model without a name", self.model.config.memories
+        return f"<tcinfer.Session of {name}: memory {memories}, position {self.position:,}, {self.nbytes:,} bytes>"
+
+    def __copy__(self) -> Session:
+        return self.fork()
+
+    def __deepcopy__(self, _: object) -> Session:
+        return self.fork()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Session.from_bytes, (self.model, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The session as `save` writes it: as many bytes however long it is."""
+        return b"".join(session_file.parts(self.snapshot()))
+
+    @staticmethod
+    def from_bytes(model: Model, data: bytes) -> Session:
+        """A session that goes on from `to_bytes`. Raises FileError for bytes that are damaged or of another model."""
+        return model.attach(session_file.unpack(data))
+
+    @property
+    def memory(self) -> list[dict[str, NDArray[Any]]]:
+        """The arrays of each layer's state by name, read only: the ring's `k` and `v`, and what its memory has beside.
+
+        On a CPU they are what the session goes on writing to: copy what is to be kept.
+        """
+        layers = [{name: array.view() for name, array in layer.items()} for layer in self.state.on_host().layers]
+        for layer in layers:
+            for array in layer.values():
+                array.flags.writeable = False
+        return layers
 
     def generate(
         self,
@@ -121,6 +228,8 @@ class Session(Past):
         stop_ids: Sequence[int] = (),
         banned: str | Sequence[str] = (),
         constraint: Constraint | None = None,
+        json_schema: str | dict[str, Any] | None = None,
+        grammar: str | None = None,
         logprobs: int | None = None,
         progress: Progress | None = None,
         **options: Any,
@@ -132,11 +241,19 @@ class Session(Past):
         strings, which is not part of the text.
         `banned` strings never come up in the text. How tokens are chosen: `sampling`, or its fields one by one
         (temperature=0, top_k=1, seed=7 ...); seed -1 goes on with the session's own random numbers, which its
-        snapshots, forks and files carry. constraint: a grammar or JSON schema that the text must follow. A token
-        that is yielded has been fed: the session holds all that was shown. logprobs: with each piece, of so many likely
-        ids and its own. Raises TcinferError on bad arguments at once, before the first piece is asked for.
+        snapshots, forks and files carry. json_schema, grammar (llguidance's Lark, or GBNF): what the text must follow;
+        constraint: the same, compiled before. logprobs: with each piece, of so many likely ids and its own. A token
+        that is yielded has been fed: the session holds all that was shown. Raises TcinferError on bad arguments at
+        once, before the first piece is asked for.
         """
-        own = {"stop": stop, "stop_ids": stop_ids, "banned": banned, "constraint": constraint, "logprobs": logprobs}
+        own: dict[str, Any] = {
+            "stop": stop,
+            "stop_ids": stop_ids,
+            "banned": banned,
+            "constraint": constraint,
+            "logprobs": logprobs,
+        }
+        own |= {"json_schema": json_schema, "grammar": grammar}
         request = Request.of(prompt, max_tokens=max_tokens, sampling=sampling, **own, **options)
         return Text(self, Generation(request, self), progress)
 

@@ -34,6 +34,14 @@ def replacing(path: Path, private: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path as a user names it: `~` is a home. Raises FileError for that of nobody."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise FileError(f"{path}: there is no such home") from None
+
+
 def copy(source: Path, target: Path, private: bool = False) -> None:
     """A file's bytes under another name; else as `replacing`."""
     with replacing(target, private) as temporary:

@@ -98,6 +98,19 @@ class Constraint:
         return self._found
 
 
+def compiled(tokenizer: Tokenizer, V: int, json_schema: Any = None, grammar: str | None = None) -> Constraint:
+    """A constraint to take `afresh`: compiled once for requests that ask for the same one after the other."""
+    if json_schema is not None and not isinstance(json_schema, str):
+        schema = json_schema
+        json_schema = run(lambda: json.dumps(schema), TcinferError, "json_schema is no JSON")
+    return _compiled(tokenizer, V, json_schema, grammar)
+
+
+@lru_cache(maxsize=8)
+def _compiled(tokenizer: Tokenizer, V: int, json_schema: str | None, grammar: str | None) -> Constraint:
+    return Constraint(tokenizer, V, json_schema, grammar)
+
+
 class _Words:
     """A vocabulary as llguidance takes it: the bytes of each token, and one token more, the end."""
 

@@ -18,6 +18,7 @@ from tcinfer.sequence import check_ids
 
 if TYPE_CHECKING:
     from tcinfer.constraint import Constraint
+    from tcinfer.loaded import Loaded
     from tcinfer.sequence import Sequence as Past
     from tcinfer.tokenizer import StreamDecoder
 
@@ -46,6 +47,8 @@ class Request:
     stop_ids: Sequence[int] = ()
     banned: str | Sequence[str] = ()
     constraint: Constraint | None = None
+    json_schema: str | dict[str, Any] | None = None
+    grammar: str | None = None
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
@@ -54,6 +57,8 @@ class Request:
         check_count("max_tokens", self.max_tokens, -1)
         if self.constraint is not None and not hasattr(self.constraint, "allowed"):
             raise TcinferError(f"constraint is a tcinfer.constraint.Constraint, not {type(self.constraint).__name__}")
+        if sum(x is not None for x in (self.constraint, self.json_schema, self.grammar)) > 1:
+            raise TcinferError("constraint, json_schema and grammar exclude each other")
         if self.logprobs is not None:
             check_count("logprobs", self.logprobs, 0, MOST_LOGPROBS)
         for name in ("stop", "banned"):
@@ -98,7 +103,7 @@ class Generation:
         self.prompt = _prompt_ids(request.prompt, past)
         if not self.prompt.size and not past.stands:
             raise TcinferError("there is nothing to go on from: give a prompt")
-        self._constraint = None if request.constraint is None else request.constraint.afresh()
+        self._constraint = _constraint_of(request, model)
         self._breaks = None
         if self.how.dry_multiplier:
             self._breaks = breaker_ids(model.tokenizer, self.how.dry_sequence_breakers, self._V)
@@ -176,6 +181,17 @@ class Generation:
                 return chosen
             allowed = np.ones(len(logits), bool) if allowed is None else allowed.copy()
             allowed[chosen] = False
+
+
+def _constraint_of(request: Request, model: Loaded) -> Constraint | None:
+    """What a request's text must follow, at its start."""
+    if request.constraint is not None:
+        return request.constraint.afresh()
+    if request.json_schema is None and request.grammar is None:
+        return None
+    from tcinfer.constraint import compiled
+
+    return compiled(model.tokenizer, model.config.vocab_size, request.json_schema, request.grammar).afresh()
 
 
 def _prompt_ids(prompt: str | ArrayLike | None, past: Past) -> NDArray[np.int64]:

@@ -8,12 +8,14 @@ from importlib import resources
 from os import PathLike
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
 from tcinfer import format as schema
 from tcinfer import reader, tokenizer
 from tcinfer.api import Model
+from tcinfer.atomic import expanded
 from tcinfer.config import ModelConfig
 from tcinfer.engine import backend as engine_backend
 from tcinfer.engine.base import EMBEDDING, Backend
@@ -58,6 +60,15 @@ def load(
     return Opened(path).model(engine_backend(backend, threads), memory, window, sinks, cache_type, notice)
 
 
+# The models that are there, by what `reopened` takes: so that unpickled sessions of one model share it.
+_open: WeakValueDictionary[tuple[Any, ...], Model] = WeakValueDictionary()
+
+
+def reopened(path: str, backend: str, *memory: Any) -> Model:
+    """The model that was loaded so (memory: with this memory, window, sinks, cache_type), or else loaded again."""
+    return _open.get((path, backend, *memory)) or Opened(path).model(engine_backend(backend), *memory)
+
+
 class Opened:
     """A model file that was opened, its weights not yet touched: `config`, `tokenizer`, `metadata`."""
 
@@ -65,7 +76,7 @@ class Opened:
         """Raises TcinferError for a file that is no model of this version; without a path, the bundled one."""
         if path is not None and not isinstance(path, str | PathLike):
             raise TcinferError(f"a model is named by its path, not by {path!r}")
-        self.file = reader.read(bundled() if path is None else path)
+        self.file = reader.read(bundled() if path is None else expanded(path))
         self.path, self.metadata = self.file.path, self.file.metadata
         with self.named():
             self.config = read_config(self.file)
@@ -87,7 +98,9 @@ class Opened:
         for line in (backend.remark, backend.cold):
             if notice is not None and line:
                 notice(line)
-        return Model(asked, weights, self.tokenizer, backend)
+        key = (str(self.path.absolute()), backend.name, memory, window, sinks, cache_type)
+        _open[key] = model = Model(asked, weights, self.tokenizer, backend, again=(reopened, key))
+        return model
 
     @contextmanager
     def named(self) -> Iterator[None]:

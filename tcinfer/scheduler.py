@@ -25,7 +25,7 @@ from tcinfer import memory
 from tcinfer.config import check_count, check_number
 from tcinfer.errors import TcinferError
 from tcinfer.generation import Generation, Piece, Request
-from tcinfer.sequence import RECENT, Sequence, advance, rounded_up, run
+from tcinfer.sequence import RECENT, Sequence, Snapshot, advance, rounded_up, run
 
 if TYPE_CHECKING:
     from tcinfer.loaded import Loaded
@@ -56,11 +56,14 @@ class Answer:
 
 class Handle(Iterator[Piece]):
     """A request on its way: an iterator and an async iterator of its pieces, and what the whole text can be waited for
-    with (`result`, or await). `session` may be used again once it is done."""
+    with (`result`, or await). `session` is None until there was room for it, and may be used once all is done."""
 
-    def __init__(self, scheduler: Scheduler, request: Request, session: Sequence, deadline: float | None) -> None:
+    def __init__(
+        self, scheduler: Scheduler, request: Request, past: Sequence | Snapshot | None, deadline: float | None
+    ) -> None:
         """Made by `Scheduler.submit`."""
-        self.request, self.session, self._scheduler = request, session, scheduler
+        self.request, self.past, self._scheduler = request, past, scheduler
+        self.session: Any = past if isinstance(past, Sequence) else None
         self._changed = threading.Condition()
         self._unread: deque[Piece] = deque()
         self._texts: list[str] = []
@@ -198,18 +201,31 @@ def _wake(waiter: asyncio.Future[None]) -> None:
 
 
 class _Job:
-    """A request that is being worked on."""
+    """A request that is being worked on, or waits to be."""
+
+    sequence: Sequence
+    generation: Generation
 
     def __init__(self, handle: Handle) -> None:
-        """Raises TcinferError for a request that does not fit its session."""
-        self.handle, self.sequence, self.queued = handle, handle.session, time.monotonic()
-        self.generation = Generation(handle.request, self.sequence)
-        self.pending: NDArray[np.int64] = self.generation.prompt  # ids to feed; the last one's logits are looked at
+        self.handle, self.queued = handle, time.monotonic()
+        prompt = handle.request.prompt
+        known: Any = prompt
+        self._length = len(prompt) / 4 if isinstance(prompt, str) else len(known) if hasattr(prompt, "__len__") else 1
+        self.pending = np.empty(0, np.int64)  # ids to feed; the last one's logits are looked at
         self.writing = False  # whether the pending id is one that was chosen
+
+    def begin(self, new: Callable[[Snapshot | None], Sequence]) -> None:
+        """Make its session, if it has none. Raises TcinferError for a request that does not fit it."""
+        handle, past = self.handle, self.handle.past
+        self.sequence = handle.session = past if isinstance(past, Sequence) else new(past)
+        self.generation = Generation(handle.request, self.sequence)
+        self.pending = self.generation.prompt
+        self._length = len(self.pending)
+        handle.begun(len(self.pending))
 
     def rank(self, now: float) -> float:
         """Order of prompts: the shortest first, and who has waited."""
-        return len(self.pending) / 2 ** ((now - self.queued) / AGEING)
+        return (len(self.pending) or self._length) / 2 ** ((now - self.queued) / AGEING)
 
 
 class Scheduler:
@@ -218,16 +234,17 @@ class Scheduler:
     def __init__(
         self,
         model: Loaded,
-        session: Callable[[], Sequence] | None = None,
+        session: Callable[[Snapshot | None], Sequence] | None = None,
         max_active: int = 64,
         max_queue: int = 1024,
         budget: int | None = None,
         context: int | None = None,
         stall: float = 0.05,
     ) -> None:
-        """session: makes a new one; max_active: requests that are worked on at once; max_queue: that wait, beyond which
-        `submit` raises BusyError; budget: bytes of all states together; context: tokens that a session may reach where
-        its cache grows (`full` memory), which must be said; stall: seconds that prompts may keep writers waiting.
+        """session: makes a new one, with a past if there is one; max_active: requests that are worked on at once;
+        max_queue: that wait, beyond which `submit` raises BusyError; budget: bytes of all states together; context:
+        tokens that a session may reach where its cache grows (`full` memory), which must be said; stall: seconds that
+        prompts may keep writers waiting.
         """
         check_count("max_active", max_active, 1)
         check_count("max_queue", max_queue, 0)
@@ -241,7 +258,7 @@ class Scheduler:
             )
         if context is not None:
             check_count("context", context, 1)
-        self._model, self._new, self._context = model, session or (lambda: Sequence(model)), context
+        self._model, self._new, self._context = model, session or (lambda past: Sequence(model, past)), context
         self.max_active, self.max_queue, self.budget, self.stall = max_active, max_queue, budget, stall
         capacity = 0 if model.bounded or context is None else rounded_up(context)
         V = model.config.vocab_size
@@ -254,9 +271,11 @@ class Scheduler:
         self._rate = FASTEST  # tokens of prompts a second
         self._thread: threading.Thread | None = None
 
-    def submit(self, request: Request, session: Sequence | None = None, deadline: float | None = None) -> Handle:
-        """Ask for a text; session: goes on from there (nobody else may use it until the handle is done), a new one by
-        default; deadline: seconds after which it ends as it is then.
+    def submit(
+        self, request: Request, session: Sequence | Snapshot | None = None, deadline: float | None = None
+    ) -> Handle:
+        """Ask for a text; session: goes on from there (nobody else may use it until the handle is done), or from a
+        snapshot; a new one by default; deadline: seconds after which it ends as it is then.
 
         Raises BusyError where too many wait, and TcinferError once closed.
         """
@@ -265,7 +284,7 @@ class Scheduler:
                 raise TcinferError("this scheduler is closed")
             if len(self._inbox) + len(self._queue) >= self.max_queue:
                 raise BusyError(f"{self.max_queue} requests wait already: try again later")
-            handle = Handle(self, request, session if session is not None else self._new(), deadline)
+            handle = Handle(self, request, session, deadline)
             self._inbox.append(handle)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="tcinfer scheduler", daemon=True)
@@ -311,8 +330,7 @@ class Scheduler:
                     self._awake.wait(self._until_deadline())
                 handles, self._inbox = list(self._inbox), deque()
                 closing = self._closing
-            for handle in handles:
-                self._receive(handle)
+            self._queue += map(_Job, handles)
             for job in [*self._active, *self._queue]:
                 if closing or job.handle.cancelled or job.handle.deadline <= time.monotonic():
                     self._stop(job, CANCELLED if closing or job.handle.cancelled else DEADLINE)
@@ -320,12 +338,6 @@ class Scheduler:
                 return
             self._admit()
             self._turn()
-
-    def _receive(self, handle: Handle) -> None:
-        try:
-            self._queue.append(_Job(handle))
-        except Exception as e:
-            handle.end(ERROR, e)
 
     @staticmethod
     def _ready(job: _Job) -> bool:
@@ -360,11 +372,11 @@ class Scheduler:
                     raise TcinferError(
                         f"a session takes {self.bytes_each:,} bytes, more than the budget {self.budget:,}"
                     )
+                job.begin(self._new)
                 most = job.sequence.position + len(job.pending) + max(0, job.handle.request.max_tokens)
                 endless = job.handle.request.max_tokens < 0
                 if self._context is not None and not self._model.bounded and (endless or most > self._context):
                     raise TcinferError(f"prompt and answer take more than the {self._context:,} tokens of `context`")
-                job.handle.begun(len(job.pending))
                 if not len(job.pending):
                     job.generation.begin(job.sequence)
                     self._choose(job)
@@ -386,7 +398,7 @@ class Scheduler:
     def _stop(self, job: _Job, reason: str) -> None:
         """End a job before its time. One whose prompt was read in part takes one token more, to stand somewhere."""
         with self._alone(job):
-            if job.sequence.position and not job.sequence.stands:
+            if job in self._active and job.sequence.position and not job.sequence.stands:
                 self._step([job], [job.pending[:1]])
             self._drop(job)
             job.handle.end(reason)

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from tcinfer import format as schema
 from tcinfer import memory
 from tcinfer.architectures import architecture
-from tcinfer.atomic import replacing
+from tcinfer.atomic import expanded, replacing
 from tcinfer.config import LAYERED, ModelConfig
 from tcinfer.errors import FileError, TcinferError
 from tcinfer.memory.state import State
@@ -91,41 +91,49 @@ class SessionFile:
         }
 
 
-def write(snapshot: Snapshot, path: str | os.PathLike[str], private: bool = False) -> int:
-    """Write a session's snapshot; returns the file's bytes. private: for its owner's eyes alone."""
-    config, state = snapshot.model.config, snapshot.state.on_host()
+def parts(snapshot: Snapshot) -> Iterator[memoryview]:
+    """A session's snapshot in the layout above, piece by piece. Raises TcinferError for one that is damaged."""
+    config, state, model = snapshot.model.config, snapshot.state.on_host(), snapshot.model
     try:
         _check_finite(state, snapshot.logits)
     except TcinferError as e:
         raise TcinferError(f"the session {e}: it is damaged, and was not saved") from None
-    if not snapshot.model.bounded:
+    if not model.bounded:
         state = state.resized(memory.layout(config, rounded_up(state.position)))
     draws, logits = snapshot.draws, snapshot.logits
     description = _described(config)
     flags = HAS_LOGITS * (logits is not None) + HAS_DRAWS * (draws is not None)
     words = draws.words() if draws is not None else (0,) * WORDS
-    room, made_by = 0 if snapshot.model.bounded else state.layout.capacity, snapshot.model.fingerprint
-    header = HEADER.pack(MAGIC, VERSION, len(description), made_by, state.position, room, flags, *words)
+    room = 0 if model.bounded else state.layout.capacity
+    header = HEADER.pack(MAGIC, VERSION, len(description), model.fingerprint, state.position, room, flags, *words)
     last = np.zeros(config.vocab_size, np.float32) if logits is None else logits
-    parts: tuple[Any, ...] = (header, description, state.buffer, snapshot.ring, np.ascontiguousarray(last))
     digest = hashlib.blake2b(digest_size=DIGEST)
-    size = DIGEST
-    with replacing(Path(path), private) as temporary, open(temporary, "wb") as out:
-        for part in parts:
-            view = memoryview(part).cast("B")
-            digest.update(view)
-            out.write(view)
-            size += len(view)
-        out.write(digest.digest())
-    return size
+    pieces: tuple[Any, ...] = (header, description, state.buffer, snapshot.ring, np.ascontiguousarray(last))
+    for piece in pieces:
+        view = memoryview(piece).cast("B")
+        digest.update(view)
+        yield view
+    yield memoryview(digest.digest())
+
+
+def write(snapshot: Snapshot, path: str | os.PathLike[str], private: bool = False) -> int:
+    """Write a session's snapshot; returns the file's bytes. private: for its owner's eyes alone."""
+    pieces = parts(snapshot)
+    first = next(pieces)  # what is damaged shows before the file is touched
+    with replacing(expanded(path), private) as temporary, open(temporary, "wb") as out:
+        return sum(out.write(piece) for piece in (first, *pieces))
 
 
 def read(path: str | os.PathLike[str]) -> SessionFile:
     """Read a session file, all but its fit to a model checked. Raises FileError."""
-    path = Path(path)
-    data = memoryview(map_file(path))
+    path = expanded(path)
+    return unpack(memoryview(map_file(path)), path)
+
+
+def unpack(data: memoryview | bytes, path: Path = Path("<bytes>")) -> SessionFile:
+    """The same of its bytes; path: what errors name."""
     try:
-        return _parsed(path, data)
+        return _parsed(path, memoryview(data))
     except TcinferError as e:
         raise file_error(path, str(e)) from None
 

@@ -1,0 +1,234 @@
+"""What applications build on: sessions as bytes, pickles and forks, many prompts, what a memory holds, closing."""
+
+from __future__ import annotations
+
+import copy
+import json
+import multiprocessing
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import SHAKESPEARE, small
+from test_generation import PROMPT, ids
+
+import tcinfer
+from tcinfer.api import Model, Session
+from tcinfer.constraint import Constraint
+from tcinfer.errors import TcinferError
+
+STORY = "Once upon a time there was a king who had a garden, and in the garden stood a tree with golden apples. "
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return tcinfer.load(SHAKESPEARE, threads=1)
+
+
+@pytest.fixture(scope="module")
+def teller() -> Model:
+    """The bundled model, whose vocabulary can write JSON."""
+    return tcinfer.load(threads=1)
+
+
+def begun(model: Model) -> Session:
+    session = model.session()
+    list(session.generate(PROMPT, max_tokens=30, seed=4))
+    return session
+
+
+def same(a: Session, b: Session) -> bool:
+    assert a.logits is not None
+    assert b.logits is not None
+    return np.array_equal(a.logits, b.logits) and ids(a.fork(), 20) == ids(b.fork(), 20)
+
+
+def there_and_back(data: bytes) -> bytes:
+    """In a process of its own: go on for ten tokens."""
+    session = pickle.loads(data)
+    list(session.generate(max_tokens=10))
+    return pickle.dumps(session)
+
+
+def test_a_session_travels_to_another_process_and_back(model: Model) -> None:
+    session = begun(model)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        data = pool.apply(there_and_back, (pickle.dumps(session),))
+    back = pickle.loads(data)
+    assert back.model is model
+    list(session.generate(max_tokens=10))
+    assert back.position == session.position
+    assert same(back, session)
+
+
+def test_bytes_are_the_file(model: Model, tmp_path: Path) -> None:
+    session = begun(model)
+    session.save(tmp_path / "s.tcs")
+    data = session.to_bytes()
+    assert data == (tmp_path / "s.tcs").read_bytes()
+    assert same(Session.from_bytes(model, data), session)
+    for wrong, says in ((data[:-1], "cut off"), (b"x" + data[1:], "no session"), (b"", "no session")):
+        with pytest.raises(TcinferError, match=says):
+            Session.from_bytes(model, wrong)
+
+
+def test_a_copy_is_a_fork(model: Model) -> None:
+    session = begun(model)
+    for other in (copy.copy(session), copy.deepcopy(session), session.fork()):
+        assert type(other) is Session
+        assert same(other, session)
+        other.feed([1, 2, 3])
+        assert other.position == session.position + 3
+
+
+def test_a_snapshot_is_pickled_with_its_model(model: Model) -> None:
+    session = begun(model)
+    past = pickle.loads(pickle.dumps(session.snapshot()))
+    other = model.session()
+    other.restore(past)
+    assert same(other, session)
+
+
+def test_a_model_made_by_hand_is_not_pickled() -> None:
+    with pytest.raises(TcinferError, match="not loaded from a file"):
+        pickle.dumps(small())
+
+
+@pytest.mark.parametrize("kind", ["texts", "ids", "alike"])
+def test_many_prompts_are_as_each_by_itself(kind: str, model: Model) -> None:
+    prompts: list[Any] = [f"{STORY}ACT {letter}:" for letter in "ABCDEF"] + [STORY]
+    if kind == "ids":
+        prompts = [model.tokenizer.encode(prompt) for prompt in prompts]
+    if kind == "alike":
+        prompts = [STORY] * 3
+    got = model.generate_many(prompts, max_tokens=25, seed=3, stop=["king"])
+    for prompt, answer in zip(prompts, got, strict=True):
+        text = model.session().generate(prompt, max_tokens=25, seed=3, stop=["king"])
+        assert answer.text == "".join(piece.text for piece in text)
+        assert answer.finish_reason == text.finish_reason
+
+
+def test_many_prompts_follow_a_schema(teller: Model) -> None:
+    schema = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+    prompts = [f"{STORY} The king number {i}:" for i in range(5)]
+    for answer in teller.generate_many(prompts, max_tokens=60, json_schema=schema, temperature=0):
+        if answer.finish_reason == "stop":
+            assert isinstance(json.loads(answer.text)["age"], int)
+
+
+def test_a_wrong_prompt_among_many(model: Model) -> None:
+    with pytest.raises(TcinferError, match="outside the vocabulary"):
+        model.generate_many([STORY, [10**6]])
+    with pytest.raises(TcinferError, match="no option 'heat'"):
+        model.generate_many([STORY], heat=1)
+
+
+def test_a_constraint_may_be_used_again(teller: Model) -> None:
+    digit = Constraint(teller.tokenizer, teller.config.vocab_size, json_schema={"type": "integer", "minimum": 0})
+    session = teller.session()
+    session.feed(teller.tokenizer.encode("He was", bos=True))
+    first, again = (
+        "".join(piece.text for piece in session.fork().generate(max_tokens=9, constraint=digit, seed=1))
+        for _ in range(2)
+    )
+    assert first == again
+    assert int(first) >= 0
+    with pytest.raises(TcinferError, match="exclude each other"):
+        session.generate(constraint=digit, grammar='start: "a"')
+
+
+def test_why_a_text_is_over_and_what_it_took(model: Model) -> None:
+    text = model.session().generate(PROMPT, max_tokens=5, seed=1)
+    assert text.finish_reason is None
+    assert len(list(text)) == 5
+    assert text.finish_reason == "length"
+    assert text.prompt_tokens == len(model.tokenizer.encode(PROMPT))
+    assert text.new_tokens == 5
+    assert 0 < text.prompt_seconds < 60
+    assert 0 < text.new_seconds < 60
+    with model.session().generate(PROMPT, max_tokens=-1, stop=["e"], seed=1) as text:
+        list(text)
+    assert text.finish_reason == "stop"
+
+
+def test_log_probabilities_are_those_of_the_logits(model: Model) -> None:
+    session = model.session()
+    session.feed(model.tokenizer.encode(PROMPT))
+    assert session.logits is not None
+    x = session.logits.astype(np.float64)
+    want = x - np.log(np.exp(x - x.max()).sum()) - x.max()
+    piece = next(session.generate(max_tokens=1, seed=2, logprobs=3))
+    assert piece.logprobs is not None
+    assert list(piece.logprobs)[:3] == np.argsort(-want, kind="stable")[:3].tolist()
+    assert piece.id in piece.logprobs
+    for token, value in piece.logprobs.items():
+        assert value == pytest.approx(want[token], abs=1e-9)
+    assert next(session.generate(max_tokens=1)).logprobs is None
+
+
+def test_what_a_memory_holds_and_has_learned(model: Model) -> None:
+    session = begun(model)
+    layer, config = session.memory[-1], model.config
+    assert layer["A"].shape[-2:] == (config.head_dim, config.head_dim)
+    assert layer["k"].shape[1:] == (config.layers[-1].n_kv_heads, config.head_dim)
+    with pytest.raises(ValueError, match="read-only"):
+        layer["A"][:] = 0
+    assert len(session.memory) == config.n_layers
+    learned = model.learned[-1]
+    assert 0 < learned["gate"] < 1
+    assert len(learned["write_rate"]) >= 1
+
+
+def test_a_closed_model_says_so() -> None:
+    with tcinfer.load(SHAKESPEARE, threads=1) as model:
+        session = begun(model)
+    with pytest.raises(TcinferError, match="closed"):
+        session.feed([1])
+    with pytest.raises(TcinferError, match="closed"):
+        model.session()
+
+
+def test_reprs_say_what_they_are(teller: Model) -> None:
+    assert repr(teller).startswith("<tcinfer.Model ")
+    assert "memory" in repr(teller)
+    session = teller.session()
+    session.feed([1, 2, 3])
+    assert "position 3" in repr(session)
+
+
+def test_a_home_in_a_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(SHAKESPEARE, tmp_path / "m.gguf")
+    model = tcinfer.load("~/m.gguf", threads=1)
+    session = begun(model)
+    session.save("~/s.tcs")
+    assert (tmp_path / "s.tcs").exists()
+    assert same(model.load_session("~/s.tcs"), session)
+    with pytest.raises(TcinferError, match="no such home"):
+        tcinfer.load("~nobody-of-this-name/m.gguf")
+
+
+def test_the_package_shows_what_it_has() -> None:
+    assert {"load", "Model", "Session", "Sampling", "Request"} <= set(dir(tcinfer))
+    for name in tcinfer.__all__:
+        assert getattr(tcinfer, name) is not None
+
+
+def test_each_session_of_a_step_has_its_own_sampling(model: Model) -> None:
+    hows = [tcinfer.Sampling(temperature=0), tcinfer.Sampling(seed=3, temperature=1.5)]
+    first = model.tokenizer.encode(PROMPT)
+    want = [ids(model.session(), 8, prompt=first, sampling=how) for how in hows]
+    sessions = [model.session() for _ in hows]
+    for session in sessions:
+        session.feed(first[:-1])
+    tokens, got = [first[-1]] * 2, []
+    for _ in range(8):
+        tokens = model.step_many(sessions, tokens, hows).tolist()
+        got.append(tokens)
+    assert np.array(got).T.tolist() == want
+    for wrong in ([hows[0]], [1, 2], "ab"):
+        with pytest.raises(TcinferError, match="one for each of 2"):
+            model.step_many(sessions, tokens, wrong)
