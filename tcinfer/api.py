@@ -14,7 +14,7 @@ from tcinfer import memory, session_file
 from tcinfer.errors import TcinferError
 from tcinfer.generation import DEFAULT_TOKENS, Generation, Piece, Request
 from tcinfer.loaded import Loaded
-from tcinfer.sampler import breaker_ids, sample
+from tcinfer.sampler import Draws, breaker_ids, sample
 from tcinfer.sampling import Sampling
 from tcinfer.scheduler import Answer, Scheduler
 from tcinfer.sequence import Progress, Snapshot, advance, check_ids, rows_of_logits
@@ -130,7 +130,7 @@ class Model(Loaded):
         for session, how in zip(sessions, hows, strict=True):
             session.make_room(1)
             if how is not None and session.draws is None:
-                session.draws = how.draws()
+                session.draws = Draws.of(how)
         V = self.config.vocab_size
         out: NDArray[Any] = rows_of_logits(count, V) if sampling is None else np.empty(count, np.int64)
         for a in range(0, count, self.chunk):

@@ -71,13 +71,13 @@ def _compiled() -> tuple[str, dict[str, Any]]:
     from tcinfer.engine.compiled import operators as all_operators
     from tcinfer.kernels.cpu.jit import cache_folder
     from tcinfer.kernels.cpu.simd import TIER
-    from tcinfer.kernels.cpu.threads import _run
+    from tcinfer.kernels.cpu.threads import run_steps
 
     named = {made.file_name for made in all_operators()}
     folder = cache_folder()
     operators: dict[str, Any] = {"cache": folder and _folder(folder), "all": len(named), "compiled": 0, "bytes": 0}
     # Numba has a folder within for each installation, which every compiled function knows.
-    for file in Path(_run.stats.cache_path).iterdir() if folder else ():
+    for file in Path(run_steps.stats.cache_path).iterdir() if folder else ():
         with suppress(OSError):  # another process may be writing there
             operators["bytes"] += file.stat().st_size
         operators["compiled"] += file.suffix == ".nbi" and file.stem in named

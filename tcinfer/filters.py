@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tcinfer.config import LARGEST_FLOAT
 
 if TYPE_CHECKING:
-    from tcinfer.sampler import Sampling
+    from tcinfer.sampling import Sampling
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32] | NDArray[np.float64]

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from tcinfer.config import check_count
 from tcinfer.errors import TcinferError
-from tcinfer.sampler import breaker_ids, log_probabilities, sample
+from tcinfer.sampler import Draws, breaker_ids, log_probabilities, sample
 from tcinfer.sampling import Sampling, strings
 from tcinfer.sequence import check_ids
 
@@ -121,7 +121,7 @@ class Generation:
     def begin(self, past: Past) -> None:
         """The prompt has been fed: text begins behind it."""
         if past.draws is None or self.how.seed >= 0:
-            past.draws = self.how.draws()
+            past.draws = Draws.of(self.how)
         decoder, before = None, ""
         if self._tokenizer.vocab_size:  # else: a file without one: ids, no text
             decoder = self._tokenizer.stream()  # in the midst of the text: what is half there is completed

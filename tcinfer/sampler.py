@@ -37,6 +37,11 @@ class Draws:
         """At the start; None: from the system's entropy."""
         return cls(np.random.Generator(np.random.PCG64(seed)))
 
+    @classmethod
+    def of(cls, how: Sampling) -> Draws:
+        """At the start of a text: the same seed, the same draws, on every machine."""
+        return cls.seeded(None if how.seed < 0 else how.seed)
+
     def peek(self) -> float:
         """The number that `rng.random()` gives next."""
         bits = self.rng.bit_generator

@@ -8,13 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tcinfer.config import LARGEST_COUNT, LARGEST_FLOAT, check_choice, check_count, check_number
 from tcinfer.errors import TcinferError
-
-if TYPE_CHECKING:
-    from tcinfer.sampler import Draws
 
 LARGEST_SEED = 2**64 - 1
 # llama.cpp's samplers in its order; filters.py has the functions
@@ -98,12 +95,6 @@ class Sampling:
     def chain(self) -> list[str]:
         """The names in `samplers`."""
         return [name.strip() for name in self.samplers.split(";")] if self.samplers else []
-
-    def draws(self) -> Draws:
-        """What changes while sampling, at its start: the same seed, the same draws, on every machine."""
-        from tcinfer.sampler import Draws
-
-        return Draws.seeded(None if self.seed < 0 else self.seed)
 
 
 def strings(name: str, given: str | Iterable[str]) -> tuple[str, ...]:

@@ -109,7 +109,7 @@ class Tokenizer:
 
         Raises TokenizerError for an id out of range, or where the bytes depend on the ids around it.
         """
-        return self._bytes(self._checked(token))
+        return self._bytes(self.checked(token))
 
     def _stretches(self, parts: Iterable[tuple[str, bool]]) -> Iterator[str | int]:
         """Control tokens as ids and, joined across parts, the plain text around them."""
@@ -142,7 +142,7 @@ class Tokenizer:
     def _bytes(self, token: int) -> bytes:
         raise TokenizerError("this file holds no tokenizer: ids cannot be turned into text")
 
-    def _checked(self, token: int) -> int:
+    def checked(self, token: int) -> int:
         try:
             token = operator.index(token)
         except TypeError:

@@ -124,7 +124,7 @@ class HuggingFace(Tokenizer):
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        return super().decode(ids) if self._own_bytes else self._text([self._checked(token) for token in iterable(ids)])
+        return super().decode(ids) if self._own_bytes else self._text([self.checked(token) for token in iterable(ids)])
 
     def stream(self) -> StreamDecoder:
         return super().stream() if self._own_bytes else _WindowDecoder(self, self._text, self._anchor)
@@ -169,7 +169,7 @@ class _WindowDecoder(StreamDecoder):
         self._context, self._pending = anchor, list[int]()
 
     def push(self, token: int) -> str:
-        self._pending = [*self._pending, self._tokenizer._checked(token)]
+        self._pending = [*self._pending, self._tokenizer.checked(token)]
         gained = self._gained()
         if gained.endswith("\ufffd") and len(self._pending) < self._MOST:
             return ""

@@ -21,7 +21,7 @@ import pytest
 from conftest import ROOT, SHAKESPEARE, smollm2, tcinfer
 from test_cli import write_model
 
-from tcinfer import memory, session
+from tcinfer import memory, sequence
 from tcinfer.chat import launch, snapshots
 from tcinfer.cli import cli
 from tcinfer.cli.repl import COMMANDS
@@ -232,7 +232,7 @@ def test_the_table_has_every_command_of_a_chat() -> None:
         f"the last {launch.LARGEST_WINDOW:,} tokens exactly",
         f"up to {launch.PINNED >> 20} MiB of keys and values",
         f"({snapshots.BUDGET >> 20} MiB of them)",
-        f"at most {session.RECENT:,} tokens",
+        f"at most {sequence.RECENT:,} tokens",
     ],
 )
 def test_a_number_of_chat_md_is_the_one_that_holds(fact: str) -> None:

@@ -23,7 +23,7 @@ FLAT = Sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=1)  # the s
 
 
 def picks(logits: np.ndarray, how: Sampling, n: int = 2000, **more: Any) -> np.ndarray:
-    draws = how.draws()
+    draws = Draws.of(how)
     return np.array([sample(logits, how, draws, **more) for _ in range(n)])
 
 
@@ -128,20 +128,20 @@ def test_biases_and_breakers_come_in_several_forms() -> None:
 def test_zero_temperature_takes_the_likeliest_and_the_first_of_equals() -> None:
     logits = np.array([0, 3, 3, 1], np.float32)
     greedy = Sampling(temperature=0, seed=0)
-    assert sample(logits, greedy, greedy.draws()) == 1
-    assert sample(logits, replace(greedy, logit_bias={2: 0.1}), greedy.draws()) == 2
-    assert sample(logits, greedy, greedy.draws(), allowed=np.array([True, False, False, True])) == 3
+    assert sample(logits, greedy, Draws.of(greedy)) == 1
+    assert sample(logits, replace(greedy, logit_bias={2: 0.1}), Draws.of(greedy)) == 2
+    assert sample(logits, greedy, Draws.of(greedy), allowed=np.array([True, False, False, True])) == 3
     penalised = replace(greedy, presence_penalty=1.0)
-    assert sample(logits, penalised, greedy.draws(), [1, 2]) == 1
-    assert sample(logits, replace(penalised, presence_penalty=5.0), greedy.draws(), [1, 2]) == 3
+    assert sample(logits, penalised, Draws.of(greedy), [1, 2]) == 1
+    assert sample(logits, replace(penalised, presence_penalty=5.0), Draws.of(greedy), [1, 2]) == 3
     dry = replace(greedy, dry_multiplier=9.0, dry_allowed_length=1)
-    assert sample(logits, dry, greedy.draws(), [0, 1, 0]) == 2
+    assert sample(logits, dry, Draws.of(greedy), [0, 1, 0]) == 2
     others = replace(greedy, xtc_probability=1.0, typical=0.1, mirostat=2, samplers="xtc;typ_p")
-    assert sample(logits, others, greedy.draws()) == 1
+    assert sample(logits, others, Draws.of(greedy)) == 1
 
 
 def test_zero_temperature_draws_nothing() -> None:
-    draws = Sampling(seed=1).draws()
+    draws = Draws.of(Sampling(seed=1))
     before = draws.words()
     sample(np.zeros(5, np.float32), Sampling(temperature=0), draws)
     assert draws.words() == before
@@ -210,7 +210,7 @@ def test_the_same_ids_on_every_machine() -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_logits_that_are_no_numbers_are_refused(bad: float) -> None:
     with pytest.raises(TcinferError, match="not finite"):
-        sample(np.array([0, bad], np.float32), Sampling(), Sampling(seed=0).draws())
+        sample(np.array([0, bad], np.float32), Sampling(), Draws.of(Sampling(seed=0)))
 
 
 def test_only_what_is_allowed_comes_up() -> None:
@@ -224,7 +224,7 @@ def test_only_what_is_allowed_comes_up() -> None:
 
 
 def test_nothing_allowed_and_ids_that_are_none() -> None:
-    draws, logits = FLAT.draws(), np.zeros(2, np.float32)
+    draws, logits = Draws.of(FLAT), np.zeros(2, np.float32)
     with pytest.raises(TcinferError, match="no token may come next"):
         sample(logits, FLAT, draws, allowed=np.zeros(2, bool))
     with pytest.raises(TcinferError, match="no token may come next"):
@@ -255,7 +255,7 @@ def test_any_logits_in_any_order(logits: list[float], temperature: float, order:
         mirostat=mirostat,
         seed=1,
     )
-    draws = how.draws()
+    draws = Draws.of(how)
     for _ in range(3):
         assert 0 <= sample(np.array(logits, np.float32), how, draws, [0, 0, 0]) < len(logits)
 
@@ -297,7 +297,7 @@ def test_the_choice_is_that_of_a_full_sort(
     allowed = rng.random(V) >= banned
     allowed[0], never = True, V - 1
     how = Sampling(top_k=k, top_p=p, min_p=min_p, seed=seed)
-    draws, same = how.draws(), how.draws()
+    draws, same = Draws.of(how), Draws.of(how)
     for _ in range(3):
         assert sample(logits, how, draws, allowed=allowed if banned else None) == plain(logits, how, same, allowed)
     left = allowed & (np.arange(V) != never)
@@ -313,7 +313,7 @@ def test_few_of_many_are_sorted(how: Sampling, monkeypatch: pytest.MonkeyPatch) 
     handled = []
     for name in ("sort", "argsort", "partition", "lexsort", "cumsum", "unique"):
         monkeypatch.setattr(np, name, counting(getattr(np, name), handled))
-    sample(logits, how, how.draws(), np.arange(64))
+    sample(logits, how, Draws.of(how), np.arange(64))
     assert 0 < sum(handled) < V / 100
 
 
@@ -332,7 +332,7 @@ def counting(function: Any, handled: list[int]) -> Any:
 
 def test_mirostat_learns_from_each_surprise() -> None:
     p, how = (0.5, 0.25, 0.125, 0.125), replace(FLAT, mirostat=2, mirostat_tau=1.25, mirostat_eta=0.5)
-    draws, mu = how.draws(), 2.5  # 2 tau
+    draws, mu = Draws.of(how), 2.5  # 2 tau
     for _ in range(50):
         kept = [x for x in p if -math.log2(x) <= mu] or [p[0]]
         chosen = sample(log(*p), how, draws)
@@ -344,7 +344,7 @@ def test_mirostat_learns_from_each_surprise() -> None:
 def test_mirostat_finds_the_surprise_it_aims_at() -> None:
     logits = np.random.default_rng(0).normal(0, 3, 500).astype(np.float32)
     how = Sampling(mirostat=2, mirostat_tau=2.0, temperature=1.0, seed=1)
-    draws = how.draws()
+    draws = Draws.of(how)
     for _ in range(200):
         sample(logits, how, draws)
     assert draws.mu is not None
@@ -367,7 +367,7 @@ def test_mirostat_runs_without_the_chain_but_with_bias_and_temperature() -> None
 def test_draws_go_on_from_their_words() -> None:
     logits = np.random.default_rng(0).normal(0, 3, 100).astype(np.float32)
     for how in (FLAT, replace(FLAT, mirostat=2)):
-        draws = how.draws()
+        draws = Draws.of(how)
         for steps in range(3):
             words = draws.words()
             assert len(words) == 7
@@ -381,7 +381,7 @@ def test_draws_go_on_from_their_words() -> None:
 
 
 def test_words_that_are_no_draws_are_refused() -> None:
-    words = FLAT.draws().words()
+    words = Draws.of(FLAT).words()
     for at, value in (
         (3, words[3] - 1),
         (4, 2),

@@ -59,7 +59,7 @@ def _barrier(shared: int, goal: int) -> None:
 
 
 @compiled
-def _run(steps: int, count: int, pass_: int, thread: int, threads: int, shared: int, base: int) -> None:
+def run_steps(steps: int, count: int, pass_: int, thread: int, threads: int, shared: int, base: int) -> None:
     """This thread's share of every step; ends when all threads have done theirs."""
     p, goal = int64s(pass_), base
     kind = p[KIND_OF_PASS]
@@ -84,7 +84,7 @@ def _clear(steps: int, count: int) -> None:
 @compiled
 def _run_alone(steps: int, count: int, pass_: int) -> None:
     _clear(steps, count)
-    _run(steps, count, pass_, 0, 1, 0, 0)
+    run_steps(steps, count, pass_, 0, 1, 0, 0)
 
 
 @compiled
@@ -112,7 +112,7 @@ def _run_together(shared: int, steps: int, count: int, pass_: int, threads: int,
     _clear(steps, count)
     for worker in range(1, threads):
         atomic_swap(shared + 8 * (WORKERS + LINE * worker), GO)
-    _run(steps, count, pass_, 0, threads, shared, base)
+    run_steps(steps, count, pass_, 0, threads, shared, base)
     return 0
 
 
@@ -138,7 +138,7 @@ def _work(shared: int, worker: int) -> None:
             if spins > LINGER and atomic_replace(state, AWAKE, ASLEEP):
                 return
         atomic_swap(state, AWAKE)  # before the work: the next job may be handed over as soon as this one is done
-        _run(job[STEPS], job[COUNT], job[PASS], worker, job[THREADS], shared, job[BASE])
+        run_steps(job[STEPS], job[COUNT], job[PASS], worker, job[THREADS], shared, job[BASE])
 
 
 def prepare() -> None:

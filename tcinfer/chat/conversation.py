@@ -20,7 +20,8 @@ from tcinfer.chat.store import Log
 from tcinfer.chat.template import ChatTemplate, Part, fill
 from tcinfer.errors import FileError, TcinferError
 from tcinfer.generation import UNFINISHED
-from tcinfer.sampler import Sampling
+from tcinfer.sampler import Draws
+from tcinfer.sampling import Sampling
 from tcinfer.sequence import Snapshot
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Conversation:
         if log.turns or log.base_path.exists() or log.session_path.exists():
             self._resume()
         if self.session.draws is None or sampling.seed >= 0:
-            self.session.draws = sampling.draws()
+            self.session.draws = Draws.of(sampling)
 
     @property
     def turns(self) -> int:

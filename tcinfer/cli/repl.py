@@ -18,6 +18,7 @@ from tcinfer.chat.launch import Chats
 from tcinfer.cli.console import both, complain, interruptible, printable, say
 from tcinfer.errors import TcinferError
 from tcinfer.progress import bar
+from tcinfer.sampler import Draws
 from tcinfer.sampling import Sampling, parsed
 
 if TYPE_CHECKING:
@@ -262,7 +263,7 @@ class Repl:
             how = replace(how, **{options[name]: parsed(options[name], value)})
             self.conversation.sampling = self.chats.sampling = how
             if name == "seed":
-                self.conversation.session.draws = how.draws()
+                self.conversation.session.draws = Draws.of(how)
         else:
             raise TcinferError(f"there is no setting {text!r}; /set lists them, /set NAME VALUE changes one")
 

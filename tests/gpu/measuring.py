@@ -32,6 +32,7 @@ from tcinfer.kernels.plan import ONE
 from tcinfer.kernels.reference.quants import Kind, Matrix
 from tcinfer.memory import tensor_cache
 from tcinfer.memory.state import State
+from tcinfer.sampler import Draws
 from tcinfer.sampling import Sampling
 from tcinfer.sequence import advance
 from tcinfer.tokenizer import from_metadata
@@ -172,7 +173,7 @@ def moved(model: Model) -> int:
 
 def stepping(session: Session) -> Callable[[], int]:
     """Feeds the session the id that it stands before, and gives the one chosen next, as `generate` does."""
-    session.draws, token = GREEDY.draws(), 1
+    session.draws, token = Draws.of(GREEDY), 1
 
     def run() -> int:
         nonlocal token
