@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tcinfer import memory, session_file
+from tcinfer.atomic import Writer, expanded, followed, identity
 from tcinfer.errors import TcinferError
 from tcinfer.generation import DEFAULT_TOKENS, Generation, Piece, Request
 from tcinfer.loaded import Loaded
@@ -30,9 +31,9 @@ class Model(Loaded):
     A context manager: at its end it is closed. Pickled, it is loaded from its file again, or found where it is open.
     """
 
-    def __init__(self, *loaded: Any, again: tuple[Any, ...] | None = None) -> None:
+    def __init__(self, *loaded: Any, again: tuple[Any, ...] | None = None, **more: Any) -> None:
         """loaded: as Loaded takes it; again: a function and its arguments that give this model in another process."""
-        super().__init__(*loaded)
+        super().__init__(*loaded, **more)
         self._again = again
 
     def __repr__(self) -> str:
@@ -50,10 +51,6 @@ class Model(Loaded):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Give its memory back: neither it nor its sessions run any more."""
-        self.weights, self.engine = {}, _Closed()
-
     @property
     def learned(self) -> list[dict[str, Any]]:
         """What each layer's memory has learned (gates, half-lives of decays, write rates ...), empty without one."""
@@ -64,7 +61,7 @@ class Model(Loaded):
 
     def _weights_of(self, layer: int) -> dict[str, Any]:
         start = f"blk.{layer}."
-        return {name.removeprefix(start): w for name, w in self.weights.items() if name.startswith(start)}
+        return {name.removeprefix(start): w for name, w in self.vectors.items() if name.startswith(start)}
 
     def session(self, past: Snapshot | None = None) -> Session:
         """A new sequence, at position 0 or with a past. Raises TcinferError if its state does not fit this machine."""
@@ -80,7 +77,9 @@ class Model(Loaded):
 
     def attach(self, file: session_file.SessionFile) -> Session:
         """The same for a file that was read. Raises FileError where it is not of this model, as it was loaded."""
-        return Session(self, session_file.fitting(file, self))
+        session = Session(self, session_file.fitting(file, self))
+        session.versions[str(followed(file.path).absolute())] = file.version
+        return session
 
     def scheduler(self, **options: Any) -> Scheduler:
         """What works on many requests at once, in a thread of its own; options: as `tcinfer.scheduler.Scheduler`."""
@@ -172,18 +171,16 @@ def _shared(prompts: list[NDArray[np.int64]]) -> int:
     return most if same.all() else int(np.argmin(same))
 
 
-class _Closed:
-    """In place of a closed model's engine."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise TcinferError("this model was closed: load it again")
-
-
 class Session(Past):
     """The state of one sequence, made by `model.session()`. One thread at a time may use it; sessions are cheap.
 
     `copy.copy` is a fork. Pickled, it is its bytes and its model.
     """
+
+    def __init__(self, model: Loaded, past: Snapshot | None = None) -> None:
+        """At position 0, or with a past to go on from."""
+        super().__init__(model, past)
+        self.versions: dict[str, Any] = {}  # of the files that it was read from and saved to
 
     def __repr__(self) -> str:
         name, memories = self.model.config.name or "a model without a name", self.model.config.memories
@@ -257,13 +254,21 @@ class Session(Past):
         request = Request.of(prompt, max_tokens=max_tokens, sampling=sampling, **own, **options)
         return Text(self, Generation(request, self), progress)
 
-    def save(self, path: str | PathLike[str]) -> int:
+    def save(self, path: str | PathLike[str], writer: Writer | None = None) -> int:
         """Write the session to a file, in one step, and give its bytes: the same number however long the session is.
 
-        `model.load_session` goes on from it, to the bit (session_file.py has the layout). Raises TcinferError, the
-        file at `path` as it was, where it cannot be written.
+        `model.load_session` goes on from it, to the bit (session_file.py has the layout). writer: who holds the file
+        (`atomic.Writer`), so that nobody else writes it between one save and the next. Raises TcinferError, the file at
+        `path` as it was, where it cannot be written, where somebody else is writing it, and where it has changed since
+        this session was read from it or saved there.
         """
-        return session_file.write(self.snapshot(), path)
+        file = expanded(path)
+        name, now = str(followed(file).absolute()), identity(file)
+        if now is not None and self.versions.get(name, now) != now:
+            raise TcinferError(f"{path}: has changed since this session read or wrote it: choose another name")
+        size = session_file.write(self.snapshot(), file, writer=writer)
+        self.versions[name] = identity(file)
+        return size
 
 
 class Text(Iterator[Piece]):

@@ -1,37 +1,79 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and that one process at a time writes."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Self
 
 from tcinfer.errors import FileError
 
+PREFIX, SUFFIX = ".tcinfer-", ".part"  # of temporary files
+IN_USE = "is being written by another process: wait for its end, or choose another name"
+
+
+class Writer:
+    """A file that nobody else writes meanwhile: who tries to is refused. A context manager.
+
+    The lock is the file's own, and goes from each version of it to the next (`replacing`): nothing is left beside it,
+    and a process that dies gives it back.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Raises FileError where somebody else writes it."""
+        self.path = followed(expanded(path))
+        self._held = None if not self.path.is_file() else _lock(self.path)
+
+    @property
+    def holds(self) -> bool:
+        """Whether there was a file to hold."""
+        return self._held is not None
+
+    def hold(self, handle: int) -> None:
+        """Hold a new version, and let the old one go."""
+        self.close()
+        self._held = handle
+
+    def close(self) -> None:
+        if self._held is not None:
+            os.close(self._held)
+        self._held = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
 
 @contextmanager
-def replacing(path: Path, private: bool = False) -> Iterator[Path]:
+def replacing(path: Path, private: bool = False, writer: Writer | None = None) -> Iterator[Path]:
     """Yields a temporary file's path beside `path`; at the end it is on disk and takes its place, in one step.
 
-    private: readable by its owner alone, whatever the umask; else a file that was there keeps its permissions. Raises
-    FileError where that cannot be; `path` is then as it was, and so it is after an exception within.
+    A link is followed: the file that it points to is replaced. private: readable by its owner alone, whatever the
+    umask; else a file that was there keeps its permissions. writer: who holds the file. What processes that were killed
+    have left beside it is removed. Raises FileError where that cannot be; `path` is then as it was, and so it is after
+    an exception within.
     """
-    temporary, mode = _temporary(path, private)
+    target = _checked(path, writer)
+    temporary, handle = _temporary(path, target, private)
     try:
         yield temporary
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        os.chmod(temporary, mode)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        os.fsync(handle)
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+        if writer is not None:
+            writer.hold(os.dup(handle))
     except OSError as e:
         raise FileError(f"{path}: cannot be written: {e.strerror or e}") from None
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
@@ -48,37 +90,90 @@ def copy(source: Path, target: Path, private: bool = False) -> None:
         shutil.copyfile(source, temporary)
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, writer: Writer | None = None) -> None:
     """Raise FileError where `replacing` could not begin; for before long work."""
-    _temporary(path, private=True)[0].unlink()
-
-
-def _temporary(path: Path, private: bool) -> tuple[Path, int]:
-    """An empty file beside `path`, and the permissions that it gets at the end."""
-    try:
-        mode = _mode(path, private)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tcinfer-", suffix=".part")
-    except (OSError, ValueError) as e:  # ValueError: a NUL in the name
-        raise FileError(f"{path}: cannot be written: {getattr(e, 'strerror', None) or e}") from None
+    temporary, handle = _temporary(path, _checked(path, writer), private=True)
+    temporary.unlink()
     os.close(handle)
-    return Path(name), mode
 
 
-def _mode(path: Path, private: bool) -> int:
-    """The permissions that the new file gets. Raises FileError where `path` is something that is no file."""
+def identity(path: Path) -> tuple[int, int, int] | None:
+    """What tells a version of a file from others; None where there is no file."""
+    with suppress(OSError):
+        status = os.stat(path)
+        return status.st_ino, status.st_mtime_ns, status.st_size
+    return None
+
+
+def followed(path: Path) -> Path:
+    """What a link points to. Raises FileError for a name that no file can have."""
     if "\0" in str(path):
-        raise ValueError("a name cannot hold a NUL")
-    if os.path.lexists(path) and not os.path.islink(path):  # a link itself is replaced
-        found = os.stat(path).st_mode
-        if not stat.S_ISREG(found):
+        raise FileError(f"{path}: cannot be written: a name cannot hold a NUL")
+    try:
+        return Path(os.path.realpath(path)) if path.is_symlink() else path
+    except OSError as e:  # a name that is too long
+        raise FileError(f"{path}: cannot be written: {e.strerror}") from None
+
+
+def _checked(path: Path, writer: Writer | None) -> Path:
+    """The file to be replaced. Raises FileError for what is no file, or is somebody else's to write."""
+    try:
+        target = followed(path)
+        if os.path.lexists(target) and not stat.S_ISREG(os.stat(target).st_mode):
             raise FileError(f"{path}: cannot be written: it is no regular file")
-        if not private:
-            return stat.S_IMODE(found)
-    if private:
-        return 0o600
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
+        if (writer is None or not writer.holds) and target.is_file():
+            os.close(_lock(target))
+    except OSError as e:
+        raise FileError(f"{path}: cannot be written: {e.strerror}") from None
+    return target
+
+
+def _temporary(path: Path, target: Path, private: bool) -> tuple[Path, int]:
+    """An empty file beside the target, locked, with the permissions that it gets in the end; those that others have
+    left behind are gone."""
+    try:
+        for left in target.parent.glob(f"{PREFIX}*{SUFFIX}"):
+            with suppress(FileError, OSError):  # somebody is writing it
+                handle = _lock(left)
+                left.unlink()
+                os.close(handle)
+        while True:
+            temporary = target.parent / f"{PREFIX}{secrets.token_hex(8)}{SUFFIX}"
+            handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600 if private else 0o666)
+            _flock(handle, wait=True)
+            if temporary.exists():  # else somebody took it for left behind, before it was locked
+                break
+            os.close(handle)
+        if not private and target.exists():
+            os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode))
+    except OSError as e:
+        raise FileError(f"{path}: cannot be written: {e.strerror or e}") from None
+    return temporary, handle
+
+
+def _lock(path: Path) -> int:
+    """A handle that holds a file's lock. Raises FileError where somebody else does."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        _flock(handle)
+    except BlockingIOError:
+        os.close(handle)
+        raise FileError(f"{path}: {IN_USE}") from None
+    return handle
+
+
+def _flock(handle: int, wait: bool = False) -> None:
+    """Lock an open file, where there are such locks. Raises BlockingIOError where somebody else has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError:  # a file system without
+        return
 
 
 def _sync_folder(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib import resources
 from os import PathLike
 from pathlib import Path
@@ -49,7 +50,8 @@ def load(
 ) -> Model:
     """Open a GGUF model; without a path, the bundled one.
 
-    The numba backend repacks the weights into memory of its own; numpy's stay in the mapped file until they are used.
+    numba and cuda repack the weights into memory of their own, and let the file go; numpy goes on reading the mapped
+    file, which must not change while it is used.
 
     backend: "numpy" (the reference), "numba", "cuda", or "auto"; memory, window, sinks: in place of the file's own
     (a name of the registry in memory/; tokens; tokens beside the window); threads: of the numba backend, one for
@@ -67,6 +69,13 @@ _open: WeakValueDictionary[tuple[Any, ...], Model] = WeakValueDictionary()
 def reopened(path: str, backend: str, *memory: Any) -> Model:
     """The model that was loaded so (memory: with this memory, window, sinks, cache_type), or else loaded again."""
     return _open.get((path, backend, *memory)) or Opened(path).model(engine_backend(backend), *memory)
+
+
+def _weights(path: Path, config: ModelConfig) -> dict[str, Any]:
+    """A file's weights once more."""
+    opened = Opened(path)
+    with opened.named():
+        return bind(config, opened.file.tensors, dropped(opened.config, config))
 
 
 class Opened:
@@ -94,12 +103,14 @@ class Opened:
         """The model, ready to run; the arguments are those of `load`, backend is from tcinfer.engine."""
         asked = with_memory(self.config, memory, window, sinks, cache_type)
         with self.named():
-            weights = bind(asked, self.file.tensors, without=dropped(self.config, asked))
+            weights = bind(asked, self.file.tensors, dropped(self.config, asked))
         for line in (backend.remark, backend.cold):
             if notice is not None and line:
                 notice(line)
         key = (str(self.path.absolute()), backend.name, memory, window, sinks, cache_type)
-        _open[key] = model = Model(asked, weights, self.tokenizer, backend, again=(reopened, key))
+        _open[key] = model = Model(
+            asked, weights, self.tokenizer, backend, again=(reopened, key), file=partial(_weights, self.path, asked)
+        )
         return model
 
     @contextmanager
@@ -170,7 +181,7 @@ def bind(config: ModelConfig, stored: Mapping[str, TensorInfo], without: Iterabl
         if spec.matrix:
             weights[name] = Matrix(tensor.data, tensor.kind, (spec.shape[0], spec.shape[1]))
         else:
-            values = unpack(tensor.data, tensor.kind).reshape(spec.shape)
+            values = np.array(unpack(tensor.data, tensor.kind).reshape(spec.shape))  # none of the file's own bytes
             if not np.isfinite(values).all():
                 raise FileError(f"tensor {name!r} holds NaN or Inf")
             weights[name] = values

@@ -67,7 +67,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, eq=False)
 class GGUFFile:
-    """A GGUF file that was read; its numeric and bool arrays are read-only NumPy arrays.
+    """A GGUF file that was read; its numeric and bool arrays are read-only NumPy arrays, none of them of the map.
 
     `types` has the type of every metadata value, an array's being followed by that of its elements.
     """
@@ -181,12 +181,12 @@ class _Cursor:
         return strings
 
     def numbers(self, count: int, code: str, what: str) -> np.ndarray:
-        """`count` numbers as a read-only array: a view of the map, or a copy if the file misaligns them."""
+        """`count` numbers as a read-only array."""
         dtype = np.dtype("<" + code)
         self.need(count * dtype.itemsize, what)
         start = self.position
         self.position += count * dtype.itemsize
-        array = np.require(self.view[start : self.position].view(dtype), requirements="A")
+        array = np.frombuffer(self.view[start : self.position].tobytes(), dtype).copy()
         array.flags.writeable = False
         return array
 

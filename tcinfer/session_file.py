@@ -24,7 +24,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from tcinfer import format as schema
 from tcinfer import memory
 from tcinfer.architectures import architecture
-from tcinfer.atomic import expanded, replacing
+from tcinfer.atomic import Writer, expanded, identity, replacing
 from tcinfer.config import LAYERED, ModelConfig
 from tcinfer.errors import FileError, TcinferError
 from tcinfer.memory.state import State
@@ -71,6 +71,7 @@ class SessionFile:
     ring: NDArray[np.int32]  # [RECENT]
     logits: NDArray[np.float32] | None  # [V]
     draws: Draws | None
+    version: tuple[int, ...] | None = None  # of the file (atomic.identity)
 
     @property
     def position(self) -> int:
@@ -116,18 +117,20 @@ def parts(snapshot: Snapshot) -> Iterator[memoryview]:
     yield memoryview(digest.digest())
 
 
-def write(snapshot: Snapshot, path: str | os.PathLike[str], private: bool = False) -> int:
-    """Write a session's snapshot; returns the file's bytes. private: for its owner's eyes alone."""
+def write(snapshot: Snapshot, path: str | os.PathLike[str], private: bool = False, writer: Writer | None = None) -> int:
+    """Write a session's snapshot; returns the file's bytes. private: for its owner's eyes alone; writer: who holds the
+    file."""
     pieces = parts(snapshot)
     first = next(pieces)  # what is damaged shows before the file is touched
-    with replacing(expanded(path), private) as temporary, open(temporary, "wb") as out:
+    with replacing(expanded(path), private, writer) as temporary, open(temporary, "wb") as out:
         return sum(out.write(piece) for piece in (first, *pieces))
 
 
 def read(path: str | os.PathLike[str]) -> SessionFile:
     """Read a session file, all but its fit to a model checked. Raises FileError."""
     path = expanded(path)
-    return unpack(memoryview(map_file(path)), path)
+    version = identity(path)
+    return replace(unpack(memoryview(map_file(path)), path), version=version)
 
 
 def unpack(data: memoryview | bytes, path: Path = Path("<bytes>")) -> SessionFile:

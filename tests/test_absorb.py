@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -447,16 +448,70 @@ def test_a_disk_that_fills_up_leaves_the_old_file(saved: Saved, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == [saved.path]
 
 
-def test_a_link_is_replaced_and_not_written_through(saved: Saved, tmp_path: Path) -> None:
+def test_a_link_is_followed(saved: Saved, tmp_path: Path) -> None:
     (tmp_path / "target").write_text("mine")
+    (tmp_path / "target").chmod(0o600)
     for target in ("target", "nowhere"):
         (tmp_path / "link").unlink(missing_ok=True)
         (tmp_path / "link").symlink_to(target)
         saved.session.save(tmp_path / "link")
-        assert not (tmp_path / "link").is_symlink()
-        assert (tmp_path / "link").read_bytes() == saved.good
-    assert (tmp_path / "target").read_text() == "mine"
-    assert not (tmp_path / "nowhere").exists()
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / target).read_bytes() == saved.good
+    assert stat.S_IMODE((tmp_path / "target").stat().st_mode) == 0o600
+
+
+def test_two_writers_of_one_file(tmp_path: Path) -> None:
+    """The second is refused while the first runs, whether the file was there before or not."""
+    path, text = tmp_path / "two.tcs", tmp_path / "text.txt"
+    text.write_text("a line of a log\n" * 400)
+    for _ in range(2):
+        arguments = [COMMAND, "absorb", *FAST, "-s", str(path)]
+        first = subprocess.Popen(arguments, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while not path.exists() or not is_held(path):
+            time.sleep(0.01)
+        assert "is being written by another process" in refused(command("absorb", *FAST, "-s", path, "-f", text))
+        with pytest.raises(FileError, match="another process"):
+            package.load(backend="numpy").session().save(path)
+        first.communicate(text.read_text(), timeout=100)
+        assert first.returncode == 0
+    assert command("session", "verify", path).status == 0
+
+
+def is_held(path: Path) -> bool:
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+def test_a_file_that_changed_meanwhile_is_not_replaced(saved: Saved, tmp_path: Path) -> None:
+    path = tmp_path / "s.tcs"
+    saved.session.save(path)
+    one, two = (saved.session.model.load_session(path) for _ in range(2))
+    one.feed([1])
+    one.save(path)
+    kept = path.read_bytes()
+    two.feed([2])
+    with pytest.raises(TcinferError, match="has changed since this session read"):
+        two.save(path)
+    assert path.read_bytes() == kept
+    one.save(path)
+    two.save(tmp_path / "other.tcs")
+    path.unlink()
+    two.save(path)
+
+
+def test_what_a_killed_writer_left_is_cleared_by_the_next(saved: Saved, tmp_path: Path) -> None:
+    for name in (".tcinfer-0123456789abcdef.part", ".tcinfer-x.part"):
+        (tmp_path / name).write_text("half")
+    held = os.open(tmp_path / ".tcinfer-x.part", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)  # somebody is writing it
+    saved.session.save(tmp_path / "s.tcs")
+    assert {path.name for path in tmp_path.iterdir()} >= {"s.tcs", ".tcinfer-x.part"}
+    assert not (tmp_path / ".tcinfer-0123456789abcdef.part").exists()
+    os.close(held)
 
 
 def test_a_pipe_or_a_device_is_not_replaced(saved: Saved, tmp_path: Path) -> None:
@@ -501,15 +556,15 @@ def test_killed_while_it_saves_the_file_is_always_whole(tmp_path: Path) -> None:
     two.feed(IDS)
     two.save(path)
     contents = {path.read_bytes()}
-    one.save(path)
+    session_file.write(one.snapshot(), path)
     contents.add(path.read_bytes())
     for delay in np.random.default_rng(0).uniform(0, 0.06, 40):
         child = os.fork()
         if child == 0:
             with contextlib.suppress(Exception):
                 while True:
-                    two.save(path)
-                    one.save(path)
+                    session_file.write(two.snapshot(), path)
+                    session_file.write(one.snapshot(), path)
             os._exit(1)
         time.sleep(delay)
         os.kill(child, signal.SIGKILL)

@@ -16,6 +16,7 @@ from conftest import SHAKESPEARE, small
 from test_generation import PROMPT, ids
 
 import tcinfer
+import tcinfer.loader
 from tcinfer.api import Model, Session
 from tcinfer.constraint import Constraint
 from tcinfer.errors import TcinferError
@@ -232,3 +233,27 @@ def test_each_session_of_a_step_has_its_own_sampling(model: Model) -> None:
     for wrong in ([hows[0]], [1, 2], "ab"):
         with pytest.raises(TcinferError, match="one for each of 2"):
             model.step_many(sessions, tokens, wrong)
+
+
+@pytest.mark.parametrize("what", ["truncate", "overwrite", "remove", "replace"])
+def test_a_model_file_that_changes_while_it_is_used(what: str, tmp_path: Path) -> None:
+    """numba has let it go; what needs the file's weights once more says that they are others."""
+    path = tmp_path / "m.gguf"
+    shutil.copy(SHAKESPEARE, path)
+    model = tcinfer.load(path, backend="numba", threads=1)
+    want = ids(tcinfer.load(SHAKESPEARE, threads=1).session(), 20, prompt=PROMPT, seed=1)
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    if what == "truncate":
+        path.write_bytes(b"")
+    elif what == "overwrite":
+        path.write_bytes(bytes(path.stat().st_size))
+    elif what == "remove":
+        path.unlink()
+    else:
+        shutil.copy(tcinfer.loader.bundled(), tmp_path / "n")
+        (tmp_path / "n").rename(path)
+    session = model.session()
+    assert ids(session, 20, prompt=PROMPT, seed=1) == want
+    session.save(tmp_path / "s.tcs")
+    with pytest.raises(TcinferError):
+        _ = model.weights

@@ -182,8 +182,8 @@ def test_forks_never_influence_each_other(name: str, backend: str, tmp_path: Pat
             sessions[who].restore(snapshot)
             pasts[who] = list(past)
         elif what == "file":
-            sessions[who].save(tmp_path / "s.tcs")
-            sessions[who] = m.load_session(tmp_path / "s.tcs")
+            sessions[who].save(tmp_path / f"{who}.tcs")
+            sessions[who] = m.load_session(tmp_path / f"{who}.tcs")
         elif what == "fork":
             sessions[who], pasts[who] = sessions[1 - who].fork(), list(pasts[1 - who])
         elif what == "reset":

@@ -19,14 +19,13 @@ class Recorder(Plan):
     def __init__(self, capacity: int, threads: Any) -> None:
         super().__init__(capacity, threads)
         self._loading = Plan(1, threads)
-        self._stored: dict[int, Weights] = {}  # by the matrix's id
+        self._stored: dict[int, tuple[Matrix, Weights]] = {}  # by the matrix's id, which is its own until `finish`
 
     def stored(self, matrix: Matrix) -> Weights:
         """The matrix as products read it: a copy, once the plan is closed."""
         if id(matrix) not in self._stored:
-            self.kept.append(matrix)  # so that nothing else gets its id
-            self._stored[id(matrix)] = repacked(self._loading, matrix)
-        return self._stored[id(matrix)]
+            self._stored[id(matrix)] = matrix, repacked(self._loading, matrix)
+        return self._stored[id(matrix)][1]
 
     def small(self, values: Any) -> Weights:
         return small(self, values)
@@ -35,5 +34,6 @@ class Recorder(Plan):
         """Repack the weights, then as Plan's."""
         self._loading.finish()
         self._loading.run()
+        self._stored.clear()
         del self._loading
         super().finish()

@@ -247,7 +247,7 @@ for _kind in (*PACKINGS, *FLOATS):
 def embed(plan: Plan, table: Matrix, positions: NDArray | None) -> Rows:
     """The rows of the embedding that the pass's ids name, plus those of learned positions, if there are any."""
     x = Rows(plan, table.shape[1])
-    data = np.ascontiguousarray(table.data)
+    data = np.array(table.data)  # a copy: nothing stays mapped
     plan.step(CPU_EMBED, table.kind.name, table=data, columns=x.columns, x=x, stride=x.stride, positions=positions)
     return x
 

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -63,7 +63,7 @@ def generate(**options: Any) -> None:
       tcinfer generate -s notes.tcs -p "What was the name?" --temp 0
     """
     from tcinfer import session_file
-    from tcinfer.atomic import check_writable
+    from tcinfer.atomic import Writer, check_writable
 
     check_choice("--stats", options["stats"], ("text", "json"))
     check_count("max_tokens", options["max_tokens"], -1)
@@ -75,12 +75,13 @@ def generate(**options: Any) -> None:
     if options["save"] and path is None:
         raise TcinferError("--save needs the session's file: -s FILE.tcs")
     file = session_file.read(path) if path is not None and not (options["save"] and not os.path.exists(path)) else None
-    with _prompt(options["prompt"], options["file"], optional=file is not None) as stream:
+    writer = Writer(path) if options["save"] else None
+    with _prompt(options["prompt"], options["file"], optional=file is not None) as stream, writer or nullcontext():
         model = load_model(options, file)
         session = model.session() if file is None else model.attach(file)
         follow = constraint(options, model)
         if options["save"]:
-            check_writable(Path(path))  # what cannot be written should show before the work
+            check_writable(Path(path), writer)  # what cannot be written should show before the work
         figures = Figures()
         try:
             _read(session, stream, figures)
@@ -89,7 +90,7 @@ def generate(**options: Any) -> None:
         finally:
             refused = isinstance(sys.exception(), TcinferError) and not figures.new_tokens
             if options["save"] and session.whole and not refused:
-                session.save(path)
+                session.save(path, writer)
             if not options["quiet"] and not refused:  # an error is one line, and nothing beside it
                 figures.show(session, options["stats"])
 

@@ -48,19 +48,20 @@ def absorb(path: str, file: str | None, every: float, quiet: bool, **options: An
       tcinfer absorb -s book.tcs -m model.gguf --memory sinks --window 512 -f book.txt
     """
     from tcinfer import session_file, text
+    from tcinfer.atomic import Writer
     from tcinfer.progress import bar
 
     check_number("--every", every, 0)
     found = session_file.read(path) if os.path.exists(path) else None
     if file is None and (sys.stdin is None or sys.stdin.isatty()):
         raise TcinferError("nothing to absorb: give -f FILE, or pipe a text in")
-    with open_text(file) if file is not None else sys.stdin.buffer as stream:
+    with open_text(file) if file is not None else sys.stdin.buffer as stream, Writer(path) as writer:
         model = load_model(options, found)
         if found is None and options["memory"] is None and not model.bounded:
             notice("this model's own cache would grow with the stream: sinks memory is used (--memory full keeps all)")
             model = load_model(options | {"memory": "sinks"})
         session = model.session() if found is None else model.attach(found)
-        session.save(path)  # what cannot be written should show before hours of reading
+        session.save(path, writer)  # what cannot be written should show before hours of reading
         first, start, saved = session.position, time.monotonic(), time.monotonic()
         try:
             with interruptible(signal.SIGTERM) as check, bar("absorbing", None) as advance:
@@ -68,7 +69,7 @@ def absorb(path: str, file: str | None, every: float, quiet: bool, **options: An
                 def save_after(seconds: float) -> None:
                     nonlocal saved
                     if time.monotonic() - saved > seconds:
-                        session.save(path)
+                        session.save(path, writer)
                         saved = time.monotonic()
 
                 def progress(n: int) -> None:
@@ -89,7 +90,7 @@ def absorb(path: str, file: str | None, every: float, quiet: bool, **options: An
             if refused and found is None:
                 os.unlink(path)
             elif session.whole:
-                session.save(path)
+                session.save(path, writer)
             if not quiet and not refused:
                 size = os.path.getsize(path)
                 say(

@@ -82,6 +82,7 @@ class Backend:
     is going to take seconds, and else."""
 
     name, cold, remark = "", "", ""
+    copies = True  # whether engines have weights of their own, or go on reading those that they are given
 
     def __init__(self, threads: int | None = None) -> None: ...
 

@@ -75,7 +75,7 @@ class Engine(HostEngine):
 class Backend(base.Backend):
     """The reference: every operator by its plain equation."""
 
-    name = "numpy"
+    name, copies = "numpy", False
 
     def __init__(self, threads: int | None = None) -> None:
         """threads: of the matrix products, which are NumPy's own (process-wide); None leaves them as they are."""
