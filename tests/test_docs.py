@@ -259,3 +259,12 @@ def test_the_picture_is_of_a_run_that_shows_what_it_says() -> None:
         assert any(line.startswith(f"> {said}") for line in lines), said
     assert any(line.startswith("took back 1 turn") for line in lines)
     assert any("(stopped)" in line for line in lines)  # by Ctrl-C, which the picture's description promises
+
+
+def test_the_examples_of_the_python_page_run_in_order(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text(), re.S)
+    assert len(blocks) >= 8
+    (tmp_path / "page.py").write_text("\n".join(blocks))
+    done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "temperature" in done.stdout.splitlines()[-1]
