@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Self
 
@@ -12,11 +12,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from tcinfer import memory, session_file
 from tcinfer.atomic import Writer, expanded, followed, identity
+from tcinfer.chat.template import fill
 from tcinfer.errors import TcinferError
-from tcinfer.generation import DEFAULT_TOKENS, Generation, Piece, Request
+from tcinfer.generation import DEFAULT_TOKENS, UNFINISHED, Generation, Piece, Request
 from tcinfer.loaded import Loaded
 from tcinfer.sampler import Draws, breaker_ids, sample
-from tcinfer.sampling import Sampling
+from tcinfer.sampling import Sampling, strings
 from tcinfer.scheduler import Answer, Scheduler
 from tcinfer.sequence import Progress, Snapshot, advance, check_ids, rows_of_logits
 from tcinfer.sequence import Sequence as Past
@@ -80,6 +81,21 @@ class Model(Loaded):
         session = Session(self, session_file.fitting(file, self))
         session.versions[str(followed(file.path).absolute())] = file.version
         return session
+
+    def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Text:
+        """The answer to a conversation, in a session of its own; messages: {"role": ..., "content": ...} each, of any
+        roles that the model's chat template takes; options: as `Session.generate`.
+
+        What people say is never read as a control token. Raises TcinferError for messages that cannot be.
+        """
+        if not messages or not all(
+            isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
+        ):
+            raise TcinferError('messages are at least one {"role": text, "content": text}')
+        said = {str(i): m["content"] for i, m in enumerate(messages)}
+        parts = fill(self.template.around([m["role"] for m in messages]), **said)
+        return self.session().said(parts, any(m["role"] == "system" for m in messages), options)
 
     def scheduler(self, **options: Any) -> Scheduler:
         """What works on many requests at once, in a thread of its own; options: as `tcinfer.scheduler.Scheduler`."""
@@ -253,6 +269,27 @@ class Session(Past):
         own |= {"json_schema": json_schema, "grammar": grammar}
         request = Request.of(prompt, max_tokens=max_tokens, sampling=sampling, **own, **options)
         return Text(self, Generation(request, self), progress)
+
+    def chat(self, message: str, system: str | None = None, **options: Any) -> Text:
+        """The answer to one more message, in the model's chat template; system: with the first one; options: as
+        `generate`. Nothing is written to disk: `save` keeps the conversation."""
+        template, first = self.model.template, self.position == 0
+        if system is not None and not first:
+            raise TcinferError("a system prompt comes before the first message")
+        parts = template.opening(system is not None)
+        if not first:
+            tail = self.model.tokenizer.decode(self.recent[-UNFINISHED:].tolist())
+            parts = template.going_on(False, template.ends(self.model.tokenizer, False)[1], tail)
+        return self.said(fill(parts, system=system, user=message), system is not None, options)
+
+    def said(self, parts: list[tuple[str, bool]], system: bool, options: dict[str, Any]) -> Text:
+        """The answer to what a template has made of messages (`fill`)."""
+        tokenizer, first = self.model.tokenizer, self.position == 0
+        ids = tokenizer.encode_parts(parts, bos=first and tokenizer.add_bos, continues=not first)
+        stop_ids, stops = self.model.template.ends(tokenizer, system)
+        more: dict[str, Any] = {"stop": [*stops, *strings("stop strings", options.pop("stop", ()))]}
+        more["stop_ids"] = [*stop_ids, *options.pop("stop_ids", ())]
+        return self.generate(ids, **more, **options)
 
     def save(self, path: str | PathLike[str], writer: Writer | None = None) -> int:
         """Write the session to a file, in one step, and give its bytes: the same number however long the session is.

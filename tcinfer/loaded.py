@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from tcinfer.engine.base import Backend
 from tcinfer.errors import FileError, TcinferError
 from tcinfer.kernels.reference.quants import Matrix
 from tcinfer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from tcinfer.chat.template import ChatTemplate
 
 
 class Loaded:
@@ -27,6 +30,7 @@ class Loaded:
         tokenizer: Tokenizer,
         backend: Backend,
         file: Callable[[], dict[str, Any]] | None = None,
+        chat_template: str | None = None,
     ) -> None:
         """weights: by the names of transformer.tensors, a Matrix for each projection and a float32 array for the rest;
         file: gives them again. Where the engine has copied them, the file that they are mapped from is then let go.
@@ -34,6 +38,7 @@ class Loaded:
         Raises TcinferError where the backend lacks what the model needs.
         """
         self.config, self.tokenizer, self.backend, self._file = config, tokenizer, backend, file
+        self.chat_template = chat_template  # Jinja, as the file has it
         self.bounded = memory.bounded(config)  # whether a session's state has one size for ever
         self.engine = backend.engine(config, weights)
         self.chunk = self.engine.chunk  # most tokens that one pass takes
@@ -59,6 +64,17 @@ class Loaded:
     def fingerprint(self) -> bytes:
         """32 bytes that tell this model from others."""
         return fingerprint(self.config, self.weights)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """What stands around the turns of a conversation: the file's chat template, or ChatML where it has none.
+
+        Raises TcinferError for one that is broken.
+        """
+        from tcinfer.chat.template import ChatTemplate
+
+        words, eos = self.tokenizer, min(self.tokenizer.eos_ids, default=None)
+        return ChatTemplate(self.chat_template, words.control_text(words.bos_id), words.control_text(eos))
 
     def close(self) -> None:
         """Give its memory back: nothing of it runs any more."""

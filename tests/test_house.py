@@ -19,6 +19,7 @@ FLOORS = (
     ("tcinfer.errors", "tcinfer.kernels", "tcinfer.interrupts"),
     ("tcinfer.config", "tcinfer.atomic"),
     ("tcinfer.sampling", "tcinfer.tokenizer", "tcinfer.tokenizer_kinds", "tcinfer.tokenizer_json", "tcinfer.reader"),
+    ("tcinfer.chat.template",),
     ("tcinfer.filters", "tcinfer.sampler", "tcinfer.constraint"),
     ("tcinfer.net", "tcinfer.memory"),
     ("tcinfer.architectures", "tcinfer.memory_options"),

@@ -27,7 +27,6 @@ from tcinfer.sequence import Snapshot
 if TYPE_CHECKING:
     from tcinfer.api import Model
     from tcinfer.generation import Piece
-    from tcinfer.tokenizer import Tokenizer
 
 MEASURED = 4096  # tokens of a turn, at most, that are fed again to measure it
 LOGGED = 256  # ids of an answer between two lines of the log
@@ -49,7 +48,7 @@ class Conversation:
         self.system: str | None = log.start.get("system")
         self.session = model.session()
         self._snapshots = Snapshots()
-        self._stop_ids, self._stops = ends(model.tokenizer, template, self.system is not None)
+        self._stop_ids, self._stops = template.ends(model.tokenizer, self.system is not None)
         if log.turns or log.base_path.exists() or log.session_path.exists():
             self._resume()
         if self.session.draws is None or sampling.seed >= 0:
@@ -132,13 +131,8 @@ class Conversation:
 
     def _next(self, system: bool) -> list[Part]:
         """The template's next turn, without the text that ended the answer, where the session has read that already."""
-        parts = self.template.next(system)
         tail = self.model.tokenizer.decode(self.session.recent[-UNFINISHED:].tolist())
-        for stop in self._stops:
-            if tail.endswith(stop):
-                text = parts[0].text
-                parts = [Part(text[text.index(stop) + len(stop) :], None), *parts[1:]]
-        return parts
+        return self.template.going_on(system, self._stops, tail)
 
     def _begun(self) -> tuple[int, Iterator[Piece], Piece | None]:
         """An answer with its first token chosen: what can be wrong with how it is to be chosen has shown by then."""
@@ -242,20 +236,3 @@ class Conversation:
             return
         for ids in self.log.replay(at, self.turns):
             self.session.feed(ids)
-
-
-def ends(tokenizer: Tokenizer, template: ChatTemplate, system: bool) -> tuple[list[int], list[str]]:
-    """What ends an answer beside the tokenizer's own end tokens: the control token, or else the text, with which the
-    template goes on after one."""
-    parts = template.next(system)
-    literal = "" if not parts or parts[0].who else parts[0].text
-    if not literal:
-        return [], []
-    try:
-        ids = tokenizer.encode(literal, special=True, continues=True)
-    except TcinferError:  # a template that this vocabulary cannot write shows so at the first turn
-        return [], []
-    if ids and not tokenizer.decode(ids[:1]):
-        return ids[:1], []
-    breaks = literal[: len(literal) - len(literal.lstrip("\n"))]
-    return [], [breaks if len(breaks) > 1 else literal.strip() or literal]

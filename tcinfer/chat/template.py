@@ -57,6 +57,8 @@ class ChatTemplate:
         Raises TcinferError for a template that is broken, takes too much, or does not say what people say.
         """
         source = CHATML if source is None else source
+        self._source, self._bos, self._eos = source, bos, eos
+        self._around: dict[tuple[str, ...], list[Part]] = {}
         if not isinstance(source, str):
             raise _unusable("is not a text")
         if len(source) > LONGEST:
@@ -98,6 +100,46 @@ class ChatTemplate:
         """Whether it would render earlier turns otherwise than they were when they were new."""
         return self._turns[system].rewrites_history
 
+    def around(self, roles: Sequence[str]) -> list[Part]:
+        """What to feed for a whole conversation of messages by these roles, up to the next answer; `who` of a place is
+        the message's number as text. Raises TcinferError where the template does not take such a conversation."""
+        key = tuple(roles)
+        if key not in self._around:
+            words = [f"m{secrets.token_hex(8)}" for _ in key]
+            answer = render(self._source, self._bos, self._eos, [list(zip(key, words, strict=True))])[0]
+            if "error" in answer:
+                raise TcinferError(f"the chat template refuses these messages: {answer['error']}")
+            text, at = answer["text"], [answer["text"].find(word) for word in words]
+            if any(text.count(word) != 1 for word in words) or at != sorted(at):
+                raise TcinferError("the chat template leaves out, repeats or moves some of these messages")
+            self._around[key] = _parts(text, {word: str(i) for i, word in enumerate(words)})
+        return self._around[key]
+
+    def ends(self, tokenizer: Any, system: bool) -> tuple[list[int], list[str]]:
+        """What ends an answer beside the tokenizer's own end tokens: the control token, or else the text, with which
+        the template goes on after one."""
+        parts = self.next(system)
+        literal = "" if not parts or parts[0].who else parts[0].text
+        if not literal:
+            return [], []
+        try:
+            ids = tokenizer.encode(literal, special=True, continues=True)
+        except TcinferError:  # a template that this vocabulary cannot write shows so at the first turn
+            return [], []
+        if ids and not tokenizer.decode(ids[:1]):
+            return ids[:1], []
+        breaks = literal[: len(literal) - len(literal.lstrip("\n"))]
+        return [], [breaks if len(breaks) > 1 else literal.strip() or literal]
+
+    def going_on(self, system: bool, stops: Sequence[str], tail: str) -> list[Part]:
+        """`next`, without the text that ended the answer, where that has been read already: tail ends with it."""
+        parts = self.next(system)
+        for stop in stops:
+            if tail.endswith(stop):
+                text = parts[0].text
+                parts = [Part(text[text.index(stop) + len(stop) :], None), *parts[1:]]
+        return parts
+
     def _conversation(self, system: bool, turn: int, kind: str) -> list[tuple[str, str]]:
         return list(zip(_ROLES, self._contents[kind], strict=True))[not system : 2 * turn + 2]
 
@@ -135,10 +177,9 @@ class ChatTemplate:
         return re.sub("|".join(contents), lambda match: contents[match[0]], text)
 
 
-def fill(parts: Sequence[Part], system: str | None = None, user: str | None = None) -> list[tuple[str, bool]]:
+def fill(parts: Sequence[Part], **said: str | None) -> list[tuple[str, bool]]:
     """Parts with what was said, for `Tokenizer.encode_parts`: control tokens count in the template's text only."""
-    said = {"system": system or "", "user": user or ""}
-    return [(said[part.who], False) if part.who else (part.text, True) for part in parts]
+    return [(said.get(part.who) or "", False) if part.who else (part.text, True) for part in parts]
 
 
 def render(source: str, bos: str, eos: str, conversations: Sequence[Sequence[tuple[str, str]]]) -> list[dict[str, str]]:
