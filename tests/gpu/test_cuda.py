@@ -21,6 +21,7 @@ from tcinfer import bench
 from tcinfer.api import Session
 from tcinfer.engine import cuda
 from tcinfer.errors import TcinferError
+from tcinfer.generation import Request
 from tcinfer.kernels.cuda.plan import Pass
 from tcinfer.kernels.cuda.program import SWIGLU
 from tcinfer.kernels.cuda.recorder import Recorder
@@ -420,3 +421,22 @@ def test_nothing_joins_a_pair() -> None:
     plan.linear(x, w[2])
     plan.finish()
     assert [step.arguments["pair"] for step in plan.steps if step.operator.name == "linear_one"] == [SWIGLU, 0]
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["chosen there", "some fetched"])
+def test_many_requests_are_what_each_is_alone(mixed: bool, backend: str) -> None:  # noqa: F811
+    config = config_of("tensor-delta")
+    hows = [
+        GREEDY,
+        WARM,
+        replace(WARM, repeat_penalty=1.3) if mixed else replace(WARM, seed=9),
+        replace(GREEDY, seed=1),
+    ]
+    requests = [Request(IDS[i : i + 5 + 9 * i], 12, how) for i, how in enumerate(hows)]
+    want = [
+        [piece.id for piece in build(config, "numpy", weights_of(config)).session().generate(r.prompt, 12, r.sampling)]
+        for r in requests
+    ]
+    with build(config, backend, weights_of(config)).scheduler() as scheduler:
+        handles = [scheduler.submit(request) for request in requests]
+        assert [handle.result(120).ids for handle in handles] == want
