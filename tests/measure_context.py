@@ -1,4 +1,4 @@
-"""Memory and speed against context, full cache beside Tensor Cache: prints the table that the README shows.
+"""Memory and speed against context, full cache beside Tensor Cache: prints the table that docs/speed.md shows.
 
     python tests/measure_context.py [CONTEXT ...]
 

@@ -1,4 +1,4 @@
-"""The table of speeds that the README shows: beside llama.cpp, beside the memory's bandwidth, beside ourselves.
+"""The table of speeds that docs/speed.md shows: beside llama.cpp, beside the memory's bandwidth, beside ourselves.
 
     python tests/measure_speed.py FOLDER [ROUNDS]     (FOLDER: for the model files, made by make_models.py)
 
