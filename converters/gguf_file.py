@@ -1,6 +1,6 @@
 """A GGUF file itself, to be packed in another way: its tensors unpacked, its metadata kept with every value's type.
 
-What describes the model is written anew from its configuration (format.py); what describes how the file was packed is
+What describes the model is written anew from its configuration (gguf/schema.py); what describes how the file was packed is
 not kept.
 """
 
@@ -14,9 +14,8 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGUFValueType as Type
 from gguf.gguf_writer import GGUFValue
 
-from tcinfer import format as schema
-from tcinfer import reader
 from tcinfer.converters.source import F32, Source, Tensor
+from tcinfer.gguf import reader, schema
 from tcinfer.kernels.reference.quants import unpack
 from tcinfer.loader import bind, read_config
 

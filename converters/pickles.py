@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from tcinfer.reader import file_error, map_file, short
+from tcinfer.gguf.reader import file_error, map_file, short
 
 MAX_STEPS = 400_000  # half a second; a 124 M parameter checkpoint with its optimizer takes about 10^4
 MAX_PICKLE, MAX_DIMS, MAX_ARGUMENTS = 1 << 24, 32, 7  # bytes; of a tensor; of a call

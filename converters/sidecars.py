@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tcinfer.errors import FileError
-from tcinfer.reader import map_file
+from tcinfer.gguf.reader import map_file
 from tcinfer.tokenizer import ADD_BOS, BOS, CONTROL, EOM, EOS, EOT, USER_DEFINED
 
 TEMPLATE_FILE = "chat_template.jinja"

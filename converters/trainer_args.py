@@ -10,7 +10,7 @@ from typing import Any
 from tcinfer.config import ModelConfig
 from tcinfer.converters.source import Names, typed
 from tcinfer.errors import FileError
-from tcinfer.format import top_layers
+from tcinfer.gguf.schema import top_layers
 from tcinfer.memory import MODES, room
 
 # Arguments of the first level, with the trainer's defaults.

@@ -8,7 +8,7 @@ from typing import Any
 
 from tcinfer.converters.sidecars import added_tokens, named_ids, read_bytes, read_object, sidecar
 from tcinfer.errors import FileError, TcinferError
-from tcinfer.reader import file_error, short
+from tcinfer.gguf.reader import file_error, short
 from tcinfer.tokenizer import (
     ADD_BOS,
     ADD_SPACE_PREFIX,
@@ -33,8 +33,8 @@ from tcinfer.tokenizer import (
     USER_DEFINED,
     from_metadata,
 )
-from tcinfer.tokenizer_json import ALPHABET, IGNORES_MERGES, PRE_TOKENIZERS, load, run
-from tcinfer.tokenizer_kinds import SPACE
+from tcinfer.tokenizer.huggingface import ALPHABET, IGNORES_MERGES, PRE_TOKENIZERS, load, run
+from tcinfer.tokenizer.kinds import SPACE
 
 _GPT2_END = "<|endoftext|>"
 

@@ -15,17 +15,17 @@ from gguf.constants import GGMLQuantizationType as Kind
 from gguf.gguf_writer import GGUFValue, GGUFWriter
 from gguf.quants import quantize
 
-from tcinfer import format as schema
 from tcinfer.api import Model
 from tcinfer.atomic import replacing
 from tcinfer.converters.source import F32, Source
 from tcinfer.engine import backend
 from tcinfer.errors import FileError, TcinferError
+from tcinfer.gguf import schema
+from tcinfer.gguf.reader import TensorInfo
 from tcinfer.loader import bind, load
 from tcinfer.memory_options import with_memory
 from tcinfer.net import Spec
 from tcinfer.progress import bar
-from tcinfer.reader import TensorInfo
 from tcinfer.tokenizer import from_metadata
 from tcinfer.transformer import file_tensors
 

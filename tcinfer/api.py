@@ -16,8 +16,8 @@ from tcinfer.chat.template import fill
 from tcinfer.errors import TcinferError
 from tcinfer.generation import DEFAULT_TOKENS, UNFINISHED, Generation, Piece, Request
 from tcinfer.loaded import Loaded
-from tcinfer.sampler import Draws, breaker_ids, sample
 from tcinfer.sampling import Sampling, strings
+from tcinfer.sampling.choose import Draws, breaker_ids, sample
 from tcinfer.scheduler import Answer, Scheduler
 from tcinfer.sequence import Progress, Snapshot, advance, check_ids, rows_of_logits
 from tcinfer.sequence import Sequence as Past

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tcinfer.errors import TcinferError, TokenizerError
-from tcinfer.tokenizer_json import run
+from tcinfer.tokenizer.huggingface import run
 
 if TYPE_CHECKING:
     from tcinfer.tokenizer import Tokenizer

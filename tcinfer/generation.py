@@ -12,8 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from tcinfer.config import check_count
 from tcinfer.errors import TcinferError
-from tcinfer.sampler import Draws, breaker_ids, log_probabilities, sample
 from tcinfer.sampling import Sampling, strings
+from tcinfer.sampling.choose import Draws, breaker_ids, log_probabilities, sample
 from tcinfer.sequence import check_ids
 
 if TYPE_CHECKING:

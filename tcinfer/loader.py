@@ -13,18 +13,18 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from tcinfer import format as schema
-from tcinfer import reader, tokenizer
+from tcinfer import tokenizer
 from tcinfer.api import Model
 from tcinfer.atomic import expanded
 from tcinfer.config import ModelConfig
 from tcinfer.engine import backend as engine_backend
 from tcinfer.engine.base import EMBEDDING, Backend
 from tcinfer.errors import FileError, TcinferError
+from tcinfer.gguf import reader, schema
+from tcinfer.gguf.reader import TensorInfo
 from tcinfer.kernels.reference.quants import KINDS, Matrix, unpack
 from tcinfer.memory_options import with_memory
 from tcinfer.net import Spec
-from tcinfer.reader import TensorInfo
 from tcinfer.transformer import QKV, fused, tensors
 
 BUNDLED = "storyteller.gguf"  # in models/

@@ -23,8 +23,8 @@ from tcinfer.memory.state import AnyState
 
 if TYPE_CHECKING:
     from tcinfer.loaded import Loaded
-    from tcinfer.sampler import Draws
     from tcinfer.sampling import Sampling
+    from tcinfer.sampling.choose import Draws
 
 GROWTH = 256  # tokens: the block by which an unbounded cache grows, at least
 RECENT = 4096  # ids that a sequence remembers by themselves, for penalties and for half-finished characters

@@ -31,15 +31,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tcinfer import format as schema
 from tcinfer import memory
 from tcinfer.architectures import architecture
 from tcinfer.atomic import Writer, expanded, identity, replacing
 from tcinfer.config import LAYERED, ModelConfig
 from tcinfer.errors import FileError, TcinferError
+from tcinfer.gguf import schema
+from tcinfer.gguf.reader import file_error, map_file
 from tcinfer.memory.state import State
-from tcinfer.reader import file_error, map_file
-from tcinfer.sampler import Draws
+from tcinfer.sampling.choose import Draws
 from tcinfer.sequence import RECENT, Snapshot, rounded_up
 
 if TYPE_CHECKING:

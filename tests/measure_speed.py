@@ -20,7 +20,7 @@ import make_models
 import numpy as np
 
 import tcinfer
-from tcinfer import bench
+from tcinfer.measure import speed as bench
 
 THREADS, TOKENS = 2, 32
 SMOL = {"q4_1": (1.8, 2.4, 6, 9), "q4_0": (1.5, 1.8, 1.8, 2.5), "q8_0": (1.3, 1.6, 2.5, 4), "q4_k_m": (1.2, 1.6, 0, 0)}

@@ -27,7 +27,7 @@ from tcinfer.chat.store import Log
 from tcinfer.chat.template import ChatTemplate
 from tcinfer.engine import backend as engine_backend
 from tcinfer.loader import load
-from tcinfer.sampler import Sampling
+from tcinfer.sampling.choose import Sampling
 
 COMMAND = str(Path(sys.executable).parent / "tcinfer")
 # What the 65 characters of shakespeare.gguf can write.

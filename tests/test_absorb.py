@@ -27,13 +27,14 @@ from test_cli import COMMAND, FAST, command, refused, write_model
 from test_memory import IDS
 
 import tcinfer as package
-from tcinfer import insight, session_file
+from tcinfer import session_file
 from tcinfer.api import Session
 from tcinfer.converters.source import Source, Tensor
 from tcinfer.converters.write import write
 from tcinfer.engine.base import Here
 from tcinfer.errors import FileError, TcinferError
-from tcinfer.reader import read
+from tcinfer.gguf.reader import read
+from tcinfer.measure import memory as insight
 
 CHARACTERS = string.printable[:95] + "\n\ufffd"
 WINDOW = {"vocab_size": len(CHARACTERS), "memory": "window", "window": 8}

@@ -22,9 +22,9 @@ from tcinfer import converters
 from tcinfer.api import Model
 from tcinfer.config import ModelConfig
 from tcinfer.errors import TcinferError
+from tcinfer.gguf.reader import read
 from tcinfer.loader import read_config
 from tcinfer.memory_options import with_memory
-from tcinfer.reader import read
 from tcinfer.session_file import read as read_session
 
 IDS = np.random.default_rng(1).integers(0, VOCABULARY, 70)  # more than eight windows of 8

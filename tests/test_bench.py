@@ -11,7 +11,7 @@ import pytest
 from conftest import shared, smollm2, tcinfer
 
 import tcinfer as package
-from tcinfer import bench
+from tcinfer.measure import speed as bench
 
 QUICK = ("-p", "8", "-n", "4", "-r", "2")
 

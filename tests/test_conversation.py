@@ -18,8 +18,8 @@ from tcinfer.chat.snapshots import Snapshots
 from tcinfer.chat.template import CHATML, render
 from tcinfer.errors import TcinferError
 from tcinfer.loader import Opened
-from tcinfer.sampler import Sampling
-from tcinfer.text import SIZE
+from tcinfer.sampling.choose import Sampling
+from tcinfer.tokenizer.stream import SIZE
 
 WORDS = ("What is it?", "Speak on", "And then?", "Nay", "Why so, good sir?")
 

@@ -23,10 +23,10 @@ from hostile_files import checkpoint, integer, ints, name, program, rebuilt, sto
 from test_cli import FAST, command, refused
 
 import tcinfer
-from tcinfer import reader
 from tcinfer.converters import read as read_checkpoint
 from tcinfer.converters import write
 from tcinfer.converters.pickles import load_torch
+from tcinfer.gguf import reader
 from tcinfer.kernels.reference.quants import unpack
 from tcinfer.transformer import tensors as specs_of
 

@@ -14,7 +14,7 @@ from test_cli import FAST, command, refused
 from test_convert import bf16, converted, logits, values
 
 import tcinfer
-from tcinfer import reader
+from tcinfer.gguf import reader
 from tcinfer.loader import Opened
 
 NAN = float("nan")

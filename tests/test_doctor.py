@@ -16,8 +16,9 @@ import pytest
 from conftest import tcinfer
 from test_cli import COMMAND, command, refused
 
-from tcinfer import cli, doctor, loader
+from tcinfer import cli, loader
 from tcinfer.errors import TcinferError
+from tcinfer.measure import machine as doctor
 
 
 def found(**options: Any) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import tcinfer
-from tcinfer import filters
-from tcinfer.filters import CHAIN, Candidates, Context
-from tcinfer.sampler import Sampling, breaker_ids
+from tcinfer.sampling import filters
+from tcinfer.sampling.choose import Sampling, breaker_ids
+from tcinfer.sampling.filters import CHAIN, Candidates, Context
 
 unhurried = settings(deadline=None)
 NEAR = 1e-9  # what rounding may decide either way

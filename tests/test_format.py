@@ -10,9 +10,9 @@ from conftest import SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tcinfer import format as schema
 from tcinfer.config import ModelConfig
 from tcinfer.errors import TcinferError
+from tcinfer.gguf import schema
 from tcinfer.memory import MODES, infini, room, tensor_cache
 
 PLAIN = replace(SMALL, cache_type="f16")  # chosen when a file is opened, so that it does not travel in one

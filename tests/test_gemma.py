@@ -9,8 +9,8 @@ from gemma import gemma3
 
 import tcinfer
 from tcinfer.api import Model
-from tcinfer.inspect import facts
-from tcinfer.reader import read
+from tcinfer.gguf.reader import read
+from tcinfer.measure.file import facts
 from tcinfer.tokenizer import from_metadata
 
 # As llama-cpp-python 0.3.36 gives them, without BOS; control tokens only in the last one.

@@ -20,7 +20,7 @@ from conftest import BACKENDS, SMALL, random_weights
 from hostile_files import hostile_checkpoints, hostile_ggufs
 from test_cli import COMMAND, FAST, command, refused, write_model
 
-from tcinfer import format as schema
+from tcinfer.gguf import schema
 from tcinfer.memory.tensor_cache import Options
 from tcinfer.tokenizer import MODEL, SCORES, TOKENS, TYPES
 

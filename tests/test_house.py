@@ -18,12 +18,12 @@ PARTS = {"tcinfer": ROOT / "tcinfer", "tcinfer.kernels": ROOT / "kernels", "tcin
 FLOORS = (
     ("tcinfer.errors", "tcinfer.kernels", "tcinfer.interrupts"),
     ("tcinfer.config", "tcinfer.atomic"),
-    ("tcinfer.sampling", "tcinfer.tokenizer", "tcinfer.tokenizer_kinds", "tcinfer.tokenizer_json", "tcinfer.reader"),
+    ("tcinfer.sampling", "tcinfer.tokenizer", "tcinfer.gguf.reader"),
     ("tcinfer.chat.template",),
-    ("tcinfer.filters", "tcinfer.sampler", "tcinfer.constraint"),
+    ("tcinfer.constraint",),
     ("tcinfer.net", "tcinfer.memory"),
     ("tcinfer.architectures", "tcinfer.memory_options"),
-    ("tcinfer.transformer", "tcinfer.format"),
+    ("tcinfer.transformer", "tcinfer.gguf.schema"),
     ("tcinfer.engine",),
     ("tcinfer.loaded",),
     ("tcinfer.sequence",),
@@ -132,7 +132,7 @@ def test_only_a_backend_imports_what_it_runs_on() -> None:
     for name, path in MODULES.items():
         may = set().union(*(those for package, those in MAY.items() if within(name, package)))
         found = {other.split(".")[0] for other in imports(path)} & HEAVY
-        if within(name, "tcinfer.doctor") or within(name, "tcinfer.bench"):
+        if within(name, "tcinfer.measure.machine") or within(name, "tcinfer.measure.speed"):
             continue  # look whether it is there
         assert found <= may, name
         if within(name, "tcinfer.kernels.cuda"):
@@ -141,7 +141,7 @@ def test_only_a_backend_imports_what_it_runs_on() -> None:
 
 # Where the same words name something else: kinds of tokenizers, families of checkpoints, what folders of others say.
 OTHER_NAMES = {
-    *("tcinfer.tokenizer_json", "tcinfer.tokenizer_kinds", "tcinfer.converters.vocabulary"),
+    *("tcinfer.tokenizer.huggingface", "tcinfer.tokenizer.kinds", "tcinfer.converters.vocabulary"),
     *("tcinfer.converters", "tcinfer.converters.tcgpt", "tcinfer.converters.huggingface"),
 }
 

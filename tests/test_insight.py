@@ -9,10 +9,11 @@ import pytest
 from conftest import BACKENDS, SMALL, build, random_weights
 from test_memory import CASES, IDS, changed, config_of, inf, model_of, tc, weights_of
 
-from tcinfer import insight, memory
+from tcinfer import memory
 from tcinfer.api import Model, Session
 from tcinfer.config import CHUNK, ModelConfig
 from tcinfer.errors import TcinferError
+from tcinfer.measure import memory as insight
 from tcinfer.memory.state import State
 
 D, RNG = SMALL.head_dim, np.random.default_rng(0)

@@ -16,9 +16,10 @@ from test_cli import command, refused, write_model
 from test_hostile_cli import model_file
 
 import tcinfer
-from tcinfer import memory, reader
-from tcinfer.inspect import WIDTH, facts, report
+from tcinfer import memory
+from tcinfer.gguf import reader
 from tcinfer.loader import bundled
+from tcinfer.measure.file import WIDTH, facts, report
 from tcinfer.memory.tensor_cache import Options
 
 TENSOR = {"memory": "tensor", "window": 16, "options": Options()}

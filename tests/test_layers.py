@@ -13,9 +13,9 @@ from test_cli import write_model
 from test_memory import IDS, TOLERANCE, difference
 
 import tcinfer
-from tcinfer import format as schema
 from tcinfer.config import ModelConfig
-from tcinfer.inspect import facts, report
+from tcinfer.gguf import schema
+from tcinfer.measure.file import facts, report
 from tcinfer.memory import infini, layout, tensor_cache
 
 CACHE, INFINI = tensor_cache.Options(write_on_insert=True), infini.Options("linear")

@@ -22,12 +22,12 @@ from tcinfer.api import Model, Session
 from tcinfer.architectures import architecture
 from tcinfer.config import DEFAULT_WINDOW, ModelConfig
 from tcinfer.errors import FileError, TcinferError
+from tcinfer.gguf.reader import read
 from tcinfer.kernels.reference.quants import unpack
 from tcinfer.kernels.reference.rotary import angles, frequencies
 from tcinfer.loader import bind, dropped, load, read_config
 from tcinfer.memory import infini, tensor_cache
 from tcinfer.memory_options import with_memory
-from tcinfer.reader import read
 
 T, W = 48, 7
 IDS = np.random.default_rng(1).integers(0, SMALL.vocab_size, T)

@@ -20,9 +20,11 @@ from conftest import SHAKESPEARE, shared, small, tcinfer
 from test_cli import FAST, PLAY, command, refused, start, write_model
 
 import tcinfer as package
-from tcinfer import TcinferError, perplexity, text
+from tcinfer import TcinferError
 from tcinfer.api import Model
-from tcinfer.perplexity import Row, measure
+from tcinfer.measure import perplexity
+from tcinfer.measure.perplexity import Row, measure
+from tcinfer.tokenizer import stream as text
 
 WINDOW = {"memory": "window", "window": 8}
 NAN = float("nan")

@@ -17,9 +17,8 @@ from test_cli import command, refused, write_model
 from test_hostile_cli import model_file
 
 import tcinfer
-from tcinfer import format as schema
-from tcinfer import reader
 from tcinfer.converters.write import OUTTYPES
+from tcinfer.gguf import reader, schema
 from tcinfer.kernels.reference.quants import Kind, unpack
 from tcinfer.loader import bundled
 from tcinfer.memory.tensor_cache import Options

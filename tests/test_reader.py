@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tcinfer.errors import FileError
-from tcinfer.reader import read
+from tcinfer.gguf.reader import read
 
 SHARED = Path(__file__).parents[2] / "shared"
 HOSTILE = dict(hostile_ggufs())

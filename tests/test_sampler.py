@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tcinfer
-from tcinfer import filters
 from tcinfer.errors import TcinferError
-from tcinfer.sampler import Draws, Sampling, breaker_ids, sample
+from tcinfer.sampling import filters
+from tcinfer.sampling.choose import Draws, Sampling, breaker_ids, sample
 from tcinfer.tokenizer import Tokenizer, from_metadata
 
 FLAT = Sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=1)  # the softmax itself

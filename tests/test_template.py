@@ -13,7 +13,7 @@ from conftest import smollm2
 from tcinfer.chat import template as module
 from tcinfer.chat.template import CHATML, ChatTemplate, Part, fill, render
 from tcinfer.errors import TcinferError
-from tcinfer.reader import read
+from tcinfer.gguf.reader import read
 from tcinfer.tokenizer import from_metadata
 
 BOS, EOS = "<s>", "</s>"

@@ -14,7 +14,9 @@ from conftest import SHAKESPEARE, shared, smollm2
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tcinfer import progress, reader, text, tokenizer
+from tcinfer import progress, tokenizer
+from tcinfer.gguf import reader
+from tcinfer.tokenizer import stream as text
 
 # what cuts are about: words, punctuation, white space of every kind, characters of one to four bytes
 TEXTS = st.text(st.sampled_from("ab.,  \n\r\t\u00a0\u3000é中😀\x1c\u0301"), max_size=100)

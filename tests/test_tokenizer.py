@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tcinfer.errors import FileError, TcinferError, TokenizerError
-from tcinfer.reader import read
+from tcinfer.gguf.reader import read
 from tcinfer.tokenizer import (
     ADD_BOS,
     ADD_SPACE_PREFIX,

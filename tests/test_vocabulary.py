@@ -12,7 +12,7 @@ import pytest
 
 from tcinfer.converters.vocabulary import find, read
 from tcinfer.errors import FileError
-from tcinfer.reader import read as read_gguf
+from tcinfer.gguf.reader import read as read_gguf
 from tcinfer.tokenizer import (
     ADD_BOS,
     BOS,
@@ -31,7 +31,7 @@ from tcinfer.tokenizer import (
     USER_DEFINED,
     from_metadata,
 )
-from tcinfer.tokenizer_json import IGNORES_MERGES, PRE_TOKENIZERS
+from tcinfer.tokenizer.huggingface import IGNORES_MERGES, PRE_TOKENIZERS
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs {SHARED}")

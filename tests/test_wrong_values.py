@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from made_up_folders import FOLDERS, write_folder
 
-from tcinfer import converters, reader
-from tcinfer import format as schema
+from tcinfer import converters
 from tcinfer.errors import TcinferError
+from tcinfer.gguf import reader, schema
 
 WRONG: tuple[Any, ...] = (
     None,

@@ -1,4 +1,4 @@
-// From logits to an id, as tcinfer/sampler.py has it where only top-k, top-p, min-p and the temperature are set.
+// From logits to an id, as tcinfer/sampling/choose.py has it where only top-k, top-p, min-p and the temperature are set.
 //
 // A logit and its id make one key: the larger the likelier, of equal logits the lower id. So keys differ, and whatever
 // is asked for (the likeliest, the k likeliest, their order) has one answer, whoever comes first.

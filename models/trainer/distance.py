@@ -14,8 +14,8 @@ import click
 from runtime import one_error, open_models
 
 from tcinfer.api import Model
-from tcinfer.perplexity import WHOLE, measure
-from tcinfer.plot import axes, check
+from tcinfer.measure.perplexity import WHOLE, measure
+from tcinfer.measure.plot import axes, check
 from tcinfer.progress import bar
 
 Bins = dict[str, dict[str, list[tuple[int, float]]]]  # bin -> model -> (tokens, nats per token) of each book

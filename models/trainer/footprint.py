@@ -13,7 +13,7 @@ import numpy as np
 from runtime import one_error, open_models
 
 from tcinfer.api import Model
-from tcinfer.plot import axes, check
+from tcinfer.measure.plot import axes, check
 
 CONTEXTS = (64, 128, 256, 1024, 4096, 16_384, 131_072, 1_048_576, 10_485_760)  # tokens
 

@@ -13,7 +13,7 @@ and where it differs from a Llama
     divisors(net)           of a layer's angles; without it they are the tensor rope_freqs.weight, if it is there
     read(values, get)       what its own keys change in `values`, the fields of ModelConfig; get(key, default) reads one
     write(config)           its own keys
-    KEYS                    those of them that other plain files may not have (format.py)
+    KEYS                    those of them that other plain files may not have (gguf/schema.py)
     FUSED                   name in a file -> the names of `block` whose rows lie there one after another
 
 and where folders of Hugging Face hold such models

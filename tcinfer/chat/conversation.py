@@ -14,15 +14,16 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tcinfer import session_file, text
+from tcinfer import session_file
 from tcinfer.chat.snapshots import Snapshots
 from tcinfer.chat.store import Log
 from tcinfer.chat.template import ChatTemplate, Part, fill
 from tcinfer.errors import FileError, TcinferError
 from tcinfer.generation import UNFINISHED
-from tcinfer.sampler import Draws
 from tcinfer.sampling import Sampling
+from tcinfer.sampling.choose import Draws
 from tcinfer.sequence import Snapshot
+from tcinfer.tokenizer import stream as text
 
 if TYPE_CHECKING:
     from tcinfer.api import Model

@@ -127,7 +127,7 @@ def inspect(model: str | None, as_json: bool, **asked: Any) -> None:
     """Show what a model file holds (the bundled one's, without a name): shape, weights, tokenizer, memory, state."""
     import json
 
-    from tcinfer.inspect import facts, report
+    from tcinfer.measure.file import facts, report
 
     found = facts(model, **asked)
     click.echo(json.dumps(found, indent=2) if as_json else report(found))

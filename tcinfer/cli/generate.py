@@ -126,7 +126,7 @@ class Figures:
 def _read(session: Session, stream: BinaryIO, figures: Figures) -> None:
     """Feed a prompt of any size."""
     from tcinfer.progress import bar
-    from tcinfer.text import ids
+    from tcinfer.tokenizer.stream import ids
 
     tokenizer, start, first = session.model.tokenizer, time.monotonic(), session.position
     with interruptible() as check, bar("reading the prompt", None) as advance:

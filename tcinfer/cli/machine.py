@@ -40,7 +40,7 @@ def doctor(as_json: bool) -> None:
     """Show what this machine offers tcinfer; the last line says what is missing. Exit status 1: it cannot run."""
     import json
 
-    from tcinfer.doctor import facts, report
+    from tcinfer.measure.machine import facts, report
 
     found = facts()
     click.echo(json.dumps(found, indent=2) if as_json else report(found))

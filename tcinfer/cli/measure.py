@@ -19,7 +19,7 @@ from tcinfer.errors import TcinferError
 
 if TYPE_CHECKING:
     from tcinfer.api import Model
-    from tcinfer.perplexity import Result
+    from tcinfer.measure.perplexity import Result
 
 SIZED = re.compile(r"([^:]+)(?::(\d{1,10}))?(?::(\d{1,10}))?")  # mode, window, sinks
 
@@ -37,9 +37,9 @@ SIZED = re.compile(r"([^:]+)(?::(\d{1,10}))?(?::(\d{1,10}))?")  # mode, window, 
 @click.option("--compare", metavar="PEER", help="llama.cpp: the same file there, round by round (llama-cpp-python).")
 def bench(**options: Any) -> None:
     """Measure speed, latency and memory, beside the machine's read bandwidth and, if asked, llama.cpp."""
-    from tcinfer import bench as measuring
     from tcinfer.config import check_choice, check_count
     from tcinfer.loader import bundled
+    from tcinfer.measure import speed as measuring
     from tcinfer.progress import bar
 
     for name, least in (("prompt", 0), ("tokens", 1), ("rounds", 1)):
@@ -104,9 +104,9 @@ def perplexity(**options: Any) -> None:
       tcinfer perplexity -f book.txt --memory tensor --memory window --by-position
       tcinfer perplexity -m model.gguf -f - --memory window:256 --memory sinks:256:4 < book.txt
     """
-    from tcinfer import plot as plotting
     from tcinfer.config import check_choice, check_count
     from tcinfer.loader import bundled
+    from tcinfer.measure import plot as plotting
 
     check_choice("--output", options["output"], ("md", "csv", "json"))
     if options["limit"] is not None:
@@ -139,7 +139,7 @@ def _opened(file: str) -> BinaryIO:
 
 def _models(options: dict[str, Any]) -> dict[str, Model]:
     """A model for each `--memory`, by its name."""
-    from tcinfer.perplexity import memory_name
+    from tcinfer.measure.perplexity import memory_name
 
     several = len(options["memory"]) > 1
     chosen = [_sized(text, options, several) for text in options["memory"]] or [options | {"memory": None}]
@@ -165,9 +165,9 @@ def _sized(text: str, options: dict[str, Any], several: bool) -> dict[str, Any]:
 
 
 def _measured(models: dict[str, Model], stream: BinaryIO, limit: int | None) -> Result:
-    from tcinfer import text
-    from tcinfer.perplexity import measure
+    from tcinfer.measure.perplexity import measure
     from tcinfer.progress import bar
+    from tcinfer.tokenizer import stream as text
 
     tokenizer = next(iter(models.values())).tokenizer
     invalid = cache(partial(say, "tcinfer: the text is not valid UTF-8; what is not was replaced"))  # said once

@@ -18,8 +18,8 @@ from tcinfer.chat.launch import Chats
 from tcinfer.cli.console import both, complain, interruptible, printable, say
 from tcinfer.errors import TcinferError
 from tcinfer.progress import bar
-from tcinfer.sampler import Draws
 from tcinfer.sampling import Sampling, parsed
+from tcinfer.sampling.choose import Draws
 
 if TYPE_CHECKING:
     from tcinfer.generation import Piece
@@ -232,7 +232,7 @@ class Repl:
         say(f"{file} ({file.stat().st_size:,} bytes) goes before your next message")
 
     def _memory(self, _: str) -> None:
-        from tcinfer import insight
+        from tcinfer.measure import memory as insight
 
         conversation, config = self.conversation, self.conversation.model.config
         session = conversation.session

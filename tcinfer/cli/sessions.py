@@ -47,9 +47,10 @@ def absorb(path: str, file: str | None, every: float, quiet: bool, **options: An
       tail -f server.log | tcinfer absorb -s log.tcs -m model.gguf
       tcinfer absorb -s book.tcs -m model.gguf --memory sinks --window 512 -f book.txt
     """
-    from tcinfer import session_file, text
+    from tcinfer import session_file
     from tcinfer.atomic import Writer
     from tcinfer.progress import bar
+    from tcinfer.tokenizer import stream as text
 
     check_number("--every", every, 0)
     found = session_file.read(path) if os.path.exists(path) else None
@@ -127,7 +128,7 @@ def show(file: str, as_json: bool) -> None:
 
 
 def _facts(file: SessionFile) -> dict[str, Any]:
-    from tcinfer import insight
+    from tcinfer.measure import memory as insight
 
     config = file.config
     held = config.widest.window + config.widest.sinks if config.widest.window else file.position

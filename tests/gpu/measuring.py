@@ -32,8 +32,8 @@ from tcinfer.kernels.plan import ONE
 from tcinfer.kernels.reference.quants import Kind, Matrix
 from tcinfer.memory import tensor_cache
 from tcinfer.memory.state import State
-from tcinfer.sampler import Draws
 from tcinfer.sampling import Sampling
+from tcinfer.sampling.choose import Draws
 from tcinfer.sequence import advance
 from tcinfer.tokenizer import from_metadata
 from tcinfer.transformer import tensors

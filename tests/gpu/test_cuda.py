@@ -17,7 +17,6 @@ from test_engine import at_many_positions, other_shape
 from test_memory import config_of, difference, feed, weights_of
 
 import tcinfer
-from tcinfer import bench
 from tcinfer.api import Session
 from tcinfer.engine import cuda
 from tcinfer.errors import TcinferError
@@ -28,8 +27,9 @@ from tcinfer.kernels.cuda.recorder import Recorder
 from tcinfer.kernels.plan import GRID, NONE, ONE, PROMPT, barriers
 from tcinfer.kernels.reference import pointwise
 from tcinfer.kernels.reference.quants import KINDS, Kind
-from tcinfer.sampler import Draws
+from tcinfer.measure import speed as bench
 from tcinfer.sampling import Sampling
+from tcinfer.sampling.choose import Draws
 from tcinfer.sequence import advance
 
 IDS = np.random.default_rng(1).integers(0, SMALL.vocab_size, 60)

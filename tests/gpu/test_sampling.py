@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from tcinfer.errors import TcinferError
 from tcinfer.kernels.cuda.program import CHOICES, HOW, PASS, constants
 from tcinfer.kernels.plan import LOGITS, OUT_ROWS
-from tcinfer.sampler import Draws, sample
 from tcinfer.sampling import SAMPLERS, Sampling, on_device
+from tcinfer.sampling.choose import Draws, sample
 
 SHARED = 1024 + 24720  # the desk, and what lies behind it
 MAIN = """

@@ -16,8 +16,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from tcinfer import memory, reader, tokenizer
+from tcinfer import memory, tokenizer
 from tcinfer.config import LAYERED, LayerConfig, ModelConfig
+from tcinfer.gguf import reader
 from tcinfer.loader import Opened, bind
 from tcinfer.memory_options import with_memory
 

@@ -1,6 +1,6 @@
 """Text to ids and back, with a GGUF file's `tokenizer.*` metadata: the keys, the checks, the interface.
 
-The kinds are in tokenizer_kinds.py and tokenizer_json.py; they and their libraries are imported only when a
+The kinds are in kinds.py and huggingface.py; they and their libraries are imported only when a
 file needs one. A Tokenizer is immutable: any number of threads may use one at once.
 
 A text's lone surrogates (bytes of a pipe that were no UTF-8) count as U+FFFD. SentencePiece writes a space as
@@ -186,8 +186,8 @@ def from_metadata(metadata: Mapping[str, Any], vocab_size: int | None) -> Tokeni
         if TOKENS in metadata:
             raise FileError(f"the file has {TOKENS}, but no {MODEL}")
         return Tokenizer(metadata, 0, vocab_size)
-    from tcinfer.tokenizer_json import HuggingFace
-    from tcinfer.tokenizer_kinds import kinds
+    from tcinfer.tokenizer.huggingface import HuggingFace
+    from tcinfer.tokenizer.kinds import kinds
 
     if HUGGINGFACE_JSON in metadata:
         return HuggingFace(metadata, vocab_size)

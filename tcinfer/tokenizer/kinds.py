@@ -38,7 +38,7 @@ from tcinfer.tokenizer import (
     token_id,
     value,
 )
-from tcinfer.tokenizer_json import ALPHABET, IGNORES_MERGES, PRE_TOKENIZERS, alphabet_bytes, load, run
+from tcinfer.tokenizer.huggingface import ALPHABET, IGNORES_MERGES, PRE_TOKENIZERS, alphabet_bytes, load, run
 
 SPACE = "\u2581"  # how SentencePiece writes a space
 _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")

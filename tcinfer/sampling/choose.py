@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tcinfer import filters
 from tcinfer.errors import TcinferError, TokenizerError
-from tcinfer.filters import Candidates
-from tcinfer.sampling import LARGEST_SEED, Sampling
+from tcinfer.sampling import LARGEST_SEED, Sampling, filters
+from tcinfer.sampling.filters import Candidates
 
 if TYPE_CHECKING:
     from tcinfer.tokenizer import Tokenizer

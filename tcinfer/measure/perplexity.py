@@ -30,10 +30,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tcinfer import plot
 from tcinfer.api import Model
 from tcinfer.config import CHUNK, DEFAULT_WINDOW, ModelConfig, check_count
 from tcinfer.errors import TcinferError
+from tcinfer.measure import plot
 
 LONGEST_BATCH = 512  # tokens
 FEWEST = 4  # batches

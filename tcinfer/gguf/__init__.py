@@ -1,0 +1,1 @@
+"""Model files: a bounded reader, and which key and tensor says what."""
