@@ -11,7 +11,7 @@ run: $(READY)
 	@$(BIN)/tcinfer generate -p 'Once upon a time' -n 200
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not peer"
+	$(BIN)/python -m pytest -n auto --dist loadfile --durations 10 -m "not slow and not peer"
 
 # What takes minutes, and what compares with llama.cpp and PyTorch (skipped where they are not installed).
 slow: $(READY)

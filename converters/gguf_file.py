@@ -1,7 +1,7 @@
 """A GGUF file itself, to be packed in another way: its tensors unpacked, its metadata kept with every value's type.
 
-What describes the model is written anew from its configuration (gguf/schema.py); what describes how the file was packed is
-not kept.
+What describes the model is written anew from its configuration (gguf/schema.py); what describes how the file was packed
+is not kept.
 """
 
 from __future__ import annotations

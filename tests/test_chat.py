@@ -65,6 +65,10 @@ def last_answer(home: Path, name: str = "play") -> str:
 # Commands
 
 
+def test_an_answer_that_was_cut_off_says_so(romeo: Terminal) -> None:
+    assert romeo.says("Speak")[-1] == "(cut off after 8 tokens, as -n says)"
+
+
 def test_help_says_every_command_once(romeo: Terminal) -> None:
     shown = [line.split()[0] for line in romeo.says("/help") if line.startswith("  /")]
     assert set(shown) >= {name for name in COMMANDS if name not in ("/bye", "/quit")}

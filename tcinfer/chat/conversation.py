@@ -19,14 +19,14 @@ from tcinfer.chat.snapshots import Snapshots
 from tcinfer.chat.store import Log
 from tcinfer.chat.template import ChatTemplate, Part, fill
 from tcinfer.errors import FileError, TcinferError
-from tcinfer.generation import UNFINISHED
+from tcinfer.generation import LENGTH, UNFINISHED
 from tcinfer.sampling import Sampling
 from tcinfer.sampling.choose import Draws
 from tcinfer.sequence import Snapshot
 from tcinfer.tokenizer import stream as text
 
 if TYPE_CHECKING:
-    from tcinfer.api import Model
+    from tcinfer.api import Model, Text
     from tcinfer.generation import Piece
 
 MEASURED = 4096  # tokens of a turn, at most, that are fed again to measure it
@@ -46,6 +46,7 @@ class Conversation:
         self.max_tokens = -1
         self.stop: tuple[str, ...] = ()
         self.banned: tuple[str, ...] = ()
+        self.cut = False  # whether the last answer ended because it had `max_tokens`
         self.system: str | None = log.start.get("system")
         self.session = model.session()
         self._snapshots = Snapshots()
@@ -135,7 +136,7 @@ class Conversation:
         tail = self.model.tokenizer.decode(self.session.recent[-UNFINISHED:].tolist())
         return self.template.going_on(system, self._stops, tail)
 
-    def _begun(self) -> tuple[int, Iterator[Piece], Piece | None]:
+    def _begun(self) -> tuple[int, Text, Piece | None]:
         """An answer with its first token chosen: what can be wrong with how it is to be chosen has shown by then."""
         start = self.session.position
         pieces = self.session.generate(
@@ -147,7 +148,7 @@ class Conversation:
         )
         return start, pieces, next(pieces, None)
 
-    def _answer(self, past: Snapshot, logged: int, pieces: Iterator[Piece], first: Piece | None) -> Iterator[Piece]:
+    def _answer(self, past: Snapshot, logged: int, pieces: Text, first: Piece | None) -> Iterator[Piece]:
         """The answer as it comes, written down from position `logged` on; an error drops the turn, back to `past`."""
         session, turns = self.session, self.turns
 
@@ -165,6 +166,7 @@ class Conversation:
             except GeneratorExit:
                 pass  # stopped: what was said stays said
             write_down(1)
+            self.cut = pieces.finish_reason == LENGTH
             self.log.end(session.position)
         except BaseException:
             session.restore(past)

@@ -104,6 +104,8 @@ class Repl:
         else:
             sys.stdout.write("\n")
             sys.stdout.flush()
+            if self.conversation.cut and self.person:
+                say(f"(cut off after {self.conversation.max_tokens:,} tokens, as -n says)")
         seconds = time.monotonic() - start
         self._rate = f"{count / seconds:,.0f} tokens/s" if seconds > 0 and count > 1 else ""
 
