@@ -26,7 +26,7 @@ def test_golden(name: str, feed: str, backend: str, convert_golden) -> None:
     for key in golden.files:
         if "." in key:
             memory, layer = key.split(".")
-            state = session.state.layers[int(layer)]
+            state = session.state.on_host().layers[int(layer)]
             assert relative(memory_of(state, memory, golden[key].shape), golden[key]) < LIMIT[backend]
 
 
