@@ -7,9 +7,9 @@ nobody else can use its sequences meanwhile: afterwards each has taken in what t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Lock
+from threading import get_ident
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -59,7 +59,7 @@ class Sequence:
 
     def __init__(self, model: Loaded, past: Snapshot | None = None) -> None:
         """At position 0, or with a past to go on from."""
-        self.model, self._using = model, Lock()
+        self.model, self._user = model, dict[str, int]()  # the thread that uses it just now
         if past is None:
             self.reset()
         else:
@@ -165,13 +165,24 @@ class Sequence:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """A block in which nobody else uses the sequence. Raises TcinferError where somebody does."""
-        if not self._using.acquire(blocking=False):
+        """A short block in which nobody else uses the sequence. Raises TcinferError where somebody does."""
+        with uninterrupted():
+            self.take()
+            try:
+                yield
+            finally:
+                self.release()
+
+    def take(self) -> None:
+        """From here to `release` nobody else uses the sequence. Raises TcinferError where somebody does.
+
+        In one step that an exception cannot cut in two; what one has left taken is its own thread's to take again.
+        """
+        if self._user.setdefault("thread", get_ident()) != get_ident():
             raise TcinferError(IN_USE)
-        try:
-            yield
-        finally:
-            self._using.release()
+
+    def release(self) -> None:
+        self._user.pop("thread", None)
 
     def begin(self) -> None:
         """A pass is about to change the state."""
@@ -202,7 +213,7 @@ class Sequence:
     def check_whole(self) -> None:
         """Raise TcinferError where a pass broke off, or somebody else's runs."""
         if self._torn:
-            raise TcinferError(IN_USE if self._using.locked() else BROKEN)
+            raise TcinferError(IN_USE if self._user.get("thread", get_ident()) != get_ident() else BROKEN)
 
     def check(self, ids: ArrayLike) -> NDArray[np.int64]:
         """ids as int64 [n], n >= 1, each in the vocabulary and all within what the model can take."""
@@ -231,14 +242,20 @@ class Sequence:
 def _pass(sequences: list[Sequence], parts: list[NDArray[np.int64]]) -> Iterator[None]:
     """A pass that takes each part into its sequence, its engine called within. Damaged weights show in the logits,
     which `sample` checks."""
-    with uninterrupted(), ExitStack() as held, np.errstate(all="ignore"):
-        for sequence in sequences:
-            held.enter_context(sequence.used())
-        for sequence in sequences:
-            sequence.begin()
-        yield
-        for sequence, part in zip(sequences, parts, strict=True):
-            sequence.taken(part)
+    with uninterrupted(), np.errstate(all="ignore"):
+        held = []
+        try:
+            for sequence in sequences:
+                sequence.take()
+                held.append(sequence)
+            for sequence in sequences:
+                sequence.begin()
+            yield
+            for sequence, part in zip(sequences, parts, strict=True):
+                sequence.taken(part)
+        finally:
+            for sequence in held:
+                sequence.release()
 
 
 def run(sequences: list[Sequence], parts: list[NDArray[np.int64]], out_rows: int) -> NDArray[np.float32]:

@@ -188,7 +188,7 @@ def test_a_group_alone_shows_its_help(name: str) -> None:
 def test_absorb_saves_as_often_as_every_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[int] = []
     save = Session.save
-    monkeypatch.setattr(Session, "save", lambda self, path: saved.append(self.position) or save(self, path))
+    monkeypatch.setattr(Session, "save", lambda self, *to: saved.append(self.position) or save(self, *to))
     for every, more in (("1000", False), ("0", True)):  # than before the first token and after the last one
         saved.clear()
         run("absorb", "-m m.gguf --memory window --window 1", "--every", every, stdin="be " * 30_000)

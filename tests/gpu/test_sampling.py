@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from host_device import HEADER, HostDevice, host_device
+from host_device import HostDevice, host_device
 from numpy.typing import NDArray
 
 from tcinfer.errors import TcinferError
@@ -17,6 +18,7 @@ from tcinfer.kernels.plan import LOGITS, OUT_ROWS
 from tcinfer.sampling import SAMPLERS, Sampling, on_device
 from tcinfer.sampling.choose import Draws, sample
 
+KERNELS = Path(__file__).resolve().parents[2] / "kernels" / "cuda"
 SHARED = 1024 + 24720  # the desk, and what lies behind it
 MAIN = """
 KERNEL(1024, 1) choose_all(Words a, Words p) { choose(a, p, {(int)blockIdx.x, (int)gridDim.x, false}); }
@@ -38,7 +40,7 @@ class Given:
 
 @cache
 def source() -> str:
-    texts = [(HEADER.parent / name).read_text() for name in ("machine.h", "common.h", "sampling.cu")]
+    texts = [(KERNELS / name).read_text() for name in ("machine.h", "common.h", "sampling.cu")]
     return "\n".join([constants(), *texts, MAIN])
 
 
