@@ -308,3 +308,13 @@ def test_a_window_of_gigabytes_costs_nothing(folder: Path) -> None:
     assert "smaller window" in line
     assert seconds < SECONDS
     assert most < BYTES
+
+
+@pytest.mark.parametrize("kilobytes", [200_000, 300_000])
+def test_a_limit_on_memory_is_named(kilobytes: int) -> None:
+    """Where not even the libraries can be loaded."""
+    line = f"ulimit -v {kilobytes}; {COMMAND} generate -p hi -n 3"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "output" not in done.stderr
+    assert "memory" in done.stderr.splitlines()[-1]

@@ -57,7 +57,8 @@ def main() -> None:
     except BrokenPipeError:  # the reader has had enough (`| head`): that is no error
         status = 0
     except OSError as e:  # a full disk under stdout, a path that no system takes
-        complain(f"{e.filename or 'the output cannot be written'}: {e.strerror}")
+        loading = f"a library cannot be loaded ({e}); a limit on memory (ulimit -v) may be why"
+        complain(f"{e.filename or 'the output cannot be written'}: {e.strerror}" if e.strerror else loading)
     except MemoryError:
         complain("this machine has not enough memory for that")
     close_stdout()
