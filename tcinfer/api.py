@@ -113,7 +113,7 @@ class Model(Loaded):
             past.feed(ids[0][:shared])
         start = past.snapshot()
         with self.scheduler(max_queue=len(ids)) as scheduler:
-            handles = [scheduler.submit(Request.of(one[shared:], **options), start) for one in ids]
+            handles = [scheduler.submit(Request.of(one[shared:], **options), start, keep=False) for one in ids]
             return [handle.result() for handle in handles]
 
     def step_many(

@@ -76,7 +76,7 @@ class Handle(Iterator[Piece]):
         self._submitted = time.monotonic()
         self._begun = self._first = self._ended = math.nan
         self.deadline = math.inf if deadline is None else self._submitted + deadline
-        self.cancelled = False
+        self.cancelled, self.keep = False, True
 
     @property
     def finish_reason(self) -> str | None:
@@ -185,6 +185,8 @@ class Handle(Iterator[Piece]):
         """Nothing more comes."""
         with self._changed:
             self._reason, self._error, self._ended = reason, error, time.monotonic()
+            if not self.keep:
+                self.session = self.past = None
             self._notify()
 
     def _notify(self) -> None:
@@ -272,10 +274,15 @@ class Scheduler:
         self._thread: threading.Thread | None = None
 
     def submit(
-        self, request: Request, session: Sequence | Snapshot | None = None, deadline: float | None = None
+        self,
+        request: Request,
+        session: Sequence | Snapshot | None = None,
+        deadline: float | None = None,
+        keep: bool = True,
     ) -> Handle:
         """Ask for a text; session: goes on from there (nobody else may use it until the handle is done), or from a
-        snapshot; a new one by default; deadline: seconds after which it ends as it is then.
+        snapshot; a new one by default; deadline: seconds after which it ends as it is then; keep: whether
+        the handle has the session when it is done, or its memory is given back.
 
         Raises BusyError where too many wait, and TcinferError once closed.
         """
@@ -285,6 +292,7 @@ class Scheduler:
             if len(self._inbox) + len(self._queue) >= self.max_queue:
                 raise BusyError(f"{self.max_queue} requests wait already: try again later")
             handle = Handle(self, request, session, deadline)
+            handle.keep = keep
             self._inbox.append(handle)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="tcinfer scheduler", daemon=True)

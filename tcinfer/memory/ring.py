@@ -38,7 +38,7 @@ def state(layer: LayerConfig, capacity: int) -> tuple[Field, ...]:
     """k and v [slots, G, D] of the ring's type, sinks in front; with a key convolution k_last [G, D]."""
     slots = layer.sinks + (layer.window or capacity)
     kv = (slots, layer.n_kv_heads, layer.head_dim)
-    fields = (Field("k", kv, layer.cache_dtype), Field("v", kv, layer.cache_dtype))
+    fields = (Field("k", kv, layer.cache_dtype, by_token=True), Field("v", kv, layer.cache_dtype, by_token=True))
     return (*fields, Field("k_last", kv[1:])) if layer.key_conv else fields
 
 

@@ -21,6 +21,7 @@ class Field(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: str = "float32"
+    by_token: bool = False  # an entry for each token, filled in order and then again from somewhere: the ring's
 
 
 @dataclass(frozen=True)
@@ -88,18 +89,19 @@ class State:
 
     def copy(self) -> State:
         """Another state with the same contents and nothing shared."""
-        other = State(self.layout)
-        other.buffer[:] = self.buffer
-        return other
+        return self.resized(self.layout)
 
     def resized(self, layout: Layout) -> State:
-        """The same contents in a layout with room for another number of tokens (unbounded caches alone need this)."""
+        """The same contents in a layout with room for another number of tokens (unbounded caches alone need this).
+
+        What no token has filled yet stays untouched, and takes no memory.
+        """
         other = State(layout)
         other.position = self.position
-        for old, new in zip(self.layers, other.layers, strict=True):
-            for name, array in old.items():
-                count = min(len(array), len(new[name]))
-                new[name][:count] = array[:count]
+        for fields, old, new in zip(layout.layers, self.layers, other.layers, strict=True):
+            for f in fields:
+                count = min(len(old[f.name]), f.shape[0], self.position if f.by_token else f.shape[0])
+                new[f.name][:count] = old[f.name][:count]
         return other
 
     def on_host(self) -> State:

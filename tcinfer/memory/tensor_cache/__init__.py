@@ -100,7 +100,7 @@ def state(layer: LayerConfig, capacity: int) -> tuple[Field, ...]:
     fields = (*ring.state(layer, capacity), Field("A", (o.timescales * o.slots, G, D, D)))
     if o.normalize_read:
         fields = (*fields, Field("z", (1, G, D)))
-    return fields + tuple(Field(name, (fields[0].shape[0], G)) for name in _terms(o))
+    return fields + tuple(Field(name, (fields[0].shape[0], G), by_token=True) for name in _terms(o))
 
 
 def _terms(o: Options) -> tuple[str, ...]:
