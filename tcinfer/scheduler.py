@@ -207,6 +207,7 @@ class _Job:
 
     sequence: Sequence
     generation: Generation
+    lent = False  # whether the sequence is the scheduler's alone just now
 
     def __init__(self, handle: Handle) -> None:
         self.handle, self.queued = handle, time.monotonic()
@@ -219,7 +220,9 @@ class _Job:
     def begin(self, new: Callable[[Snapshot | None], Sequence]) -> None:
         """Make its session, if it has none. Raises TcinferError for a request that does not fit it."""
         handle, past = self.handle, self.handle.past
-        self.sequence = handle.session = past if isinstance(past, Sequence) else new(past)
+        self.sequence = past if isinstance(past, Sequence) else new(past)
+        self.sequence.lend()  # until it is dropped
+        self.lent, handle.session = True, self.sequence
         self.generation = Generation(handle.request, self.sequence)
         self.pending = self.generation.prompt
         self._length = len(self.pending)
@@ -227,7 +230,7 @@ class _Job:
 
     def rank(self, now: float) -> float:
         """Order of prompts: the shortest first, and who has waited."""
-        return (len(self.pending) or self._length) / 2 ** ((now - self.queued) / AGEING)
+        return (len(self.pending) or self._length) * 2.0 ** ((self.queued - now) / AGEING)  # at last 0
 
 
 class Scheduler:
@@ -332,6 +335,17 @@ class Scheduler:
     # the thread
 
     def _run(self) -> None:
+        """What ends the thread, if anything does, ends what is being worked on: nobody waits for ever."""
+        try:
+            self._work()
+        except BaseException as e:
+            with self._awake:
+                self._closing = True
+                handles = [*self._inbox, *(job.handle for job in [*self._active, *self._queue])]
+            for handle in handles:
+                handle.end(ERROR, e)
+
+    def _work(self) -> None:
         while True:
             with self._awake:
                 while not (self._inbox or self._closing or self._has_work()):
@@ -370,6 +384,8 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Work on more of those that wait, the shortest prompts first, as far as there is room."""
+        if not self._queue or not self._has_room():
+            return
         now = time.monotonic()
         self._queue.sort(key=lambda job: job.rank(now))
         while self._queue and self._has_room():
@@ -402,6 +418,9 @@ class Scheduler:
         for jobs in (self._active, self._queue):
             if job in jobs:
                 jobs.remove(job)
+        if job.lent:
+            job.sequence.take_back()
+            job.lent = False
 
     def _stop(self, job: _Job, reason: str) -> None:
         """End a job before its time. One whose prompt was read in part takes one token more, to stand somewhere."""

@@ -178,11 +178,24 @@ class Sequence:
 
         In one step that an exception cannot cut in two; what one has left taken is its own thread's to take again.
         """
-        if self._user.setdefault("thread", get_ident()) != get_ident():
+        if self._others() or self._user.setdefault("thread", get_ident()) != get_ident():
             raise TcinferError(IN_USE)
 
     def release(self) -> None:
         self._user.pop("thread", None)
+
+    def lend(self) -> None:
+        """To this thread, for one purpose, until `take_back`. Raises TcinferError where somebody has it."""
+        if self._others() or "lent" in self._user:
+            raise TcinferError(IN_USE)
+        self._user["lent"] = get_ident()
+
+    def take_back(self) -> None:
+        self._user.pop("lent", None)
+
+    def _others(self) -> bool:
+        """Whether another thread has it."""
+        return any(thread != get_ident() for thread in list(self._user.values()))
 
     def begin(self) -> None:
         """A pass is about to change the state."""
@@ -213,7 +226,7 @@ class Sequence:
     def check_whole(self) -> None:
         """Raise TcinferError where a pass broke off, or somebody else's runs."""
         if self._torn:
-            raise TcinferError(IN_USE if self._user.get("thread", get_ident()) != get_ident() else BROKEN)
+            raise TcinferError(IN_USE if self._others() else BROKEN)
 
     def check(self, ids: ArrayLike) -> NDArray[np.int64]:
         """ids as int64 [n], n >= 1, each in the vocabulary and all within what the model can take."""

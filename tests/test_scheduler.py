@@ -239,6 +239,37 @@ def test_a_session_has_one_user(model: Model, scheduler: Scheduler) -> None:
     assert session.position == len(model.tokenizer.encode(TEXT)) + 900 - len(failed)
 
 
+def test_one_session_is_asked_for_one_text_at_a_time(model: Model, scheduler: Scheduler) -> None:
+    session = model.session()
+    first = scheduler.submit(Request.of("A", max_tokens=200, seed=1), session)
+    next(first)
+    second, other = scheduler.submit(Request.of("B"), session), scheduler.submit(Request.of("A", max_tokens=50, seed=1))
+    with pytest.raises(TcinferError, match="being used"):
+        second.result(WAIT)
+    with pytest.raises(TcinferError, match="another thread"):
+        session.feed([1])
+    assert first.result(WAIT).text.startswith(other.result(WAIT).text[:20])
+    assert first.result(WAIT).text == alone(model, first.request)
+    session.feed([1])
+
+
+def test_who_waits_for_hours_harms_nobody(model: Model, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tcinfer import scheduler as module
+
+    monkeypatch.setattr(module, "AGEING", 1e-6)  # as if it had been ages
+    handles = [scheduler.submit(Request.of(TEXT * 3, max_tokens=5, seed=i)) for i in range(3)]
+    assert all(handle.result(WAIT).finish_reason for handle in handles)
+
+
+def test_a_thread_that_ends_leaves_nobody_waiting(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    with model.scheduler() as scheduler:
+        monkeypatch.setattr(scheduler, "_turn", lambda: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            scheduler.submit(Request.of("A")).result(WAIT)
+        with pytest.raises(TcinferError, match="closed"):
+            scheduler.submit(Request.of("A"))
+
+
 def test_an_application_of_asyncio(model: Model, scheduler: Scheduler) -> None:
     requests = mixed(model, 8, 100)
 

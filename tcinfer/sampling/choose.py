@@ -129,7 +129,7 @@ def log_probabilities(logits: NDArray[np.float32], count: int, chosen: int) -> d
 
     logits float32 [V], before any sampler.
     """
-    x = logits.astype(np.float64)
+    count, x = min(count, len(logits)), logits.astype(np.float64)
     x -= x.max()
     x -= math.log(np.exp(x).sum())
     top = np.argpartition(-x, count - 1)[:count] if count else np.empty(0, np.int64)
