@@ -15,10 +15,11 @@ from tcinfer.atomic import Writer, expanded, followed, identity
 from tcinfer.chat.template import fill
 from tcinfer.errors import TcinferError
 from tcinfer.generation import DEFAULT_TOKENS, UNFINISHED, Generation, Piece, Request
+from tcinfer.handle import Answer
 from tcinfer.loaded import Loaded
 from tcinfer.sampling import Sampling, strings
 from tcinfer.sampling.choose import Draws, breaker_ids, sample
-from tcinfer.scheduler import Answer, Scheduler
+from tcinfer.scheduler import Scheduler
 from tcinfer.sequence import Progress, Snapshot, advance, check_ids, rows_of_logits
 from tcinfer.sequence import Sequence as Past
 
@@ -112,8 +113,10 @@ class Model(Loaded):
         if shared := _shared(ids):
             past.feed(ids[0][:shared])
         start = past.snapshot()
-        with self.scheduler(max_queue=len(ids)) as scheduler:
-            handles = [scheduler.submit(Request.of(one[shared:], **options), start, keep=False) for one in ids]
+        requests = [Request.of(one[shared:], **options) for one in ids]
+        context = max((len(one) + max(0, r.max_tokens) for one, r in zip(ids, requests, strict=True)), default=1)
+        with self.scheduler(max_queue=len(ids), context=None if self.bounded else context) as scheduler:
+            handles = [scheduler.submit(request, start, keep=False) for request in requests]
             return [handle.result() for handle in handles]
 
     def step_many(
@@ -197,6 +200,7 @@ class Session(Past):
         """At position 0, or with a past to go on from."""
         super().__init__(model, past)
         self.versions: dict[str, Any] = {}  # of the files that it was read from and saved to
+        self._system: str | None = None  # with which `chat` began: some templates repeat it in every turn
 
     def __repr__(self) -> str:
         name, memories = self.model.config.name or "a model without a name", self.model.config.memories
@@ -276,11 +280,13 @@ class Session(Past):
         template, first = self.model.template, self.position == 0
         if system is not None and not first:
             raise TcinferError("a system prompt comes before the first message")
-        parts = template.opening(system is not None)
-        if not first:
-            tail = self.model.tokenizer.decode(self.recent[-UNFINISHED:].tolist())
-            parts = template.going_on(False, template.ends(self.model.tokenizer, False)[1], tail)
-        return self.said(fill(parts, system=system, user=message), system is not None, options)
+        if first:
+            self._system = system
+            parts = template.opening(system is not None)
+        else:
+            has, tail = self._system is not None, self.model.tokenizer.decode(self.recent[-UNFINISHED:].tolist())
+            parts = template.going_on(has, template.ends(self.model.tokenizer, has)[1], tail)
+        return self.said(fill(parts, system=self._system, user=message), self._system is not None, options)
 
     def said(self, parts: list[tuple[str, bool]], system: bool, options: dict[str, Any]) -> Text:
         """The answer to what a template has made of messages (`fill`)."""

@@ -8,14 +8,12 @@ same bits whatever rows are beside it.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import math
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -25,181 +23,21 @@ from tcinfer import memory
 from tcinfer.config import check_count, check_number
 from tcinfer.errors import TcinferError
 from tcinfer.generation import Generation, Piece, Request
+from tcinfer.handle import Handle
 from tcinfer.sequence import RECENT, Sequence, Snapshot, advance, rounded_up, run
 
 if TYPE_CHECKING:
     from tcinfer.loaded import Loaded
 
-UNREAD = 256  # pieces that nobody has taken yet, at most: then a request waits
 SHORT = 64  # tokens of a prompt that go with others' in one pass, where the engine can; longer parts go alone
 AGEING = 2.0  # seconds in which waiting halves what a prompt counts as
 CANCELLED, DEADLINE, ERROR = "cancelled", "deadline", "error"  # why a text is over, beside "stop" and "length"
+MEASURED = 8  # tokens of a pass from which speed can be told
 FASTEST = 1e5  # tokens a second that prompts are taken to be read with before it has been measured
 
 
 class BusyError(TcinferError):
     """There is no room for one more request now; later there may be."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A whole text."""
-
-    text: str
-    ids: list[int]  # all fed
-    finish_reason: str  # "stop", "length", "cancelled" or "deadline"
-    prompt_tokens: int
-    waited_seconds: float  # until its prompt was begun
-    first_seconds: float  # until its first piece, from when it was submitted
-    seconds: float  # until its end
-
-
-class Handle(Iterator[Piece]):
-    """A request on its way: an iterator and an async iterator of its pieces, and what the whole text can be waited for
-    with (`result`, or await). `session` is None until there was room for it, and may be used once all is done."""
-
-    def __init__(
-        self, scheduler: Scheduler, request: Request, past: Sequence | Snapshot | None, deadline: float | None
-    ) -> None:
-        """Made by `Scheduler.submit`."""
-        self.request, self.past, self._scheduler = request, past, scheduler
-        self.session: Any = past if isinstance(past, Sequence) else None
-        self._changed = threading.Condition()
-        self._unread: deque[Piece] = deque()
-        self._texts: list[str] = []
-        self._ids: list[int] = []
-        self._whole = False  # somebody waits for the whole text: nobody has to take pieces
-        self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
-        self._error: BaseException | None = None
-        self._reason: str | None = None
-        self.prompt_tokens = 0
-        self._submitted = time.monotonic()
-        self._begun = self._first = self._ended = math.nan
-        self.deadline = math.inf if deadline is None else self._submitted + deadline
-        self.cancelled, self.keep = False, True
-
-    @property
-    def finish_reason(self) -> str | None:
-        """None until it is over."""
-        return self._reason
-
-    def done(self) -> bool:
-        """Whether it is over: nothing more will be written."""
-        return self._reason is not None
-
-    def cancel(self) -> None:
-        """Write no more, from the next pass on; what was written stays, and the session has taken it in."""
-        self.cancelled = True
-        self._scheduler.wake()
-
-    def result(self, timeout: float | None = None) -> Answer:
-        """Wait for the whole text. Raises what went wrong with it, and TimeoutError after `timeout` seconds."""
-        self._let_run()
-        with self._changed:
-            if not self._changed.wait_for(self.done, timeout):
-                raise TimeoutError(f"no whole text within {timeout} s")
-        return self._answer()
-
-    def __next__(self) -> Piece:
-        with self._changed:
-            self._changed.wait_for(lambda: self._unread or self.done())
-            piece = self._taken()
-        if piece is None:
-            raise StopIteration
-        return piece
-
-    def __aiter__(self) -> AsyncIterator[Piece]:
-        return self
-
-    async def __anext__(self) -> Piece:
-        while True:
-            with self._changed:
-                if self._unread or self.done():
-                    piece = self._taken()
-                    break
-                waiter = self._waiter()
-            await waiter
-        if piece is None:
-            raise StopAsyncIteration
-        return piece
-
-    def __await__(self) -> Generator[Any, None, Answer]:
-        self._let_run()
-        while True:
-            with self._changed:
-                if self.done():
-                    break
-                waiter = self._waiter()
-            yield from waiter
-        return self._answer()
-
-    def _waiter(self) -> asyncio.Future[None]:
-        loop = asyncio.get_running_loop()
-        waiter: asyncio.Future[None] = loop.create_future()
-        self._waiters.append((loop, waiter))
-        return waiter
-
-    def _taken(self) -> Piece | None:
-        """The next piece, or None at the end; under the lock."""
-        if not self._unread:
-            if self._error is not None:
-                raise self._error
-            return None
-        if len(self._unread) == UNREAD:
-            self._scheduler.wake()
-        return self._unread.popleft()
-
-    def _let_run(self) -> None:
-        self._whole = True
-        self._scheduler.wake()
-
-    def _answer(self) -> Answer:
-        if self._error is not None:
-            raise self._error
-        assert self._reason is not None
-        waited, first, end = (t - self._submitted for t in (self._begun, self._first, self._ended))
-        return Answer("".join(self._texts), self._ids, self._reason, self.prompt_tokens, waited, first, end)
-
-    # of the scheduler's thread
-
-    @property
-    def stalled(self) -> bool:
-        """Whether there is too much that nobody has taken."""
-        return len(self._unread) >= UNREAD and not self._whole
-
-    def begun(self, tokens: int) -> None:
-        self._begun, self.prompt_tokens = time.monotonic(), tokens
-
-    def put(self, piece: Piece) -> None:
-        """One more piece."""
-        with self._changed:
-            if math.isnan(self._first):
-                self._first = time.monotonic()
-            self._texts.append(piece.text)
-            if piece.id >= 0:
-                self._ids.append(piece.id)
-            self._unread.append(piece)
-            self._notify()
-
-    def end(self, reason: str, error: BaseException | None = None) -> None:
-        """Nothing more comes."""
-        with self._changed:
-            self._reason, self._error, self._ended = reason, error, time.monotonic()
-            if not self.keep:
-                self.session = self.past = None
-            self._notify()
-
-    def _notify(self) -> None:
-        self._changed.notify_all()
-        waiters, self._waiters = self._waiters, []
-        for loop, waiter in waiters:
-            with contextlib.suppress(RuntimeError):  # a loop that is closed
-                loop.call_soon_threadsafe(_wake, waiter)
-
-
-def _wake(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
 
 
 class _Job:
@@ -294,8 +132,7 @@ class Scheduler:
                 raise TcinferError("this scheduler is closed")
             if len(self._inbox) + len(self._queue) >= self.max_queue:
                 raise BusyError(f"{self.max_queue} requests wait already: try again later")
-            handle = Handle(self, request, session, deadline)
-            handle.keep = keep
+            handle = Handle(request, session, deadline, keep, self.wake)
             self._inbox.append(handle)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="tcinfer scheduler", daemon=True)
@@ -414,6 +251,16 @@ class Scheduler:
             self._drop(job)
             job.handle.end(ERROR, e)
 
+    @contextlib.contextmanager
+    def _together(self, jobs: list[_Job]) -> Iterator[None]:
+        """A pass of some jobs: what goes wrong with it as a whole ends them all."""
+        try:
+            yield
+        except Exception as e:
+            for job in jobs:
+                self._drop(job)
+                job.handle.end(ERROR, e)
+
     def _drop(self, job: _Job) -> None:
         for jobs in (self._active, self._queue):
             if job in jobs:
@@ -467,21 +314,16 @@ class Scheduler:
     def _read(self, parts: list[tuple[_Job, int]]) -> None:
         """Parts of prompts in one pass, none of them to its end."""
         parts = [(job, count) for job, count in parts if self._room(job, count)]
-        if not parts:
+        jobs, start, total = [job for job, _ in parts], time.monotonic(), sum(count for _, count in parts)
+        if not jobs:
             return
-        start, total = time.monotonic(), sum(count for _, count in parts)
-        try:
-            run([job.sequence for job, _ in parts], [job.pending[:count] for job, count in parts], 0)
-        except Exception as e:
-            for job, _ in parts:
-                self._drop(job)
-                job.handle.end(ERROR, e)
-            return
-        for job, count in parts:
-            job.pending = job.pending[count:]
-        measured = total / max(1e-6, time.monotonic() - start)
-        if total >= 8:
-            self._rate = measured if self._rate == FASTEST else self._rate + 0.3 * (measured - self._rate)
+        with self._together(jobs):
+            run([job.sequence for job in jobs], [job.pending[:count] for job, count in parts], 0)
+            for job, count in parts:
+                job.pending = job.pending[count:]
+            if total >= MEASURED:
+                measured = total / max(1e-6, time.monotonic() - start)
+                self._rate = measured if self._rate == FASTEST else self._rate + 0.3 * (measured - self._rate)
 
     def _room(self, job: _Job, count: int) -> bool:
         """Make room for so many tokens more; False where that has ended the job."""
@@ -501,17 +343,12 @@ class Scheduler:
         jobs = [job for job in jobs if self._room(job, 1)]
         if not jobs:
             return
-        try:
+        with self._together(jobs):
             self._step(jobs, [job.pending for job in jobs])
-        except Exception as e:
             for job in jobs:
-                self._drop(job)
-                job.handle.end(ERROR, e)
-            return
-        for job in jobs:
-            with self._alone(job):
-                if job.writing:
-                    job.handle.put(job.generation.fed(int(job.pending[0])))
-                else:
-                    job.generation.begin(job.sequence)
-                self._choose(job)
+                with self._alone(job):
+                    if job.writing:
+                        job.handle.put(job.generation.fed(int(job.pending[0])))
+                    else:
+                        job.generation.begin(job.sequence)
+                    self._choose(job)

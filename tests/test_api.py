@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import multiprocessing
 import pickle
 import shutil
@@ -118,6 +119,19 @@ def test_many_prompts_follow_a_schema(teller: Model) -> None:
     for answer in teller.generate_many(prompts, max_tokens=60, json_schema=schema, temperature=0):
         if answer.finish_reason == "stop":
             assert isinstance(json.loads(answer.text)["age"], int)
+
+
+def test_many_prompts_with_a_cache_that_grows() -> None:
+    full = tcinfer.load(SHAKESPEARE, memory="full", threads=1)
+    assert [len(answer.ids) for answer in full.generate_many(["A", "The k"], max_tokens=9, seed=1)] == [9, 9]
+    assert full.generate_many([]) == []
+
+
+def test_more_log_probabilities_than_there_are_ids() -> None:
+    piece = next(small().session().generate([1, 2], max_tokens=1, logprobs=100))
+    assert piece.logprobs is not None
+    assert len(piece.logprobs) == 50
+    assert sum(map(math.exp, piece.logprobs.values())) == pytest.approx(1)
 
 
 def test_a_wrong_prompt_among_many(model: Model) -> None:

@@ -28,6 +28,7 @@ FLOORS = (
     ("tcinfer.loaded",),
     ("tcinfer.sequence",),
     ("tcinfer.generation", "tcinfer.session_file"),
+    ("tcinfer.handle",),
     ("tcinfer.scheduler",),
     ("tcinfer.api",),
     ("tcinfer.loader",),

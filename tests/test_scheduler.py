@@ -19,7 +19,8 @@ from tcinfer.api import Model, Session
 from tcinfer.constraint import Constraint
 from tcinfer.errors import TcinferError
 from tcinfer.generation import Request
-from tcinfer.scheduler import UNREAD, Answer, BusyError, Scheduler
+from tcinfer.handle import UNREAD, Answer
+from tcinfer.scheduler import BusyError, Scheduler
 
 WAIT = 120  # seconds, more than any of these takes
 TEXT = "First Citizen: Before we proceed any further, hear me speak. All: Speak, speak. "
