@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -132,16 +132,22 @@ def _temporary(path: Path, target: Path, private: bool) -> tuple[Path, int]:
     """An empty file beside the target, locked, with the permissions that it gets in the end; those that others have
     left behind are gone."""
     try:
-        for left in target.parent.glob(f"{PREFIX}*{SUFFIX}"):
-            with suppress(FileError, OSError):  # somebody is writing it
-                handle = _lock(left)
-                left.unlink()
-                os.close(handle)
+        # One name for each target: what a killed process has left is found without a look at the whole folder.
+        name = hashlib.blake2b(os.fsencode(target.name), digest_size=8).hexdigest()
+        temporary = target.parent / f"{PREFIX}{name}{SUFFIX}"
         while True:
-            temporary = target.parent / f"{PREFIX}{secrets.token_hex(8)}{SUFFIX}"
-            handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600 if private else 0o666)
+            with suppress(FileNotFoundError):  # left behind, or somebody is writing it: then after him
+                left = os.open(temporary, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+                _flock(left, wait=True)
+                if _is(temporary, left):
+                    temporary.unlink()
+                os.close(left)
+            try:
+                handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600 if private else 0o666)
+            except FileExistsError:
+                continue
             _flock(handle, wait=True)
-            if temporary.exists():  # else somebody took it for left behind, before it was locked
+            if _is(temporary, handle):  # else somebody took it for left behind, before it was locked
                 break
             os.close(handle)
         if not private and target.exists():
@@ -160,6 +166,13 @@ def _lock(path: Path) -> int:
         os.close(handle)
         raise FileError(f"{path}: {IN_USE}") from None
     return handle
+
+
+def _is(path: Path, handle: int) -> bool:
+    """Whether a path leads to an open file."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(handle))
+    return False
 
 
 def _flock(handle: int, wait: bool = False) -> None:

@@ -13,6 +13,7 @@ import signal
 import stat
 import string
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -29,6 +30,7 @@ from test_memory import IDS
 import tcinfer as package
 from tcinfer import session_file
 from tcinfer.api import Session
+from tcinfer.atomic import replacing
 from tcinfer.converters.source import Source, Tensor
 from tcinfer.converters.write import write
 from tcinfer.engine.base import Here
@@ -505,14 +507,30 @@ def test_a_file_that_changed_meanwhile_is_not_replaced(saved: Saved, tmp_path: P
 
 
 def test_what_a_killed_writer_left_is_cleared_by_the_next(saved: Saved, tmp_path: Path) -> None:
-    for name in (".tcinfer-0123456789abcdef.part", ".tcinfer-x.part"):
-        (tmp_path / name).write_text("half")
-    held = os.open(tmp_path / ".tcinfer-x.part", os.O_RDONLY)
-    fcntl.flock(held, fcntl.LOCK_EX)  # somebody is writing it
-    saved.session.save(tmp_path / "s.tcs")
-    assert {path.name for path in tmp_path.iterdir()} >= {"s.tcs", ".tcinfer-x.part"}
-    assert not (tmp_path / ".tcinfer-0123456789abcdef.part").exists()
-    os.close(held)
+    path = tmp_path / "new" / "s.tcs"
+    path.parent.mkdir()
+    with replacing(path) as temporary:
+        temporary.write_text("half")
+    temporary.write_text("half")  # as kill -9 leaves it
+    saved.session.fork().save(path)
+    assert list(path.parent.iterdir()) == [path]
+    assert path.read_bytes() == saved.good
+
+
+def test_who_writes_at_the_same_time_waits(saved: Saved, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "s.tcs"
+    path.parent.mkdir()
+    write = partial(session_file.write, saved.session.snapshot(), path)
+    threads = [threading.Thread(target=write) for _ in range(3)]
+    with replacing(path) as temporary:
+        for thread in threads:
+            thread.start()
+        time.sleep(0.05)
+        temporary.write_text("mine")
+    for thread in threads:
+        thread.join(20)
+    assert path.read_bytes() == saved.good
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_pipe_or_a_device_is_not_replaced(saved: Saved, tmp_path: Path) -> None:
