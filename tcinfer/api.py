@@ -15,16 +15,16 @@ from tcinfer.atomic import Writer, expanded, followed, identity
 from tcinfer.chat.template import fill
 from tcinfer.errors import TcinferError
 from tcinfer.generation import DEFAULT_TOKENS, UNFINISHED, Generation, Piece, Request
-from tcinfer.handle import Answer
 from tcinfer.loaded import Loaded
 from tcinfer.sampling import Sampling, strings
 from tcinfer.sampling.choose import Draws, breaker_ids, sample
-from tcinfer.scheduler import Scheduler
 from tcinfer.sequence import Progress, Snapshot, advance, check_ids, rows_of_logits
 from tcinfer.sequence import Sequence as Past
 
 if TYPE_CHECKING:
     from tcinfer.constraint import Constraint
+    from tcinfer.handle import Answer
+    from tcinfer.scheduler import Scheduler
 
 
 class Model(Loaded):
@@ -100,6 +100,8 @@ class Model(Loaded):
 
     def scheduler(self, **options: Any) -> Scheduler:
         """What works on many requests at once, in a thread of its own; options: as `tcinfer.scheduler.Scheduler`."""
+        from tcinfer.scheduler import Scheduler  # with asyncio, which a command does without
+
         return Scheduler(self, self.session, **options)
 
     def generate_many(self, prompts: Sequence[str | ArrayLike], **options: Any) -> list[Answer]:

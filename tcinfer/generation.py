@@ -69,17 +69,12 @@ class Request:
         """A request; options: its other fields, and those of Sampling one by one (temperature=0, seed=7 ...)."""
         own = {f.name for f in fields(cls)}
         how = {name: value for name, value in options.items() if name not in own}
-        rest = {name: value for name, value in options.items() if name in own}
-        sampling = rest.pop("sampling", None)
-        if sampling is not None and not isinstance(sampling, Sampling):
-            raise TcinferError(f"sampling is a tcinfer.Sampling, not {type(sampling).__name__}")
-        try:
-            how_all = replace(sampling or Sampling(), **how)
-        except TypeError:
-            known = ", ".join(Sampling.__dataclass_fields__)
-            wrong = next(name for name in how if name not in Sampling.__dataclass_fields__)
-            raise TcinferError(f"generate has no option {wrong!r}; sampling has {known}") from None
-        return cls(prompt, sampling=how_all, **rest)
+        asked = {name: value for name, value in options.items() if name in own and (name, value) != ("sampling", None)}
+        for name in how.keys() - {f.name for f in fields(Sampling)}:
+            known = ", ".join(f.name for f in fields(Sampling))
+            raise TcinferError(f"generate has no option {name!r}; sampling has {known}")
+        request = cls(prompt, **asked)
+        return replace(request, sampling=replace(request.sampling, **how)) if how else request
 
 
 class Generation:

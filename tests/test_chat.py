@@ -66,7 +66,7 @@ def last_answer(home: Path, name: str = "play") -> str:
 
 
 def test_an_answer_that_was_cut_off_says_so(romeo: Terminal) -> None:
-    assert romeo.says("Speak")[-1] == "(cut off after 8 tokens, as -n says)"
+    assert romeo.says("Speak")[-1] == "(cut off after 8 tokens; -n sets how many)"
 
 
 def test_help_says_every_command_once(romeo: Terminal) -> None:

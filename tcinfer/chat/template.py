@@ -26,6 +26,7 @@ LONGEST = 256 * 1024  # characters of a template
 ROOM = 4 * 2**20  # characters that all its renderings may have together
 SECONDS = 2  # for all of them
 MEMORY = 128 * 2**20  # bytes, of the process; where the system sets no such limits, the seconds do
+KEPT = 64  # shapes of whole conversations that a template remembers
 START = 30  # seconds that Python may take to start, on a busy machine
 
 _ROLES = ("system", "user", "assistant", "user", "assistant", "user")
@@ -112,6 +113,8 @@ class ChatTemplate:
             text, at = answer["text"], [answer["text"].find(word) for word in words]
             if any(text.count(word) != 1 for word in words) or at != sorted(at):
                 raise TcinferError("the chat template leaves out, repeats or moves some of these messages")
+            if len(self._around) >= KEPT:
+                self._around.clear()
             self._around[key] = _parts(text, {word: str(i) for i, word in enumerate(words)})
         return self._around[key]
 

@@ -105,7 +105,7 @@ class Repl:
             sys.stdout.write("\n")
             sys.stdout.flush()
             if self.conversation.cut and self.person:
-                say(f"(cut off after {self.conversation.max_tokens:,} tokens, as -n says)")
+                say(f"(cut off after {self.conversation.max_tokens:,} tokens; -n sets how many)")
         seconds = time.monotonic() - start
         self._rate = f"{count / seconds:,.0f} tokens/s" if seconds > 0 and count > 1 else ""
 
