@@ -12,7 +12,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from tcinfer import memory, session_file
 from tcinfer.atomic import Writer, expanded, followed, identity
-from tcinfer.chat.template import fill
 from tcinfer.errors import TcinferError
 from tcinfer.generation import DEFAULT_TOKENS, UNFINISHED, Generation, Piece, Request
 from tcinfer.loaded import Loaded
@@ -94,6 +93,8 @@ class Model(Loaded):
             for m in messages
         ):
             raise TcinferError('messages are at least one {"role": text, "content": text}')
+        from tcinfer.chat.template import fill
+
         said = {str(i): m["content"] for i, m in enumerate(messages)}
         parts = fill(self.template.around([m["role"] for m in messages]), **said)
         return self.session().said(parts, any(m["role"] == "system" for m in messages), options)
@@ -279,6 +280,8 @@ class Session(Past):
     def chat(self, message: str, system: str | None = None, **options: Any) -> Text:
         """The answer to one more message, in the model's chat template; system: with the first one; options: as
         `generate`. Nothing is written to disk: `save` keeps the conversation."""
+        from tcinfer.chat.template import fill
+
         template, first = self.model.template, self.position == 0
         if system is not None and not first:
             raise TcinferError("a system prompt comes before the first message")

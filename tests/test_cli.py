@@ -344,8 +344,14 @@ def test_version() -> None:
         ("import tcinfer", {"numpy", "gguf", "numba", "torch", "click"}),
         ("sys.argv[1:] = ['--help']; main()", {"numpy", "gguf", "numba", "torch", "rich"}),
         ("sys.argv[1:] = ['convert', '--help']; main()", {"numpy", "gguf", "numba", "torch", "rich"}),
-        ("sys.argv[1:] = ['generate', '-p', 'A', '-n', '2']; main()", {"torch", "safetensors", "tokenizers", "asyncio", "jinja2"}),
-        ("import tcinfer; list(tcinfer.load().session().generate('A', max_tokens=2))", {"torch", "click", "rich", "asyncio"}),
+        (
+            "sys.argv[1:] = ['generate', '-p', 'A', '-n', '2']; main()",
+            {"torch", "safetensors", "tokenizers", "asyncio", "jinja2", "subprocess"},
+        ),
+        (
+            "import tcinfer; list(tcinfer.load().session().generate('A', max_tokens=2))",
+            {"torch", "click", "rich", "asyncio"},
+        ),
     ],
 )
 def test_nothing_is_imported_without_need(code: str, absent: set[str]) -> None:
