@@ -78,10 +78,13 @@ class SessionFile:
         return self.state.position
 
     def memory_options(self, model: ModelConfig) -> dict[str, Any]:
-        """The arguments of `tcinfer.load` with which a model of this configuration, its file's, goes on from here."""
+        """The arguments of `tcinfer.load` with which a model of this configuration, its file's, goes on from here.
+
+        Raises FileError for a session of another model.
+        """
         config = self.config
-        asked = model.far if model.n_layers == config.n_layers else config.far  # else it is another model
-        layers = [config.layers[i] for i in asked]
+        _check_model(self, model)
+        layers = [config.layers[i] for i in model.far]
         memory = layers[0].memory if len({layer.memory for layer in layers}) == 1 else None  # None: as the file has it
         sinks = max(layer.sinks for layer in layers)
         return {
@@ -254,17 +257,25 @@ def _with_options(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"memory": modes, "options": options}
 
 
-def _check_fit(file: SessionFile, model: Loaded) -> None:
-    ours, theirs = model.config, file.config
-    named = f"{theirs.name!r}" if theirs.name else "without a name"
+def _check_model(file: SessionFile, ours: ModelConfig) -> None:
+    theirs = file.config
     shape = [f.name for f in fields(ModelConfig) if f.name not in (*MEMORY_FIELDS, "name")]
     different = [name for name in shape if getattr(ours, name) != getattr(theirs, name)]
     if different:
         name = different[0]
         raise FileError(
-            f"{file.path}: is of another model ({theirs.arch}, {named}): its {name} is {getattr(theirs, name)!r}, "
+            f"{file.path}: is of another model ({_named(theirs)}): its {name} is {getattr(theirs, name)!r}, "
             f"this model's {getattr(ours, name)!r}; name its own with -m"
         )
+
+
+def _named(config: ModelConfig) -> str:
+    return f"{config.arch}, {config.name!r}" if config.name else f"{config.arch}, without a name"
+
+
+def _check_fit(file: SessionFile, model: Loaded) -> None:
+    ours, theirs = model.config, file.config
+    _check_model(file, ours)
     for name in MEMORY_FIELDS:
         if getattr(ours, name) != getattr(theirs, name):
             raise FileError(
@@ -273,6 +284,6 @@ def _check_fit(file: SessionFile, model: Loaded) -> None:
             )
     if file.fingerprint != model.fingerprint:
         raise FileError(
-            f"{file.path}: is of another model of the same shape ({theirs.arch}, {named}): its weights differ; "
+            f"{file.path}: is of another model of the same shape ({_named(theirs)}): its weights differ; "
             "name its own with -m"
         )

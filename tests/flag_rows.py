@@ -26,6 +26,7 @@ BASES = {  # what both runs of a command have
     "inspect": MODEL,
     "session show": "s.tcs",
     "session verify": "s.tcs",
+    "session diff": "s.tcs s.tcs",
 }
 Holds = Callable[[Outcome, Outcome], object]
 
@@ -144,6 +145,7 @@ CHAT = SAMPLING | {
     "--chat-template": Row("t.jinja", other),
     "--continue": Row(None, shows("the last answer was")),
     "--name": Row("roses", lambda a, b: not b.status and Path("state/tcinfer/chats/roses.jsonl").exists()),
+    "--no-save": Row(None, shows("nothing of this chat is kept")),
     "--max-tokens": Row("5", lambda a, b: len(b.out) == 6 and a.out.startswith(b.out[:5])),
     "--quiet": Row(None, lambda a, b: (b.out, b.err) == (a.out, "")),
     "--banned": Row("so", lambda a, b: "so" in a.out and len(b.out) > 20 and "so" not in b.out, LONG),
@@ -182,6 +184,7 @@ BENCH = RUNS | {
     "--depth": Row("40", told(lambda a, b: (first(a)["depth"], first(b)["depth"]) == (0, 40))),
     "--rounds": Row("2", told(lambda a, b: (len(first(a)["decode"]), len(first(b)["decode"])) == (1, 2))),
     "--output": Row("md", lambda a, b: json.loads(a.out) and "| depth |" in b.out),
+    "--json": Row(None, told(lambda a, b: a["model"] == b["model"]), "-o md", without="-o json"),
     "--soak": Row("20", shows("\n| 20 | "), "-o md"),
     "--compare": Row("nonsense", refuses("--compare must be one of")),
 }
@@ -195,6 +198,7 @@ PERPLEXITY = RUNS | {
     "--limit": Row("20", told(lambda a, b: first(b)["tokens"] == 19)),
     "--by-position": Row(None, told(lambda a, b: len(a["rows"]) == 1 < len(b["rows"]))),
     "--output": Row("csv", lambda a, b: b.out.startswith("memory,windows,")),
+    "--json": Row(None, told(lambda a, b: a["model"] == b["model"]), "-o md", without="-o json"),
     "--plot": Row("new.svg", lambda a, b: "<svg" in Path("new.svg").read_text(), needs="matplotlib"),
 }
 JSON = {"--json": Row(None, lambda a, b: isinstance(json.loads(b.out), dict))}
@@ -216,6 +220,7 @@ TABLES = {
     "bench": BENCH,
     "perplexity": PERPLEXITY,
     "session show": JSON,
+    "session diff": JSON,
     "inspect": INSPECT,
     "doctor": JSON,
 }

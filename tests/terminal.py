@@ -21,6 +21,7 @@ import pyte
 from conftest import SHAKESPEARE
 
 from tcinfer.api import Model
+from tcinfer.chat import store
 from tcinfer.chat.conversation import Conversation
 from tcinfer.chat.launch import Chats
 from tcinfer.chat.store import Log
@@ -76,9 +77,8 @@ def chats(path: Path | None = None, source: str | None = TEMPLATE, backend: str 
     """As `tcinfer chat` makes it; what it says goes into its list `said`."""
     said: list[str] = []
     options = dict.fromkeys(("memory", "window", "sinks", "cache_type")) | asked
-    made = Chats(
-        str(path or SHAKESPEARE), engine_backend(backend), options, source, Sampling(temperature=0), said.append
-    )
+    how, engine = Sampling(temperature=0), engine_backend(backend)
+    made = Chats(str(path or SHAKESPEARE), store.chats(), engine, options, source, how, said.append)
     made.said = said  # type: ignore[attr-defined]
     return made
 
@@ -165,6 +165,12 @@ class Terminal:
         """Read until the program has been quiet for a moment."""
         while self.read(QUIET):
             pass
+
+    def settle_for(self, seconds: float) -> None:
+        """Read for so long."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self.read()
 
     def lines(self) -> list[str]:
         """The screen from the top to its last line with text."""

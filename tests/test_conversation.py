@@ -295,7 +295,7 @@ def failing(talk: Conversation, case: str, folder: Path) -> None:
     book.write_text("word and word, " * 200)
     taken = 0
 
-    def interrupt(count: int) -> None:
+    def interrupt(count: int, total: int | None = None) -> None:
         nonlocal taken
         taken += count
         if taken > 2000:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,11 +29,10 @@ from tcinfer.tokenizer import stream as text
 if TYPE_CHECKING:
     from tcinfer.api import Model, Text
     from tcinfer.generation import Piece
+    from tcinfer.progress import Progress
 
 MEASURED = 4096  # tokens of a turn, at most, that are fed again to measure it
 LOGGED = 256  # ids of an answer between two lines of the log
-
-Progress = Callable[[int], None]
 
 
 class Conversation:
@@ -75,8 +75,8 @@ class Conversation:
         after = fill(parts[at + 1 :], system=self.system)
         with self._or_back() as past:
             self.log.begin(message or ", ".join(path.name for path in files))
-            for ids in self._encoded(first, before, message, files, after):
-                self.session.feed(ids, progress=progress)
+            for ids, total in self._encoded(first, before, message, files, after):
+                self._feed(ids, progress, total)
                 self.log.fed("in", ids)
             answer = self._begun()
         self._snapshots.add(self.turns, past)
@@ -88,11 +88,11 @@ class Conversation:
         if not turn:
             raise TcinferError("there is no answer to try again yet")
         with self._or_back():
-            self._rewind(turn - 1, progress)
+            question = partial(self.log.part, turn, "in")
+            fed = self._rewind(turn - 1, progress, sum(map(len, question())))
             before = self.session.snapshot()
             session_file.write(before, self.log.session_path, private=True)
-            for ids in self.log.part(turn, "in"):
-                self.session.feed(ids, progress=progress)
+            self._replay(question, progress, fed)
             answer = self._begun()
         self.log.back_to(turn - 1, keep_question=True)
         yield from self._answer(before, *answer)
@@ -176,25 +176,35 @@ class Conversation:
 
     def _encoded(
         self, first: bool, before: list[tuple[str, bool]], message: str, files: Sequence[Path], after: Any
-    ) -> Iterator[list[int]]:
-        """A turn's ids; one list unless there are files, which are read in pieces."""
+    ) -> Iterator[tuple[list[int], int]]:
+        """A turn's ids, and about how many the turn has; one list unless there are files, which are read in pieces."""
         tokenizer = self.model.tokenizer
         bos, continues = first and tokenizer.add_bos, not first
-        for piece in self._file_texts(files):
+        count = 0
+        for piece, share in self._file_texts(files):
             if ids := tokenizer.encode_parts([*before, (piece, False)], bos=bos, continues=continues):
-                yield ids
+                count += len(ids)
+                yield ids, round(count / share)
             before, bos, continues = [], False, True
-        yield tokenizer.encode_parts([*before, (message, False), *after], bos=bos, continues=continues)
+        ids = tokenizer.encode_parts([*before, (message, False), *after], bos=bos, continues=continues)
+        yield ids, count + len(ids)
 
     @staticmethod
-    def _file_texts(files: Sequence[Path]) -> Iterator[str]:
-        for path in files:
-            try:
+    def _file_texts(files: Sequence[Path]) -> Iterator[tuple[str, float]]:
+        """The files' texts in pieces, and the share of all their bytes that was read so far."""
+        read, path = 0, Path()
+        try:
+            size = 0
+            for path in files:
+                size += path.stat().st_size
+            for path in files:
                 with open(path, "rb") as stream:
-                    yield from text.pieces(stream)
-            except OSError as e:
-                raise TcinferError(f"{path}: cannot be read: {e.strerror}") from None
-            yield "\n\n"
+                    for piece in text.pieces(stream):
+                        read += len(piece.encode())
+                        yield piece, read / max(size, read)
+                yield "\n\n", read / max(size, read) if read else 1.0
+        except OSError as e:
+            raise TcinferError(f"{path}: cannot be read: {e.strerror}") from None
 
     @contextmanager
     def _or_back(self) -> Iterator[Snapshot]:
@@ -207,8 +217,11 @@ class Conversation:
             self.log.back_to(turns)
             raise
 
-    def _rewind(self, turn: int, progress: Progress | None = None) -> None:
-        """The state after so many turns: from the nearest snapshot, the rest fed again. Random numbers go on."""
+    def _rewind(self, turn: int, progress: Progress | None = None, more: int = 0) -> int:
+        """The state after so many turns: from the nearest snapshot, the rest fed again. Random numbers go on.
+
+        more: ids that will be fed after it. Gives how many were fed here.
+        """
         draws = self.session.draws
         kept = self._snapshots.nearest(turn)
         if kept is not None:
@@ -220,9 +233,22 @@ class Conversation:
                 self.session.restore(self.model.load_session(self.log.base_path).snapshot())
             else:
                 self.session.reset()
-        for ids in self.log.replay(start, turn):
-            self.session.feed(ids, progress=progress)
+        count = self._replay(lambda: self.log.replay(start, turn), progress, more)
         self.session.draws = draws
+        return count
+
+    def _replay(self, parts: Callable[[], Iterator[list[int]]], progress: Progress | None, beside: int = 0) -> int:
+        """Feed what the log has, gone through twice: counting takes no time beside feeding. Gives how many ids.
+
+        beside: ids that are fed before or after, for the progress's total.
+        """
+        count = sum(map(len, parts()))
+        for ids in parts():
+            self._feed(ids, progress, beside + count)
+        return count
+
+    def _feed(self, ids: list[int], progress: Progress | None, total: int) -> None:
+        self.session.feed(ids, progress=None if progress is None else partial(progress, total=total))
 
     def _resume(self) -> None:
         """Go on from the session file, then from what the log has beyond it; from the log alone without one."""

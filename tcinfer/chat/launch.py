@@ -33,16 +33,18 @@ class Chats:
     def __init__(
         self,
         path: str | None,
+        folder: Path,
         backend: Backend,
         asked: dict[str, Any],
         template: str | None,
         sampling: Sampling,
         notice: Notice,
     ) -> None:
-        """asked: memory, window, sinks and cache_type as `tcinfer.load` takes them; template: a Jinja text in place of
-        the file's own; notice: is told in a line what people should know, once. Raises TcinferError."""
+        """folder: where conversations are kept (store.py); asked: memory, window, sinks and cache_type as
+        `tcinfer.load` takes them; template: a Jinja text in place of the file's own; notice: is told in a line what
+        people should know, once. Raises TcinferError."""
         self.opened = Opened(path)
-        self.folder = store.chats()
+        self.folder = folder
         self.sampling = sampling
         self._backend, self._asked, self._notice = backend, asked, notice
         self._said: set[str] = set()

@@ -20,8 +20,9 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 from tcinfer.atomic import copy
@@ -51,6 +52,17 @@ def chats() -> Path:
     return folder
 
 
+@contextmanager
+def temporary() -> Iterator[Path]:
+    """A folder for conversations that nobody keeps: private, and gone at the end. Raises TcinferError."""
+    try:
+        folder = TemporaryDirectory(prefix="tcinfer-chat-")
+    except OSError as e:
+        raise TcinferError(f"there is no room for temporary files: {e.strerror}") from None
+    with folder as name:
+        yield Path(name)
+
+
 def names(folder: Path) -> list[str]:
     """Every conversation there, the latest first."""
 
@@ -73,7 +85,7 @@ def start_of(folder: Path, name: str) -> dict[str, Any]:
                 raise ValueError
             return start
     except FileNotFoundError:
-        raise TcinferError(f"there is no conversation {name!r}; known: {', '.join(names(folder)[:20])}") from None
+        raise _unknown(folder, name) from None
     except OSError as e:
         raise FileError(f"{path}: cannot be read: {e.strerror}") from None
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -94,6 +106,20 @@ def summary(folder: Path, name: str) -> str:
     turns, position = (int(n) for n in ends[-1]) if ends else (0, 0)
     day = time.strftime("%Y-%m-%d %H:%M", time.localtime(used.st_mtime))
     return f"{turns:,} turns, {position:,} tokens, {day}"
+
+
+def delete(folder: Path, name: str) -> None:
+    """Remove a conversation and all its files. Raises TcinferError where it is not there, or is open."""
+    path = folder / f"{checked(name)}.jsonl"
+    try:
+        with open(path, "rb") as file:
+            _lock(file, name)
+            for left in (folder / f"{name}.tcs", folder / f"{name}.base.tcs", path):  # the log last: it is the name
+                left.unlink(missing_ok=True)
+    except FileNotFoundError:
+        raise _unknown(folder, name) from None
+    except OSError as e:
+        raise FileError(f"{path}: cannot be removed: {e.strerror}") from None
 
 
 def new_name(folder: Path) -> str:
@@ -123,7 +149,7 @@ class Log:
         except FileExistsError:
             raise TcinferError(f"there is a conversation {name!r} already: go on with it, or choose another") from None
         except FileNotFoundError:
-            raise TcinferError(f"there is no conversation {name!r}; known: {', '.join(names(folder)[:20])}") from None
+            raise _unknown(folder, name) from None
         except OSError as e:
             raise FileError(f"{self.path}: cannot be opened: {e.strerror}") from None
         try:
@@ -277,6 +303,10 @@ def checked(name: str) -> str:
     if not NAME.fullmatch(name) or name.endswith((".tcs", ".jsonl", ".base")):
         raise TcinferError(f"{name!r} is no name: letters, digits, dots, dashes and underscores, at most 64")
     return name
+
+
+def _unknown(folder: Path, name: str) -> TcinferError:
+    return TcinferError(f"there is no conversation {name!r}; known: {', '.join(names(folder)[:20]) or 'none'}")
 
 
 def _is_record(record: Any) -> bool:

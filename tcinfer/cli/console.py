@@ -9,11 +9,14 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from tcinfer.errors import TcinferError
+
+if TYPE_CHECKING:
+    from tcinfer.progress import Bar, Progress
 
 INTERRUPTED = 130  # exit status after Ctrl-C
 TERMINATED = 143  # after SIGTERM
@@ -32,12 +35,23 @@ def use_utf8() -> None:
 
 def complain(text: str) -> None:
     """An error on one line of stderr, whatever a name from a file holds."""
-    say(f"tcinfer: {one_line(text)}")
+    say(f"{styled('tcinfer:', fg='red')} {one_line(text)}")
 
 
 def say(text: str) -> None:
     """A line on stderr."""
     click.echo(text, err=True)
+
+
+def note(text: str) -> None:
+    """A line on stderr about what goes on, quieter than what is asked for."""
+    say(styled(text, dim=True))
+
+
+def styled(text: str, **style: Any) -> str:
+    """Text for stderr with click's styles, where its terminal has them and nobody said NO_COLOR."""
+    plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb" or not sys.stderr.isatty()
+    return text if plain else click.style(text, **style)
 
 
 def one_line(text: str) -> str:
@@ -111,11 +125,11 @@ def interruptible(*also: int, patient: bool = False) -> Iterator[Interrupts]:
             signal.signal(number, old)
 
 
-def both(advance: Callable[[int], None], check: Callable[[], None]) -> Callable[[int], None]:
+def both(advance: Bar, check: Callable[[], None]) -> Progress:
     """Progress that Ctrl-C can end."""
 
-    def progress(n: int) -> None:
-        advance(n)
+    def progress(n: int, total: int | None = None) -> None:
+        advance(n, total)
         check()
 
     return progress

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -126,14 +127,14 @@ class Figures:
 def _read(session: Session, stream: BinaryIO, figures: Figures) -> None:
     """Feed a prompt of any size."""
     from tcinfer.progress import bar
-    from tcinfer.tokenizer.stream import ids
+    from tcinfer.tokenizer.stream import ids_and_total
 
     tokenizer, start, first = session.model.tokenizer, time.monotonic(), session.position
     with interruptible() as check, bar("reading the prompt", None) as advance:
         bos = first == 0 and tokenizer.add_bos
-        parts = ids(tokenizer, stream, bos=bos, continues=first > 0, invalid=invalid)
-        for part in check.waits(parts):
-            session.feed(part, progress=both(advance, check))
+        parts = ids_and_total(tokenizer, stream, bos=bos, continues=first > 0, invalid=invalid)
+        for part, total in check.waits(parts):
+            session.feed(part, progress=partial(both(advance, check), total=total))
             figures.prompt_tokens = session.position - first
             figures.prompt_seconds = time.monotonic() - start
 
@@ -144,10 +145,10 @@ def _write(pieces: Iterator[Any], figures: Figures) -> None:
     try:
         with interruptible() as check, closing(pieces):  # type: ignore[type-var]
             for piece in pieces:
-                check()
                 sys.stdout.write(printable(piece.text) if terminal else piece.text)
                 sys.stdout.flush()
                 figures.new_tokens += 1
+                check()
     finally:
         figures.new_seconds = time.monotonic() - start
         if sys.stdout.isatty() or sys.stderr.isatty():

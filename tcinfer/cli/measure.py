@@ -33,6 +33,7 @@ SIZED = re.compile(r"([^:]+)(?::(\d{1,10}))?(?::(\d{1,10}))?")  # mode, window, 
 @click.option("-d", "--depth", type=int, multiple=True, metavar="N", help="Tokens of context before; may be repeated.")
 @click.option("-r", "--rounds", type=int, default=5, show_default=True, metavar="N", help="Figures are medians of N.")
 @click.option("-o", "--output", default="md", show_default=True, metavar="FORMAT", help="md or json.")
+@click.option("--json", "output", flag_value="json", help="The same as -o json.")
 @click.option("--soak", type=int, metavar="N", help="Instead: stream N tokens, speed and memory in ten parts.")
 @click.option("--compare", metavar="PEER", help="llama.cpp: the same file there, round by round (llama-cpp-python).")
 def bench(**options: Any) -> None:
@@ -92,6 +93,7 @@ def bench(**options: Any) -> None:
 @click.option("--limit", type=int, metavar="TOKENS", help="Take no more of the text.")
 @click.option("--by-position", is_flag=True, help="Also at 0-1, 1-2, 2-4, 4-8 ... windows from the start.")
 @click.option("-o", "--output", default="md", show_default=True, metavar="FORMAT", help="md, csv or json.")
+@click.option("--json", "output", flag_value="json", help="The same as -o json.")
 @click.option("--plot", metavar="FILE", help="Draw nats per token by position: a name in .svg or .png.")
 def perplexity(**options: Any) -> None:
     """Measure how well a text is predicted: nats per token and perplexity.

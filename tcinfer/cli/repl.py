@@ -6,16 +6,17 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from tcinfer.chat import store
 from tcinfer.chat.conversation import Conversation
 from tcinfer.chat.launch import Chats
-from tcinfer.cli.console import both, complain, interruptible, printable, say
+from tcinfer.cli.console import both, complain, interruptible, note, printable, say
+from tcinfer.cli.screen import Wrapped, unechoed
 from tcinfer.errors import TcinferError
 from tcinfer.progress import bar
 from tcinfer.sampling import Sampling, parsed
@@ -23,6 +24,7 @@ from tcinfer.sampling.choose import Draws
 
 if TYPE_CHECKING:
     from tcinfer.generation import Piece
+    from tcinfer.progress import Progress
 
 BLOCK = '"""'  # opens and closes a message of several lines
 HISTORY = "history"  # of lines typed, beside the conversations
@@ -39,10 +41,12 @@ class Command(NamedTuple):
 class Repl:
     """One person at one terminal (or a pipe: then each line is a message, and an error ends it)."""
 
-    def __init__(self, chats: Chats, conversation: Conversation) -> None:
+    def __init__(self, chats: Chats, conversation: Conversation, unsaved: bool = False) -> None:
+        """unsaved: the conversations go with the program."""
         self.chats, self.conversation = chats, conversation
         self._files: list[Path] = []  # that go before the next message
         self._rate = ""
+        self._unsaved = unsaved
         self.person = sys.stdin.isatty() and sys.stdout.isatty()
         self.done = False
 
@@ -56,7 +60,7 @@ class Repl:
                     raise
                 complain(str(e))
             except KeyboardInterrupt:
-                say("interrupted; the conversation is as it was")
+                note("interrupted; the conversation is as it was")
             if self.done:
                 return
 
@@ -75,17 +79,18 @@ class Repl:
                 self._stream(lambda progress: self.conversation.ask(message, files, progress))
             except (TcinferError, KeyboardInterrupt):
                 if files:
-                    say(f"not read: {', '.join(map(str, files))}; /read them again if you want to")
+                    note(f"not read: {', '.join(map(str, files))}; /read them again if you want to")
                 raise
 
-    def _stream(self, answer_of: Callable[[Callable[[int], None]], Iterator[Piece]]) -> None:
+    def _stream(self, answer_of: Callable[[Progress], Iterator[Piece]]) -> None:
         """Show an answer as it comes; Ctrl-C stops it, and what was said stays said.
 
         Raises KeyboardInterrupt where it came before the answer began: then there is no turn.
         """
         count, began, start = 0, False, time.monotonic()
+        shown: TextIO | Wrapped = Wrapped(sys.stdout) if self.person else sys.stdout
         try:
-            with interruptible(patient=True) as check:
+            with unechoed() if self.person else nullcontext(), interruptible(patient=True) as check:
                 with bar("reading", None) as advance:
                     answer = answer_of(both(advance, check))
                     first = next(answer, None)
@@ -93,21 +98,30 @@ class Repl:
                 start = time.monotonic()
                 with closing(answer):  # type: ignore[type-var]
                     for piece in chain(() if first is None else (first,), answer):
-                        check()
-                        sys.stdout.write(printable(piece.text))
-                        sys.stdout.flush()
+                        shown.write(printable(piece.text))
+                        shown.flush()
                         count += 1
+                        check()
         except KeyboardInterrupt:
             if not began:
                 raise
-            say(("\n" if self.person else "") + "(stopped)")
+            self._end_answer(shown)
+            note("(stopped)")
+        except TcinferError:  # its line begins at the left
+            if count:
+                self._end_answer(shown)
+            raise
         else:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+            self._end_answer(shown)
             if self.conversation.cut and self.person:
-                say(f"(cut off after {self.conversation.max_tokens:,} tokens; -n sets how many)")
+                note(f"(cut off after {self.conversation.max_tokens:,} tokens; -n sets how many)")
         seconds = time.monotonic() - start
         self._rate = f"{count / seconds:,.0f} tokens/s" if seconds > 0 and count > 1 else ""
+
+    @staticmethod
+    def _end_answer(shown: TextIO | Wrapped) -> None:
+        shown.write("\n")
+        shown.flush()
 
     def _lines(self) -> Iterator[tuple[str, bool]]:
         """Messages and commands, each whole, and whether it came as a block."""
@@ -116,7 +130,7 @@ class Repl:
             try:
                 line = read("> ")
             except KeyboardInterrupt:
-                say("/exit or Ctrl-D leaves")
+                note("/exit or Ctrl-D leaves")
                 continue
             except EOFError:
                 return
@@ -154,7 +168,7 @@ class Repl:
             completer=completer,
             complete_while_typing=False,
         )
-        return lambda mark: session.prompt(mark)
+        return lambda mark: session.prompt([("bold", mark)])
 
     def status(self) -> str:
         """The line below the prompt."""
@@ -178,12 +192,12 @@ class Repl:
             say(self.conversation.system or "no system prompt")
             return
         self._goes_to(lambda: self.chats.begin(text))
-        say(f"a new conversation, {self.conversation.log.name}, with this system prompt")
+        note(f"a new conversation, {self.conversation.log.name}, with this system prompt")
 
     def _clear(self, _: str) -> None:
         before = self.conversation.log.name
         self._goes_to(lambda: self.chats.begin(self.conversation.system))
-        say(f"a new conversation, {self.conversation.log.name}; /switch {before} goes back")
+        note(f"a new conversation, {self.conversation.log.name}; /switch {before} goes back")
 
     def _regen(self, _: str) -> None:
         self._stream(self.conversation.again)
@@ -191,16 +205,17 @@ class Repl:
     def _undo(self, text: str) -> None:
         count = 0
         try:
-            with interruptible(patient=True) as check, bar("reading", None) as advance:
+            quiet = unechoed() if self.person else nullcontext()
+            with quiet, interruptible(patient=True) as check, bar("reading", None) as advance:
                 count = self.conversation.undo(whole(text or "1", "/undo"), both(advance, check))
         except KeyboardInterrupt:
             if not count:  # else it came too late
                 raise
-        say(f"took back {count} turn{'s' * (count > 1)}; {self.conversation.turns} left")
+        note(f"took back {count} turn{'s' * (count > 1)}; {self.conversation.turns} left")
 
     def _fork(self, name: str) -> None:
         self.conversation.fork(needed(name, "/fork NAME"))
-        say(f"{name} is as this conversation is now; /switch {name} goes there")
+        note(f"{name} is as this conversation is now; /switch {name} goes there")
 
     def _switch(self, name: str) -> None:
         name = needed(name, "/switch NAME")
@@ -214,7 +229,16 @@ class Repl:
             here = "*" if name == self.conversation.log.name else " "
             say(f"{here} {name:<28}{store.summary(self.chats.folder, name)}")
 
+    def _delete(self, name: str) -> None:
+        name = needed(name, "/delete NAME")
+        if name == self.conversation.log.name:
+            raise TcinferError(f"this is {name!r}: /clear or /switch first")
+        store.delete(self.chats.folder, name)
+        note(f"{name} is gone")
+
     def _save(self, path: str) -> None:
+        if not path and self._unsaved:
+            raise TcinferError("this chat keeps nothing (--no-save); /save FILE.tcs writes a session file")
         if not path:
             say(f"saved after every turn: {self.conversation.log.session_path}")
             return
@@ -231,7 +255,7 @@ class Repl:
         if not file.is_file():
             raise TcinferError(f"{file}: no such file")
         self._files.append(file)
-        say(f"{file} ({file.stat().st_size:,} bytes) goes before your next message")
+        note(f"{file} ({file.stat().st_size:,} bytes) goes before your next message")
 
     def _memory(self, _: str) -> None:
         from tcinfer.measure import memory as insight
@@ -288,15 +312,17 @@ class Repl:
         bound = "whatever the length" if session.model.bounded else "and it grows with every token"
         name = " ".join(printable(config.name or config.arch).split())
         say(f"{name}: {config.memories} memory{window}{sinks}; {size(session.nbytes)}, {bound}")
-        say("/help lists the commands, Ctrl-C stops an answer, /exit or Ctrl-D leaves")
+        note("/help lists the commands, Ctrl-C stops an answer, /exit or Ctrl-D leaves")
+        if self._unsaved:
+            note("nothing of this chat is kept")
         if session.position:
             self._where()
 
     def _where(self) -> None:
         """Where the conversation stands."""
-        say(self.status())
+        note(self.status())
         if text := self.conversation.last_text():
-            say(f"the last answer was: {printable(' '.join(text.split()))[:200]}")
+            note(f"the last answer was: {printable(' '.join(text.split()))[:200]}")
 
 
 COMMANDS = {
@@ -307,6 +333,7 @@ COMMANDS = {
     "/fork": Command(Repl._fork, "/fork NAME", "keep a copy of this conversation under another name"),
     "/switch": Command(Repl._switch, "/switch NAME", "go on with another conversation"),
     "/sessions": Command(Repl._sessions, "/sessions", "all conversations, the latest first"),
+    "/delete": Command(Repl._delete, "/delete NAME", "remove another conversation and its files"),
     "/save": Command(Repl._save, "/save [FILE.tcs]", "a session file; alone: where this is saved after every turn"),
     "/load": Command(Repl._load, "/load FILE.tcs", "a new conversation that goes on from a session file"),
     "/read": Command(Repl._read, "/read FILE", "a file's text, of any length, goes before the next message"),

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,16 +74,16 @@ def absorb(path: str, file: str | None, every: float, quiet: bool, **options: An
                         session.save(path, writer)
                         saved = time.monotonic()
 
-                def progress(n: int) -> None:
-                    advance(n)
+                def progress(n: int, total: int | None) -> None:
+                    advance(n, total)
                     check()
                     save_after(every)
 
                 bos, live = first == 0 and model.tokenizer.add_bos, None if file is not None else LIVE
-                parts = text.ids(model.tokenizer, stream, bos, live, continues=first > 0, invalid=invalid)
-                for part in check.waits(parts):
+                parts = text.ids_and_total(model.tokenizer, stream, bos, live, continues=first > 0, invalid=invalid)
+                for part, total in check.waits(parts):
                     if part:
-                        session.feed(part, progress=progress)
+                        session.feed(part, progress=partial(progress, total=total))
                     else:  # the stream rests: there is time to save
                         save_after(0)
         finally:
@@ -106,11 +107,12 @@ def session() -> None:
 
 
 FILE = click.argument("file", metavar="FILE.tcs")
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="The same facts as one JSON object.")
 
 
 @session.command()
 @FILE
-@click.option("--json", "as_json", is_flag=True, help="The same facts as one JSON object.")
+@AS_JSON
 def show(file: str, as_json: bool) -> None:
     """What a session file holds: its model, its place in the stream, its memory layer by layer."""
     from tcinfer import session_file
@@ -152,7 +154,8 @@ def _facts(file: SessionFile) -> dict[str, Any]:
 @session.command()
 @FILE
 @click.argument("other", metavar="OTHER.tcs")
-def diff(file: str, other: str) -> None:
+@AS_JSON
+def diff(file: str, other: str, as_json: bool) -> None:
     """How far two sessions of one model are from each other: tokens, then each layer's arrays."""
     import numpy as np
 
@@ -161,17 +164,23 @@ def diff(file: str, other: str) -> None:
     one, two = session_file.read(file), session_file.read(other)
     if one.fingerprint != two.fingerprint or one.config != two.config:
         raise TcinferError(f"{one_line(file)} and {one_line(other)} are of different models or memory options")
-    click.echo(f"{'tokens':<22}{one.position:,} and {two.position:,}")
-    same = one.position == two.position and (one.ring == two.ring).all() and one.state.layout == two.state.layout
+    apart = []
     if one.state.layout == two.state.layout:
         for (layer, name, a), (_, _, b) in zip(
             session_file.arrays(one.state), session_file.arrays(two.state), strict=True
         ):
             x, y = a.astype(np.float64), b.astype(np.float64)
-            apart, size = float(np.linalg.norm(x - y)), max(float(np.linalg.norm(x)), float(np.linalg.norm(y)))
-            same = same and apart == 0
-            if apart:
-                click.echo(f"  layer {layer:<3} {name:<11}{apart / size:.3g} of its length apart")
+            if distance := float(np.linalg.norm(x - y)):
+                size = max(float(np.linalg.norm(x)), float(np.linalg.norm(y)))
+                apart.append({"layer": layer, "name": name, "apart": distance / size})
+    same = one.position == two.position and bool((one.ring == two.ring).all())
+    same = same and one.state.layout == two.state.layout and not apart
+    if as_json:
+        click.echo(json.dumps({"tokens": [one.position, two.position], "same": same, "arrays": apart}))
+        return
+    click.echo(f"{'tokens':<22}{one.position:,} and {two.position:,}")
+    for array in apart:
+        click.echo(f"  layer {array['layer']:<3} {array['name']:<11}{array['apart']:.3g} of its length apart")
     click.echo("the same state" if same else "different states")
 
 

@@ -68,15 +68,41 @@ def ids(
     But for words and user-defined tokens that a hard cut tears, and line ends where `live` cuts after one of several.
     live, invalid: as for `pieces`. Raises TokenizerError where the text cannot be written in the vocabulary.
     """
+    for found, _ in ids_and_total(tokenizer, stream, bos, live, continues, invalid):
+        yield found
+
+
+def ids_and_total(
+    tokenizer: Tokenizer,
+    stream: BinaryIO,
+    bos: bool = False,
+    live: float | None = None,
+    continues: bool = False,
+    invalid: Callable[[], None] | None = None,
+) -> Iterator[tuple[list[int], int | None]]:
+    """The same, each piece with about how many ids the whole will have: None of a stream without a known end."""
+    size, count, taken = _size(stream), 0, 0
     for text in pieces(stream, live, invalid):
         if not text:  # the stream rests
-            yield []
+            yield [], None
             continue
         if found := tokenizer.encode(text, bos=bos, continues=continues):
-            yield found
+            count, taken = count + len(found), taken + len(text.encode())
+            yield found, round(count * max(1.0, size / taken)) if size else None
         bos, continues = False, True
     if bos:  # there was no text
-        yield tokenizer.encode("", bos=True)
+        yield tokenizer.encode("", bos=True), None
+
+
+def _size(stream: BinaryIO) -> int:
+    """Bytes of a file from where it stands; 0 where that is not known."""
+    try:
+        start = stream.tell()
+        end = stream.seek(0, os.SEEK_END)
+        stream.seek(start)
+        return end - start
+    except (OSError, ValueError):
+        return 0
 
 
 def _reads(stream: BinaryIO, live: float | None) -> Iterator[bytes]:
