@@ -10,6 +10,9 @@ run: $(READY)
 	@printf 'Once upon a time'
 	@$(BIN)/tcinfer generate -p 'Once upon a time' -n 200
 
+# Tests start hundreds of processes; without compiled modules each of them takes longer.
+unexport PYTHONDONTWRITEBYTECODE
+
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist loadfile --durations 10 -m "not slow and not peer"
 

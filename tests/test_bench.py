@@ -85,6 +85,7 @@ def test_figures_are_medians_and_ratios_to_the_better_peer() -> None:
     assert "prompt 4.00x, decode 1.25x" in report.markdown()
 
 
+@pytest.mark.slow
 def test_warmup_leaves_nothing_to_compile(tmp_path: Path) -> None:
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     first = tcinfer("warmup", env=env)

@@ -139,6 +139,7 @@ def test_bad_prompts(arguments: tuple[str, ...], says: str) -> None:
     assert says in refused(command("generate", *PLAY, *arguments))
 
 
+@pytest.mark.slow
 def test_two_megabytes_through_a_pipe(tmp_path: Path) -> None:
     tiny = {"n_layers": 1, "d_model": 4, "d_ff": 4, "n_heads": 1, "n_kv_heads": 1, "head_dim": 4, "rope_dim": 4}
     tiny |= {"memory": "window", "window": 1}

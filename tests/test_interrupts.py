@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 from conftest import SHAKESPEARE
 
 # In a process of its own, with the terminal's own signal; each round is interrupted at another moment.
@@ -46,7 +47,7 @@ def judge(name, sessions, stopped=False, note=""):
             same = same and np.array_equal(other.logits, session.logits)
     row["same"] += same
 
-for i in range(50):
+for i in range(int(sys.argv[2])):
     one = model.session()
     judge("generate", [one], *interrupted(lambda: list(one.generate(ids[:30], max_tokens=400, seed=i)), 0.05))
     two = model.session()
@@ -72,12 +73,14 @@ print(json.dumps(told))
 """
 
 
-def test_two_hundred_interruptions_leave_every_session_whole() -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(SHAKESPEARE)], capture_output=True, text=True, timeout=280)
+@pytest.mark.parametrize("rounds", [8, pytest.param(50, marks=pytest.mark.slow)])
+def test_interruptions_leave_every_session_whole(rounds: int) -> None:
+    command = [sys.executable, "-c", SCRIPT, str(SHAKESPEARE), str(rounds)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout)
     for name in ("generate", "feed", "step_many", "scheduler"):
         row = told[name]
-        assert row["whole"] == row["same"] == row["rounds"] == 50, (name, row)
-    assert told["generate"]["stopped"] >= 40
-    assert told["feed"]["noted"] >= 10
+        assert row["whole"] == row["same"] == row["rounds"] == rounds, (name, row)
+    assert told["generate"]["stopped"] >= 0.7 * rounds
+    assert told["feed"]["noted"] >= 0.2 * rounds

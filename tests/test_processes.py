@@ -269,6 +269,7 @@ def files(cache: Path) -> dict[str, tuple[int, int]]:
     return {path.name: (path.stat().st_ino, path.stat().st_size) for path in kernels(cache).rglob("*.nb*")}
 
 
+@pytest.mark.slow
 def test_two_first_runs_at_once(tmp_path: Path) -> None:
     """Both compile everything and keep it in the same place; both are right, and the next one compiles nothing."""
     code, outputs = MODEL + "print(answers(2).tobytes().hex())", []
@@ -285,7 +286,9 @@ def test_two_first_runs_at_once(tmp_path: Path) -> None:
     assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "noise"])
+@pytest.mark.parametrize(
+    "damage", ["cut", *(pytest.param(damage, marks=pytest.mark.slow) for damage in ("empty", "noise"))]
+)
 def test_a_damaged_cache_is_compiled_around(tmp_path: Path, damage: str) -> None:
     env = {"XDG_CACHE_HOME": str(tmp_path)}
     want = process(NORM, **env)
@@ -299,6 +302,7 @@ def test_a_damaged_cache_is_compiled_around(tmp_path: Path, damage: str) -> None
     assert files(tmp_path).keys() == good.keys()
 
 
+@pytest.mark.slow
 def test_without_a_place_for_a_cache_it_compiles(tmp_path: Path) -> None:
     want = process(NORM)
     (tmp_path / "file").write_text("no folder")
@@ -329,6 +333,7 @@ pwd.getpwuid = unknown
     assert process(code + NORM) == process(NORM)
 
 
+@pytest.mark.slow
 def test_nobody_else_can_write_into_the_cache(tmp_path: Path) -> None:
     """It holds code that is run: a folder that others may write to, or that is another user's, is not used."""
     env = {"XDG_CACHE_HOME": str(tmp_path)}

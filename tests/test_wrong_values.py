@@ -54,7 +54,9 @@ def places(value: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("version", [4, 5])
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "gemma3-27b")) for name in FOLDERS]
+)
 def test_any_value_of_a_folders_configuration_is_read_or_refused(name: str, version: int, tmp_path: Path) -> None:
     folder = write_folder(FOLDERS[name], tmp_path, version)
     written = json.loads((folder / "config.json").read_text())

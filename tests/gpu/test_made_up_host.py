@@ -11,8 +11,9 @@ from made_up import MODELS, write
 
 import tcinfer
 
-IDS = np.random.default_rng(1).integers(0, 280, 40)  # five windows of 8
-NAMES = ("gemma3", "gemma3-every", "gemma3-list", "qwen3", "phi3-long", "smollm3")
+IDS = np.random.default_rng(1).integers(0, 280, 26)  # three windows of 8
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3-every", "gemma3-list", "qwen3")]
+NAMES = ("gemma3", "phi3-long", "smollm3", *SLOW)
 
 
 @pytest.mark.parametrize("name", NAMES)
