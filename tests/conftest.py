@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from tcinfer.transformer import tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+# For PYTHONPATH: processes of their own import the tests' modules too.
+MODULES = os.pathsep.join(str(path) for path in (ROOT / "tests", *sorted((ROOT / "tests").iterdir())) if path.is_dir())
 SHAKESPEARE = str(ROOT / "models" / "shakespeare.gguf")  # trained, of characters, and quick
 BACKENDS = ("numpy", "numba")
 FLOATS = (Kind.F32, Kind.F16, Kind.BF16)

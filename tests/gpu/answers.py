@@ -59,7 +59,7 @@ def small(b: Bench, kinds: Sequence[str]) -> None:
 
 
 def contract(b: Bench, name: str, count: int) -> float:
-    """The worst error of a case of tests/test_memory.py fed in several ways; infinite if a copy goes on otherwise."""
+    """The worst error of a case of test_memory.py fed in several ways; infinite if a copy goes on otherwise."""
     b.tidy()
     ids, model, reference = IDS[:count], model_of(name, "cuda"), model_of(name, "numpy").session()
     want, errors = reference.feed(ids, all_logits=True), []
@@ -77,7 +77,7 @@ def contract(b: Bench, name: str, count: int) -> float:
 
 
 def checkpoints(b: Bench) -> None:
-    """tests/test_golden.py."""
+    """tests/memory/test_golden.py."""
     errors = {}
     for name, want, model in converted(b):
         for way, lengths in FEEDS.items():

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
+sys.path[:0] = [str(ROOT / "tests"), *sorted(str(path) for path in (ROOT / "tests").iterdir() if path.is_dir())]
 
 
 def _installed() -> bool:

@@ -12,4 +12,3 @@ from test_memory import (  # noqa: F401
     test_parity,
     test_without_gate_or_write_rate_or_eviction_the_first_level_is_left,
 )
-from test_session import test_threads_may_each_run_a_session_of_one_model  # noqa: F401

@@ -9,5 +9,6 @@ from test_memory import (  # noqa: F401
     test_prompts_longer_than_one_pass,
     test_snapshot_restore_fork,
 )
+from test_session import test_threads_may_each_run_a_session_of_one_model  # noqa: F401
 
 pytestmark = pytest.mark.slow

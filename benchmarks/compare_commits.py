@@ -1,6 +1,6 @@
 """Two trees' speed on this machine's CPUs, measured in turns: is the new one as fast as the old?
 
-    python tests/compare_commits.py OLD_PYTHON NEW_PYTHON [--rounds 6] [--cold 2] [--folder FOLDER] [--only smollm2 ...]
+    python benchmarks/compare_commits.py OLD_PYTHON NEW_PYTHON [--rounds 6] [--cold 2] [--folder FOLDER] [--only ...]
 
 Each round starts a process of each tree, and has them repeat in turns what is measured (old, new, new, old, and the
 other way around), one waiting while the other works. Speeds are medians; the ratio is the mean (geometric) of the

@@ -1,4 +1,4 @@
-"""What blocks are made of, compiled: each operator in a plan of its own (tests/plans.py) against its equation.
+"""What blocks are made of, compiled: each operator in a plan of its own (tests/tools/plans.py) against its equation.
 
 Those that the backends share are in test_operators.py.
 """

@@ -10,6 +10,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from conftest import SHARED
 from hostile_files import gguf as build
 from hostile_files import hostile_ggufs, pair, small_gguf, tensor, text
 from hypothesis import given, settings
@@ -18,7 +19,6 @@ from hypothesis import strategies as st
 from tcinfer.errors import FileError
 from tcinfer.gguf.reader import read
 
-SHARED = Path(__file__).parents[2] / "shared"
 HOSTILE = dict(hostile_ggufs())
 
 

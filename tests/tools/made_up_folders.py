@@ -1,6 +1,6 @@
 """The made-up models as Hugging Face folders: config.json and model.safetensors as transformers writes them.
 
-    python tests/made_up_folders.py OUTDIR
+    python tests/tools/made_up_folders.py OUTDIR
 
 The same weights as made_up.py's files. Where transformers has no such option the folder has the nearest model that it
 does have: FOLDERS names them. Their logits are the file's.

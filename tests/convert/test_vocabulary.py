@@ -6,9 +6,9 @@ import random
 import shutil
 import struct
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
+from conftest import SHARED
 
 from tcinfer.converters.vocabulary import find, read
 from tcinfer.errors import FileError
@@ -33,7 +33,6 @@ from tcinfer.tokenizer import (
 )
 from tcinfer.tokenizer.huggingface import IGNORES_MERGES, PRE_TOKENIZERS
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs {SHARED}")
 TEXTS = [
     "", " ", "It's 12345 times  better!\n\n  isn't IT?\t", "née Ångström 你好 🦙 x=1;",

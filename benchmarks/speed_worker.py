@@ -1,6 +1,6 @@
 """A process of one tree for compare_commits.py: repeats what it is asked for, line by line, and prints its speed.
 
-PYTHON tests/speed_worker.py MODEL.gguf       (the first line lists what can be asked for, tabs between)
+PYTHON benchmarks/speed_worker.py MODEL.gguf       (the first line lists what can be asked for, tabs between)
 """
 
 from __future__ import annotations

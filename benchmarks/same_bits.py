@@ -1,9 +1,9 @@
 """Bits of this tree's CPU backend, one line a case, to be compared with another commit's.
 
-    PYTHON tests/same_bits.py > A.txt               (PYTHON: of the tree; the same script for both trees)
-    PYTHON tests/same_bits.py --compare A.txt B.txt
-    OLD_PYTHON tests/same_bits.py --save FOLDER > A.txt      (sessions, and converted models beside them)
-    NEW_PYTHON tests/same_bits.py --go-on FOLDER > B.txt     (goes on from them)
+    PYTHON benchmarks/same_bits.py > A.txt               (PYTHON: of the tree; the same script for both trees)
+    PYTHON benchmarks/same_bits.py --compare A.txt B.txt
+    OLD_PYTHON benchmarks/same_bits.py --save FOLDER > A.txt      (sessions, and converted models beside them)
+    NEW_PYTHON benchmarks/same_bits.py --go-on FOLDER > B.txt     (goes on from them)
 
 A line is `name  logits  state`: the starts of the SHA-256 of all logits (or of a text, or a file), and of the state as
 a session's file holds it. It uses only what commits have in common: `tcinfer.load`, sessions, converters, the command.

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import SHARED
 from hostile_files import (
     ORDERED,
     calling_pickles,
@@ -35,7 +36,6 @@ from hypothesis import strategies as st
 from tcinfer.converters.pickles import StoredTensor, load_plain, load_torch
 from tcinfer.errors import FileError
 
-SHARED = Path(__file__).parents[2] / "shared"
 LIMIT = 2.5  # seconds of CPU, half of what is promised; the longest takes 0.5 on a quiet machine
 MARKER = Path("/tmp") / f"tcinfer-hostile-pickle-ran-{os.getpid()}"
 CHECKPOINTS = dict(hostile_checkpoints(MARKER))

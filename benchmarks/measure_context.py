@@ -1,6 +1,6 @@
 """Memory and speed against context, full cache beside Tensor Cache: prints the table that docs/speed.md shows.
 
-    python tests/measure_context.py [CONTEXT ...]
+    python benchmarks/measure_context.py [CONTEXT ...]
 
 Each figure is of a process of its own: bytes of state, resident memory beyond what the loaded model takes, and
 the median time of one more token.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -42,7 +43,6 @@ from tcinfer.tokenizer import (
     from_metadata,
 )
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 VOCABULARIES = SHARED / "data/tokenizers/gguf_vocab"
 needs_shared = pytest.mark.skipif(not VOCABULARIES.is_dir(), reason=f"needs {VOCABULARIES}")
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

@@ -1,6 +1,6 @@
 """Makes GGUF files to measure with: one model in many weight types, and one of a larger model's proportions.
 
-    python tests/make_models.py OUTDIR
+    python benchmarks/make_models.py OUTDIR
 
 SmolLM2-135M is installed as Q4_1 only, and a benchmark of the other types needs the same model in each of them. Its
 rows of 576 weights do not divide into the 256 of a K-quant block, so llama.cpp stores most of them as Q5_0 or Q8_0

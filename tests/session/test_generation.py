@@ -362,7 +362,7 @@ def test_stop_ids_end_it_and_are_not_fed(shakespeare: Model) -> None:
 def test_a_seed_is_a_text_on_any_threads_however_the_prompt_was_fed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "WORTH_SHARING", 0)
     found, prompt = set(), PROMPT * 40
-    for threads in (1, 2, 3):
+    for threads in (1, 3):
         m = package.load(threads=threads)
         tokens = m.tokenizer.encode(prompt)
         for cuts in ([], [1, 2, 3], [100, 101, 257], range(0, len(tokens), 7)):

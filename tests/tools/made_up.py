@@ -1,6 +1,6 @@
 """Makes small GGUF files of random float32 weights, one for every option that llama.cpp reads for an architecture.
 
-    python tests/made_up.py OUTDIR
+    python tests/tools/made_up.py OUTDIR
 
 They stand for models that are too large to be here. Each has a tokenizer of its architecture's kind, of 288 tokens.
 MODELS names them; `write` writes one, `weights` are its tensors as in the file; made_up_folders.py writes folders.

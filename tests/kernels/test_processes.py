@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL, build
+from conftest import MODULES, SMALL, build
 
 from tcinfer.engine import compiled
 from tcinfer.kernels.cpu import simd
 
-TESTS = Path(__file__).parent
 IDS = np.arange(40) % 50
 
 # answers(threads): what a small model gives for a prompt and ten tokens after it, its work shared however little it is
@@ -48,7 +47,7 @@ print(y.tobytes().hex())
 
 def process(code: str, timeout: float = 60, umask: int = -1, **environment: str) -> str:
     """What a Python process prints that runs this code among the tests' modules. It must end in time, and well."""
-    env = os.environ | {"PYTHONPATH": str(TESTS)} | environment
+    env = os.environ | {"PYTHONPATH": MODULES} | environment
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, umask=umask)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -225,6 +224,7 @@ TIERS = {
     "avx2": ("haswell", "+avx2,+fma,+f16c,+bmi,+bmi2,+avx,+sse4.2,+popcnt"),
     "generic": ("x86-64", "+sse2"),
 }
+HERE = Path(__file__).parent
 QUICK = ["test_kernels.py", "-k", "test_products_with_weights and (1- or 9-)"]
 
 
@@ -240,7 +240,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-m", "not slow", *sys.arg
     name, features = TIERS[tier]
     env = os.environ | {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features}
     command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, cwd=TESTS, env=env, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 

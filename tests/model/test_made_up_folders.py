@@ -11,6 +11,7 @@ import gguf_oracle
 import made_up
 import numpy as np
 import pytest
+from conftest import ROOT
 from made_up_folders import FOLDERS, folder_tensors, write_folder
 from safetensors.numpy import load_file
 from test_made_up import CONTEXT, TOKENS, difference, ids
@@ -19,8 +20,7 @@ from test_made_up import CONTEXT, TOKENS, difference, ids
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Any:
     """transformers, with the checkout off the path: it would take our folder `kernels` for a package of that name."""
-    checkout = Path(__file__).resolve().parents[1]
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if Path(p or ".").resolve() != checkout])
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if Path(p or ".").resolve() != ROOT])
     pytest.importorskip("torch", reason="torch is not installed (extra `train`)")
     return pytest.importorskip("transformers", reason="transformers is not installed")
 

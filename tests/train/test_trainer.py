@@ -1,6 +1,6 @@
 """The trainer: what it trains is what streaming computes, and what it saves the runtime runs.
 
-The reference is tests/oracle.py, one token after another, which shares nothing with the trainer: the weights reach it
+The reference is oracle.py, one token after another, which shares nothing with the trainer: the weights reach it
 through the checkpoint and the converter.
 """
 

