@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -150,6 +150,11 @@ def tcinfer(*arguments: str, **options: Any) -> subprocess.CompletedProcess:
     command = [str(Path(sys.executable).parent / "tcinfer"), *arguments]
     options.setdefault("input", "" if options.get("text", True) else b"")
     return subprocess.run(command, capture_output=True, text=options.pop("text", True), timeout=120, **options)
+
+
+def but_slow(names: Iterable[str], *slow: str) -> list[Any]:
+    """Parameters of a test, of which these are for `make slow`."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in slow)) for name in names]
 
 
 @pytest.fixture(params=BACKENDS)

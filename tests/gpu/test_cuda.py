@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SHAKESPEARE, SMALL, build
+from conftest import SHAKESPEARE, SMALL, build, but_slow
 from host_device import HostDevice, backend, device, host_device, use  # noqa: F401
 from plans import normal, random_matrix
 from programs import OnRecord
@@ -276,7 +276,10 @@ def test_sessions_of_several_passes_leave_their_logits_on_the_device(
     assert difference(sessions[17].logits, reference.feed(int(np.argmax(reference.logits)))) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["sinks-in-cache-qwen2-key-conv", "infini-delta-gqa-key-conv", EVERYTHING])
+OTHERS = ("sinks-in-cache-qwen2-key-conv", "infini-delta-gqa-key-conv")
+
+
+@pytest.mark.parametrize("name", but_slow((EVERYTHING, *OTHERS), *OTHERS))
 def test_neither_order_nor_number_of_blocks_shows_in_the_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-in runs threads in another order for each seed: a missing barrier would show."""
     config = other_shape(name, cache_type="f16")

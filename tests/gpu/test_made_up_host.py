@@ -6,17 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import but_slow
 from host_device import backend, device  # noqa: F401
 from made_up import MODELS, write
 
 import tcinfer
 
 IDS = np.random.default_rng(1).integers(0, 280, 26)  # three windows of 8
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3-every", "gemma3-list", "qwen3")]
-NAMES = ("gemma3", "phi3-long", "smollm3", *SLOW)
+SLOW = ("gemma3-every", "gemma3-list", "qwen3", "smollm3")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", but_slow(("gemma3", "phi3-long", *SLOW), *SLOW))
 def test_logits_are_the_references(name: str, backend: str, tmp_path: Path) -> None:  # noqa: F811
     path = write(MODELS[name], tmp_path / "model.gguf")
     want, at_once, singly = (tcinfer.load(path, b, cache_type="f32").session() for b in ("numpy", backend, backend))

@@ -70,7 +70,7 @@ def test_two_models_in_two_threads_at_once() -> None:
     model = {n: build(SMALL, "numba", threads=n) for n in (1, 2, 3)}
     want, got = answers(1, model[1]), {}
     def work(name, model):
-        got[name] = [answers(0, model) for _ in range(20)]
+        got[name] = [answers(0, model) for _ in range(8)]
     for together in ((2, 2), (2, 3), (2, 3, 3, 1)):
         models = [build(SMALL, "numba", threads=n) for n in together]
         workers = [threading.Thread(target=work, args=pair) for pair in enumerate(models)]

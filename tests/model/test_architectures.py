@@ -14,7 +14,8 @@ from typing import Any
 import gguf_oracle
 import numpy as np
 import pytest
-from made_up import MODELS, VOCABULARY, write
+from conftest import but_slow
+from made_up import LARGE, MODELS, VOCABULARY, write
 from made_up_folders import FOLDERS, write_folder
 
 import tcinfer
@@ -62,7 +63,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max() / np.abs(b).max())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", but_slow(MODELS, LARGE))
 def test_logits_are_the_oracles(name: str, backend: str, file: Callable[[str], Path]) -> None:
     """At once, in ragged chunks, one by one, and beside other sessions."""
     model, want = opened(file(name), backend, **asked(name)), expected(name, file(name))
@@ -159,7 +160,7 @@ def test_a_folder_becomes_the_same_model(name: str, version: int, wrapped: bool,
 
 
 @pytest.mark.parametrize("outtype", ["f32", "q8_0"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", but_slow(NAMES, LARGE))
 def test_a_file_that_is_written_again_says_the_same(
     name: str, outtype: str, file: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import made_up
 import numpy as np
 import pytest
+from conftest import but_slow
+from made_up import LARGE
 from made_up_folders import FOLDERS, write_folder
 
 from tcinfer import converters
@@ -53,10 +55,8 @@ def places(value: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
             yield from places(inner, (*at, key))
 
 
-@pytest.mark.parametrize("version", [4, 5])
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "gemma3-27b")) for name in FOLDERS]
-)
+@pytest.mark.parametrize("version", [pytest.param(4, marks=pytest.mark.slow), 5])
+@pytest.mark.parametrize("name", but_slow(FOLDERS, LARGE))
 def test_any_value_of_a_folders_configuration_is_read_or_refused(name: str, version: int, tmp_path: Path) -> None:
     folder = write_folder(FOLDERS[name], tmp_path, version)
     written = json.loads((folder / "config.json").read_text())

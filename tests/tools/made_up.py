@@ -56,6 +56,7 @@ PHI = {"fused": True, "tied": False, "eps": 1e-5}
 LONG = {"original_context_length": 256, "attn_factor": math.sqrt(1 + math.log(4) / math.log(256))}
 YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 64}
 
+LARGE = "gemma3-27b"  # of all its layers: tests of it take long
 MODELS = {
     # the first of an architecture has what its published files have
     "gemma3": MadeUp("gemma3", n_layers=7, **GEMMA),
