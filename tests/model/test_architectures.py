@@ -148,7 +148,10 @@ FORMS = [(name, version, False) for name in FOLDERS for version in (4, 5)]
 FORMS += [(name, 5, True) for name in FOLDERS if name.startswith("gemma3")]
 
 
-@pytest.mark.parametrize(("name", "version", "wrapped"), FORMS)
+@pytest.mark.parametrize(
+    ("name", "version", "wrapped"),
+    [pytest.param(*form, marks=[pytest.mark.slow] * (form[0] == LARGE)) for form in FORMS],
+)
 def test_a_folder_becomes_the_same_model(name: str, version: int, wrapped: bool, tmp_path: Path) -> None:
     """To the bit, whichever transformers wrote it, and as the text half of a model that sees."""
     model = FOLDERS[name]
