@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import partial
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,6 +24,7 @@ from tcinfer.sequence import Sequence as Past
 if TYPE_CHECKING:
     from tcinfer.constraint import Constraint
     from tcinfer.handle import Answer
+    from tcinfer.progress import Progress as Total
     from tcinfer.scheduler import Scheduler
 
 
@@ -317,6 +319,28 @@ class Session(Past):
         size = session_file.write(self.snapshot(), file, writer=writer)
         self.versions[name] = identity(file)
         return size
+
+    def absorb(
+        self,
+        stream: BinaryIO,
+        path: str | PathLike[str] | None = None,
+        every: float = 10.0,
+        live: float | None = None,
+        progress: Total | None = None,
+        invalid: Callable[[], None] | None = None,
+        writer: Writer | None = None,
+    ) -> int:
+        """Feed a stream of UTF-8 text of any length, a file or a pipe, and give how many tokens that were.
+
+        path: a session file, saved every so many seconds and at the end, also one that Ctrl-C or an error brings.
+        live: seconds after which what came so far of a pipe is taken in, and saved, though more may come. progress:
+        told (n, total) as tokens are fed, None of a total that is not known; invalid: called once if there are bytes
+        that are no UTF-8, each of which becomes U+FFFD. writer: as for `save`. Raises TcinferError.
+        """
+        from tcinfer.absorb import absorb
+
+        save = (lambda: None) if path is None else partial(self.save, path, writer)
+        return absorb(self, stream, save, every, live, progress, invalid)
 
 
 class Text(Iterator[Piece]):

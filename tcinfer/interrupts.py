@@ -8,21 +8,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+HEEDED = (signal.SIGINT, signal.SIGTERM)
+
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """A block that is short, and is finished before an interruption (SIGINT) is heeded: KeyboardInterrupt, or what
-    another handler does, comes at its end. Python runs handlers in the main thread alone, so elsewhere this is nothing.
+    """A block that is short, and is finished before a signal (SIGINT, SIGTERM) is heeded: KeyboardInterrupt, or what
+    another handler in Python does, comes at its end. Python runs handlers in the main thread alone, so elsewhere this
+    is nothing.
     """
-    handler = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
-    if not callable(handler):
-        yield
-        return
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: handler for number in HEEDED if callable(handler := signal.getsignal(number))}
     came: list[tuple[int, Any]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    for number in handlers:
+        signal.signal(number, lambda number, frame: came.append((number, frame)))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if came:
-            handler(*came[0])
+            handlers[came[0][0]](*came[0])  # type: ignore[index]

@@ -53,10 +53,14 @@ def together(*options: Any) -> Any:
 model_options = together(MODEL, *MEMORY, *RUNNING)  # that choose a model and how it runs
 
 
-def load_model(options: dict[str, Any], like: SessionFile | None = None) -> Model:
-    """The model that these options name; like: with the memory of this session unless they say otherwise."""
+def load_model(options: dict[str, Any], like: SessionFile | None = None, bounded: str = "") -> Model:
+    """The model that these options name; like: with the memory of this session unless they say otherwise.
+
+    bounded: why it gets sinks memory where nobody chose and its own would grow; without it, its own.
+    """
     from tcinfer.engine import backend
     from tcinfer.loader import Opened
+    from tcinfer.memory import bounded as has_one_size
 
     runs = backend(options["backend"], options["threads"])
     opened = Opened(options["model"])
@@ -64,6 +68,9 @@ def load_model(options: dict[str, Any], like: SessionFile | None = None) -> Mode
     had = like.memory_options(opened.config) if like is not None else {}
     if had and options["memory"] in (None, had["memory"]):
         memory = {name: had[name] if value is None else value for name, value in memory.items()}
+    elif bounded and options["memory"] is None and not has_one_size(opened.config):
+        notice(f"{bounded}: sinks memory is used (--memory full keeps all)")
+        memory["memory"] = "sinks"
     return opened.model(runs, **memory, notice=None if options.get("quiet") else notice)
 
 

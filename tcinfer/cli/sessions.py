@@ -7,14 +7,13 @@ import os
 import signal
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from tcinfer.cli.console import interruptible, invalid, one_line, rate, say
-from tcinfer.cli.options import load_model, model_options, notice, open_text
+from tcinfer.cli.console import invalid, one_line, rate, say, terminated
+from tcinfer.cli.options import load_model, model_options, open_text
 from tcinfer.config import check_number
 from tcinfer.errors import TcinferError
 
@@ -51,48 +50,26 @@ def absorb(path: str, file: str | None, every: float, quiet: bool, **options: An
     from tcinfer import session_file
     from tcinfer.atomic import Writer
     from tcinfer.progress import bar
-    from tcinfer.tokenizer import stream as text
 
     check_number("--every", every, 0)
     found = session_file.read(path) if os.path.exists(path) else None
     if file is None and (sys.stdin is None or sys.stdin.isatty()):
         raise TcinferError("nothing to absorb: give -f FILE, or pipe a text in")
     with open_text(file) if file is not None else sys.stdin.buffer as stream, Writer(path) as writer:
-        model = load_model(options, found)
-        if found is None and options["memory"] is None and not model.bounded:
-            notice("this model's own cache would grow with the stream: sinks memory is used (--memory full keeps all)")
-            model = load_model(options | {"memory": "sinks"})
+        model = load_model(options, found, bounded="this model's own cache would grow with the stream")
         session = model.session() if found is None else model.attach(found)
         session.save(path, writer)  # what cannot be written should show before hours of reading
-        first, start, saved = session.position, time.monotonic(), time.monotonic()
+        first, start = session.position, time.monotonic()
+        signal.signal(signal.SIGTERM, terminated)  # as Ctrl-C: after the pass at hand, and once it is saved
         try:
-            with interruptible(signal.SIGTERM) as check, bar("absorbing", None) as advance:
-
-                def save_after(seconds: float) -> None:
-                    nonlocal saved
-                    if time.monotonic() - saved > seconds:
-                        session.save(path, writer)
-                        saved = time.monotonic()
-
-                def progress(n: int, total: int | None) -> None:
-                    advance(n, total)
-                    check()
-                    save_after(every)
-
-                bos, live = first == 0 and model.tokenizer.add_bos, None if file is not None else LIVE
-                parts = text.ids_and_total(model.tokenizer, stream, bos, live, continues=first > 0, invalid=invalid)
-                for part, total in check.waits(parts):
-                    if part:
-                        session.feed(part, progress=partial(progress, total=total))
-                    else:  # the stream rests: there is time to save
-                        save_after(0)
+            with bar("absorbing", None) as advance:
+                live = None if file is not None else LIVE
+                session.absorb(stream, path, every, live, advance, invalid, writer)
         finally:
             count, seconds = session.position - first, time.monotonic() - start
             refused = isinstance(sys.exception(), TcinferError) and not count
             if refused and found is None:
                 os.unlink(path)
-            elif session.whole:
-                session.save(path, writer)
             if not quiet and not refused:
                 size = os.path.getsize(path)
                 say(

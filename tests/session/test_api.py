@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 import multiprocessing
@@ -346,3 +347,20 @@ def test_chat_with_a_model_without_a_template(teller: Model) -> None:
     before = session.position
     assert list(session.chat("And who is the queen?", max_tokens=4, seed=1))
     assert session.position > before
+
+
+def test_a_stream_is_absorbed_and_saved(model: Model, tmp_path: Path) -> None:
+    path, told = tmp_path / "s.tcs", []
+    text = "Before we proceed any further, hear me speak. " * 300
+    session = model.session()
+    count = session.absorb(io.BytesIO(text.encode()), path, progress=lambda n, total: told.append((n, total)))
+    assert count == session.position == len(text) == sum(n for n, _ in told)
+    assert {total for _, total in told} == {len(text)}
+    other = model.session()
+    other.feed(model.tokenizer.encode(text))
+    np.testing.assert_array_equal(model.load_session(path).logits, other.logits)
+    with pytest.raises(TcinferError, match=r"U\+00EF"):  # what was fed before it is kept, and saved
+        session.absorb(io.BytesIO((text + "x " * 66000 + "\u00ef").encode()), path)
+    assert session.whole
+    assert model.load_session(path).position == session.position > 2 * count
+    assert model.session().absorb(io.BytesIO(b"")) == 0
