@@ -149,15 +149,15 @@ class Model(Loaded):
         for session in sessions:
             session.check_fits(1)
         chooses = any(how is not None and self.engine.chooses(how) for how in hows)
-        self.engine.room(count if chooses else min(count, self.chunk))
+        self.engine.room(count if chooses else min(count, self.pass_tokens))
         for session, how in zip(sessions, hows, strict=True):
             session.make_room(1)
             if how is not None and session.draws is None:
                 session.draws = Draws.of(how)
         V = self.config.vocab_size
         out: NDArray[Any] = rows_of_logits(count, V) if sampling is None else np.empty(count, np.int64)
-        for a in range(0, count, self.chunk):
-            part = slice(a, a + self.chunk)
+        for a in range(0, count, self.pass_tokens):
+            part = slice(a, a + self.pass_tokens)
             advance(list[Past](sessions[part]), ids[part], hows[part], a if chooses else 0)
             for i, (session, how) in enumerate(zip(sessions[part], hows[part], strict=True), a):
                 out[i] = session.logits if how is None else self._next(session, how)  # type: ignore[assignment]

@@ -12,7 +12,7 @@ from tcinfer.errors import TcinferError
 
 DEFAULT_WINDOW = 512  # tokens, where neither the file nor the user names one
 DEFAULT_SINKS = 4  # tokens, beside the window
-CHUNK = 256  # tokens of a prompt, or sessions stepped together, that one pass through the model takes
+PASS_TOKENS = 256  # tokens of a prompt, or sessions stepped together, that one pass through the model takes
 LARGEST_COUNT = 2**31 - 1  # of anything a file or an option may count
 LARGEST_FLOAT, SMALLEST_FLOAT = 3.4e38, 1.2e-38  # what a file's 32 bits hold
 

@@ -41,7 +41,7 @@ class Loaded:
         self.chat_template = chat_template  # Jinja, as the file has it
         self.bounded = memory.bounded(config)  # whether a session's state has one size for ever
         self.engine = backend.engine(config, weights)
-        self.chunk = self.engine.chunk  # most tokens that one pass takes
+        self.pass_tokens = self.engine.pass_tokens  # most tokens that one pass takes
         # threads: of this machine, that run passes together; None where a library or a GPU does
         self.threads, self.bytes_per_token = getattr(backend, "threads", None), self.engine.bytes_per_token
         self.vectors = {name: w for name, w in weights.items() if not isinstance(w, Matrix)}  # norms, gates ...
@@ -73,8 +73,8 @@ class Loaded:
         """
         from tcinfer.chat.template import ChatTemplate
 
-        words, eos = self.tokenizer, min(self.tokenizer.eos_ids, default=None)
-        return ChatTemplate(self.chat_template, words.control_text(words.bos_id), words.control_text(eos))
+        tokenizer, eos = self.tokenizer, min(self.tokenizer.eos_ids, default=None)
+        return ChatTemplate(self.chat_template, tokenizer.control_text(tokenizer.bos_id), tokenizer.control_text(eos))
 
     def close(self) -> None:
         """Give its memory back: nothing of it runs any more."""

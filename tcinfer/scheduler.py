@@ -294,7 +294,7 @@ class Scheduler:
         ready = [job for job in self._active if self._ready(job)]
         writers = [job for job in ready if len(job.pending) == 1]
         readers = sorted((job for job in ready if len(job.pending) > 1), key=lambda job: job.rank(now))
-        chunk = self._model.chunk
+        chunk = self._model.pass_tokens
         room = chunk if not writers else int(min(chunk, max(1, self.stall * self._rate)))
         together: list[tuple[_Job, int]] = []  # short parts of prompts, which share a pass
         for job in readers:

@@ -111,12 +111,12 @@ class Sequence:
         """
         checked, model = self.check(ids), self.model
         self.make_room(len(checked))
-        model.engine.room(min(len(checked), model.chunk) if all_logits else 1)
+        model.engine.room(min(len(checked), model.pass_tokens) if all_logits else 1)
         out = rows_of_logits(len(checked), model.config.vocab_size) if all_logits else None
         start = self.position
         try:
-            for a in range(0, len(checked), model.chunk):
-                part = checked[a : a + model.chunk]
+            for a in range(0, len(checked), model.pass_tokens):
+                part = checked[a : a + model.pass_tokens]
                 logits = run([self], [part], len(part) if all_logits else 1)
                 if out is not None:
                     out[a : a + len(part)] = logits

@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 
 MAGIC = b"TCSESSN\0"
 VERSION = 1
-WORDS = 7  # of Draws
-HEADER = struct.Struct(f"<8sII32sqqQ{WORDS}Q")
+DRAW_WORDS = 7  # of Draws
+HEADER = struct.Struct(f"<8sII32sqqQ{DRAW_WORDS}Q")
 DIGEST = 32
 LONGEST_DESCRIPTION = 2**16
 MOST_LAYERS = 4096
@@ -107,7 +107,7 @@ def parts(snapshot: Snapshot) -> Iterator[memoryview]:
     draws, logits = snapshot.draws, snapshot.logits
     description = _described(config)
     flags = HAS_LOGITS * (logits is not None) + HAS_DRAWS * (draws is not None)
-    words = draws.words() if draws is not None else (0,) * WORDS
+    words = draws.words() if draws is not None else (0,) * DRAW_WORDS
     room = 0 if model.bounded else state.layout.capacity
     header = HEADER.pack(MAGIC, VERSION, len(description), model.fingerprint, state.position, room, flags, *words)
     last = np.zeros(config.vocab_size, np.float32) if logits is None else logits

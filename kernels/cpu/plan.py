@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tcinfer.kernels import plan as neutral
 from tcinfer.kernels.cpu.jit import OPERATORS
 from tcinfer.kernels.cpu.threads import ARGUMENTS, OPERATOR, STEP, WAIT, WHEN
-from tcinfer.kernels.cpu.tiles import HEAD
+from tcinfer.kernels.cpu.tiles import RUN_SUMS
 from tcinfer.kernels.operators import Operator
 from tcinfer.kernels.packing import RUN
 from tcinfer.kernels.plan import ALIGNMENT, ALWAYS, EACH, KIND_OF_PASS, PASS, SCRATCH, WORDS, Step, barriers
@@ -33,7 +33,7 @@ class Rows(neutral.Rows):
 
     @property
     def bytes_stride(self) -> int:
-        return -(-(self.columns + self.columns // RUN * HEAD) // ALIGNMENT) * ALIGNMENT
+        return -(-(self.columns + self.columns // RUN * RUN_SUMS) // ALIGNMENT) * ALIGNMENT
 
     def want_bytes(self) -> bool:
         """Make room for the quantised rows; whether a step of its own has to fill it."""

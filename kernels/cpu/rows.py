@@ -18,7 +18,7 @@ from tcinfer.kernels.cpu.jit import Operator, operator
 from tcinfer.kernels.cpu.machine import atomic_add, doubles, floats, int64s, load_brain, load_half, number
 from tcinfer.kernels.cpu.packing import unpacker
 from tcinfer.kernels.cpu.plan import Plan, Rows
-from tcinfer.kernels.cpu.tiles import HEAD
+from tcinfer.kernels.cpu.tiles import RUN_SUMS
 from tcinfer.kernels.cpu.vectors import gelu_of, gelu_product, left_over, normed, quantise_run, silu_product, squares
 from tcinfer.kernels.packing import FLOATS, PACKINGS, RUN
 from tcinfer.kernels.plan import (
@@ -77,7 +77,7 @@ def sigmoid(x):  # type: ignore[no-untyped-def]
 def bytes_at(base, stride, columns, row, run):  # type: ignore[no-untyped-def]
     """Addresses of the integers of one run of a quantised row, and of its scale and sums."""
     at = base + row * stride
-    return at + RUN * run, at + columns + HEAD * run
+    return at + RUN * run, at + columns + RUN_SUMS * run
 
 
 @register_jitable

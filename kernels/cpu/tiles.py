@@ -37,7 +37,7 @@ from tcinfer.kernels.packing import FLOATS, PACKINGS, RUN
 
 MANY = 8 if TIER == "avx512vnni" else 4  # rows of activations whose sums fit the registers at once
 AHEAD = 4096  # bytes by which weights are fetched before they are needed, where each is used once
-HEAD = 16  # bytes of scale and sums that follow the bytes of each run of activations (see vectors.quantise_run)
+RUN_SUMS = 16  # bytes of scale and sums that follow the bytes of each run of activations (see vectors.quantise_run)
 
 
 @cache
@@ -63,7 +63,7 @@ def byte_tile(kind: Kind, n: int) -> Any:
             m = m or [scale * float(-packing.offset) for scale in d]
             for t in range(n):
                 byte = builder.add(rows[t], builder.mul(loop.index, I64(RUN)))
-                head = builder.add(builder.add(rows[t], heads), builder.mul(loop.index, I64(HEAD)))
+                head = builder.add(builder.add(rows[t], heads), builder.mul(loop.index, I64(RUN_SUMS)))
                 chains = [constant(builder, I32, LANES)] * (2 if n <= 2 or packing.scales == 2 else 1)
                 for j in range(8):
                     c = j // 4 if len(chains) == 2 else 0

@@ -87,7 +87,7 @@ def _convert(
     path: Path,
     out: Path,
     outtype: str,
-    words: str | None,
+    tokenizer: str | None,
     verify: bool | None,
     only: str | None = None,
     template: str | None = None,
@@ -96,7 +96,7 @@ def _convert(
 
     signal.signal(signal.SIGTERM, terminated)  # so that what is half-written is removed
     source, written, found = converters.convert(
-        path, out, outtype, Path(words) if words else None, verify, only, Path(template) if template else None
+        path, out, outtype, Path(tokenizer) if tokenizer else None, verify, only, Path(template) if template else None
     )
     for note in source.notes:
         say(f"not used: {one_line(note)}")

@@ -46,7 +46,7 @@ class How(NamedTuple):
 class Engine(Protocol):
     """One model on one backend. Passes wait for each other."""
 
-    chunk: int  # most rows of a pass
+    pass_tokens: int  # most rows of a pass
     ragged: bool  # whether a pass takes several tokens of each of several states
     bytes_per_token: int | None  # of the matrices that each is multiplied with, as the file holds them; None on numpy
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tcinfer.config import CHUNK, ModelConfig
+from tcinfer.config import PASS_TOKENS, ModelConfig
 from tcinfer.engine import base
 from tcinfer.engine.base import F32, bytes_per_token
 from tcinfer.engine.eager import HostEngine
@@ -38,12 +38,12 @@ WORTH_SHARING = 2**21  # multiplications of a pass below which one thread is don
 class Engine(HostEngine):
     """A model's plan, and how a pass is described to it. One pass at a time; callers wait for each other."""
 
-    chunk = CHUNK  # rows of the longest pass
+    pass_tokens = PASS_TOKENS  # rows of the longest pass
 
     def __init__(self, config: ModelConfig, weights: dict[str, Any], threads: Threads) -> None:
         """weights: as Backend.engine; the matrices are repacked here, which takes their size in memory again."""
         self.config, self._threads, self._lock, self._owner = config, threads, Lock(), os.getpid()
-        self._plan = Recorder(CHUNK, threads)
+        self._plan = Recorder(PASS_TOKENS, threads)
         transformer(self._plan, config, lambda name, spec: weights.get(name))
         self._plan.finish()
         self._geometries = _geometries(config)
@@ -53,7 +53,7 @@ class Engine(HostEngine):
 
     def run(self, states: Sequence[Any], counts: Sequence[int], ids: NDArray[np.int64], out_rows: int) -> F32:
         total = len(ids)
-        assert total == sum(counts) <= CHUNK
+        assert total == sum(counts) <= PASS_TOKENS
         logits = np.empty((out_rows, self.config.vocab_size), np.float32)
         ids = np.ascontiguousarray(ids, np.int64)
         of = np.repeat(np.arange(len(states)), counts)

@@ -27,7 +27,7 @@ from tcinfer.memory.state import AnyState, DeviceState, Layout, State
 from tcinfer.sampling import Sampling, on_device
 from tcinfer.transformer import transformer
 
-CHUNK = 2048  # rows of a pass with which a GPU is busy
+PASS_TOKENS = 2048  # rows of a pass with which a GPU is busy
 
 
 class Later:
@@ -55,7 +55,7 @@ class Engine:
         Raises UnavailableError where it lacks what the model needs.
         """
         self.config, self.device, self.lock, self._owner = config, device, RLock(), os.getpid()
-        self.chunk: int = CHUNK  # rows of the longest pass
+        self.pass_tokens: int = PASS_TOKENS  # rows of the longest pass
         self.ragged = False
         self.bytes_per_token: int | None = bytes_per_token(weights)
         heads = {layer.n_kv_heads for layer in config.layers}
@@ -63,7 +63,7 @@ class Engine:
             raise UnavailableError("on a GPU all layers must have as many key heads: use --backend numba")
         self._heads = heads.pop()
         self._plan = plan = Recorder(
-            self.chunk, device, [o for found in rooms() for o in getattr(found, "OPERATORS", ())]
+            self.pass_tokens, device, [o for found in rooms() for o in getattr(found, "OPERATORS", ())]
         )
         transformer(plan, config, lambda name, spec: weights.get(name))
         leaders = plan.allocate(8 * device.multiprocessors)
@@ -72,8 +72,8 @@ class Engine:
         plan.step(CHOOSE, when=FEW | PROMPT | SESSIONS, vocabulary=config.vocab_size, leaders=None)
         plan.fields = sum(len(fields) for fields in memory.layout(config).layers)
         plan.finish()
-        self._choices = plan.allocate(8 * self.chunk)
-        self._pass = device.zeros(Pass(self.chunk, self.chunk, self._heads).data.nbytes)
+        self._choices = plan.allocate(8 * self.pass_tokens)
+        self._pass = device.zeros(Pass(self.pass_tokens, self.pass_tokens, self._heads).data.nbytes)
         address, key_heads = self._pass.address, self._heads
         # of a shape, made once: most passes are of one or two shapes
         self._passes = lru_cache(8)(lambda rows, sequences: Pass(rows, sequences, key_heads, address))
@@ -134,7 +134,7 @@ class Engine:
     ) -> None:
         """As `run`; the logits of the last `out_rows` rows become rows `first` and following."""
         total = len(ids)
-        assert total == sum(counts) <= self.chunk
+        assert total == sum(counts) <= self.pass_tokens
         assert len(states) == 1 or max(counts) == 1
         assert first + out_rows <= self._rows
         if self._owner != os.getpid():

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tcinfer.config import CHUNK, ModelConfig
+from tcinfer.config import PASS_TOKENS, ModelConfig
 from tcinfer.engine import base
 from tcinfer.engine.base import F32, Here, How
 from tcinfer.kernels.reference import quants
@@ -48,7 +48,7 @@ class HostEngine:
 class Engine(HostEngine):
     """A model's weights as they lie in its file, unpacked when they are first used."""
 
-    chunk = CHUNK
+    pass_tokens = PASS_TOKENS
     bytes_per_token: int | None = None
     product: Product = staticmethod(quants.linear)  # x Wᵀ + b
 

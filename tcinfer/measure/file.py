@@ -41,7 +41,7 @@ def facts(path: str | PathLike[str] | None = None, **asked: Any) -> dict[str, An
     Raises TcinferError for a file that this version cannot run.
     """
     opened = Opened(path)
-    file, words = opened.file, opened.tokenizer
+    file = opened.file
     with opened.named():
         weights = bind(opened.config, file.tensors)
     config = with_memory(opened.config, **asked)
@@ -61,7 +61,7 @@ def facts(path: str | PathLike[str] | None = None, **asked: Any) -> dict[str, An
         "parameters": sum(math.prod(tensor.shape) for tensor in file.tensors.values()),
         "tensors": len(file.tensors),
         "tensor_types": _types(file.tensors),
-        "tokenizer": _tokenizer(file.metadata, words),
+        "tokenizer": _tokenizer(file.metadata, opened.tokenizer),
         "chat_template": _template(file.metadata.get(tokenizer.CHAT_TEMPLATE)),
         "memory": {
             "mechanism": _listed(config.memory),
@@ -113,14 +113,14 @@ def _family(name: str) -> str:
     return name.split("_")[0] + "_*"
 
 
-def _tokenizer(metadata: Mapping[str, Any], words: tokenizer.Tokenizer) -> dict[str, Any]:
+def _tokenizer(metadata: Mapping[str, Any], found: tokenizer.Tokenizer) -> dict[str, Any]:
     kind = metadata.get(tokenizer.MODEL, "none")
     texts: dict[int, str] = {}
     if tokenizer.HUGGINGFACE_JSON in metadata:
         kind = "tokenizer.json"
         added = json.loads(metadata[tokenizer.HUGGINGFACE_JSON]).get("added_tokens") or ()
         texts = {token["id"]: token["content"] for token in added}
-    elif words.vocab_size:
+    elif found.vocab_size:
         texts = dict(enumerate(metadata[tokenizer.TOKENS]))
 
     def named(token: int) -> dict[str, Any]:
@@ -130,10 +130,10 @@ def _tokenizer(metadata: Mapping[str, Any], words: tokenizer.Tokenizer) -> dict[
     return {
         "kind": kind,
         "pre": pre if isinstance(pre, str) else None,
-        "tokens": words.vocab_size,
-        "bos": None if words.bos_id is None else named(words.bos_id),
-        "eos": [named(token) for token in sorted(words.eos_ids)],
-        "adds_bos": words.add_bos,
+        "tokens": found.vocab_size,
+        "bos": None if found.bos_id is None else named(found.bos_id),
+        "eos": [named(token) for token in sorted(found.eos_ids)],
+        "adds_bos": found.add_bos,
     }
 
 
@@ -202,7 +202,7 @@ def report(found: Mapping[str, Any]) -> str:
         ("trained on", f"{sizes['context_length']:,} tokens at most" if sizes["context_length"] else "not said"),
         ("parameters", f"{found['parameters']:,} in {found['tensors']} tensors"),
         *((f"  {kind['type']}", _tensors(kind)) for kind in found["tensor_types"]),
-        ("tokenizer", _words(found["tokenizer"])),
+        ("tokenizer", _vocabulary(found["tokenizer"])),
         ("chat template", f"{style}, {template['characters']:,} characters" if template else "none"),
         ("memory", _spread(layers, "{memory}")),
         ("window", _spread(layers, "{window:,} tokens", "window")),
@@ -260,15 +260,15 @@ def _rotary(positions: Mapping[str, Any], layers: list[dict[str, Any]]) -> str:
     return _spread(each, "rotary, base {rope_base:g}{scaling}", "rope_dim")
 
 
-def _words(words: Mapping[str, Any]) -> str:
+def _vocabulary(told: Mapping[str, Any]) -> str:
     def shown(token: Mapping[str, Any]) -> str:
         return f"{token['id']} {_cut(token['text'] or '')}".strip()
 
-    if not words["tokens"]:
+    if not told["tokens"]:
         return "none"
-    kind = f"{words['kind']} ({words['pre']})" if words["pre"] else words["kind"]
-    bos = f"{shown(words['bos'])}, {'added' if words['adds_bos'] else 'not added'}" if words["bos"] else "none"
-    return f"{kind}, {words['tokens']:,} tokens; BOS {bos}; EOS {', '.join(map(shown, words['eos'])) or 'none'}"
+    kind = f"{told['kind']} ({told['pre']})" if told["pre"] else told["kind"]
+    bos = f"{shown(told['bos'])}, {'added' if told['adds_bos'] else 'not added'}" if told["bos"] else "none"
+    return f"{kind}, {told['tokens']:,} tokens; BOS {bos}; EOS {', '.join(map(shown, told['eos'])) or 'none'}"
 
 
 def _tables(layers: list[dict[str, Any]]) -> list[str]:

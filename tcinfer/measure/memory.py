@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tcinfer import memory
-from tcinfer.config import CHUNK, ModelConfig
+from tcinfer.config import PASS_TOKENS, ModelConfig
 from tcinfer.engine.eager import Engine
 from tcinfer.loaded import Loaded
 from tcinfer.memory.state import State
@@ -46,13 +46,13 @@ def layers(config: ModelConfig, state: State) -> list[LayerMemory]:
 def shares(model: Loaded, before: Snapshot, ids: Sequence[int]) -> dict[int, float]:
     """By layer, the memory's share in what attention added while these ids were read or written.
 
-    Of the last CHUNK of the ids, which follow on the snapshot. For each token and layer it is the length of what the
+    Of the last PASS_TOKENS ids, which follow on the snapshot. For each token and layer it is the length of what the
     memory added over the sum of that and of what the window added; layers without a memory are not in it.
     """
     if not len(ids):
         return {}
     session = Past(model, before)
-    checked, first = session.check(ids), max(0, len(ids) - CHUNK)
+    checked, first = session.check(ids), max(0, len(ids) - PASS_TOKENS)
     if first:
         session.feed(checked[:first])
     session.make_room(len(checked) - first)

@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tcinfer.api import Model
-from tcinfer.config import CHUNK, DEFAULT_WINDOW, ModelConfig, check_count
+from tcinfer.config import DEFAULT_WINDOW, PASS_TOKENS, ModelConfig, check_count
 from tcinfer.errors import TcinferError
 from tcinfer.measure import plot
 
@@ -160,7 +160,7 @@ def measure(
     reaches = {label: _reach(model) for label, model in models.items()}
     stream = islice(chain.from_iterable(ids), limit)
     before = list(islice(stream, 1))
-    while targets := list(islice(stream, CHUNK)):
+    while targets := list(islice(stream, PASS_TOKENS)):
         taken = sums.position - 1 + len(targets)  # tokens in each session after this pass
         for label in [label for label, reach in reaches.items() if taken > reach]:
             reach = reaches.pop(label)

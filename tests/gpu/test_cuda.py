@@ -174,7 +174,7 @@ def test_more_sessions_and_longer_prompts_than_a_pass_takes(
     backend: str,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cuda, "CHUNK", 32)
+    monkeypatch.setattr(cuda, "PASS_TOKENS", 32)
     config = config_of("tensor-delta")
     reference, model = (build(config, b, weights_of(config)) for b in ("numpy", backend))
     ids = np.resize(IDS, 75)
@@ -264,7 +264,7 @@ def test_heads_that_tensor_cores_do_not_take(head_dim: int, backend: str) -> Non
 def test_sessions_of_several_passes_leave_their_logits_on_the_device(
     counted: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "CHUNK", 8)
+    monkeypatch.setattr(cuda, "PASS_TOKENS", 8)
     model = build(SMALL, "cuda")
     sessions, tokens = [model.session() for _ in range(20)], IDS[:20]
     for _ in range(2):

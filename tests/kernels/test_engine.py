@@ -10,7 +10,7 @@ from conftest import SMALL, ByBytes, build, small
 from test_memory import CASES, config_of, difference, feed, weights_of
 
 from tcinfer.api import Model, Session
-from tcinfer.config import CHUNK, ModelConfig
+from tcinfer.config import PASS_TOKENS, ModelConfig
 from tcinfer.engine import compiled
 from tcinfer.errors import TcinferError
 from tcinfer.kernels.reference.quants import Kind
@@ -106,12 +106,12 @@ def test_many_sessions_at_once_are_each_alone(name: str, kind: Kind) -> None:
 
 def test_more_sessions_than_one_pass_takes(backend: str) -> None:
     model = build(replace(SMALL, memory="window", window=7), backend)
-    sessions, tokens = [model.session() for _ in range(CHUNK + 20)], np.resize(IDS, CHUNK + 20)
+    sessions, tokens = [model.session() for _ in range(PASS_TOKENS + 20)], np.resize(IDS, PASS_TOKENS + 20)
     first, second = (model.step_many(sessions, t) for t in (tokens, tokens[::-1]))
     one = model.session()
-    assert difference(first[CHUNK + 5], one.feed(tokens[CHUNK + 5])) < 1e-5
-    assert difference(second[CHUNK + 5], one.feed(tokens[14])) < 1e-5
-    assert np.array_equal(sessions[CHUNK + 5].logits, second[CHUNK + 5])
+    assert difference(first[PASS_TOKENS + 5], one.feed(tokens[PASS_TOKENS + 5])) < 1e-5
+    assert difference(second[PASS_TOKENS + 5], one.feed(tokens[14])) < 1e-5
+    assert np.array_equal(sessions[PASS_TOKENS + 5].logits, second[PASS_TOKENS + 5])
 
 
 def test_a_token_that_one_session_cannot_take_changes_none(backend: str) -> None:

@@ -11,7 +11,7 @@ from test_memory import CASES, IDS, changed, config_of, inf, model_of, tc, weigh
 
 from tcinfer import memory
 from tcinfer.api import Model, Session
-from tcinfer.config import CHUNK, ModelConfig
+from tcinfer.config import PASS_TOKENS, ModelConfig
 from tcinfer.errors import TcinferError
 from tcinfer.measure import memory as insight
 from tcinfer.memory.state import State
@@ -159,10 +159,10 @@ def test_both_backends_find_the_same_shares(name: str) -> None:
 
 def test_of_many_ids_the_last_are_looked_at(backend: str) -> None:
     model = model_of("tensor-delta", backend)
-    ids, session = np.resize(IDS, 2 * CHUNK + 30), model.session()
+    ids, session = np.resize(IDS, 2 * PASS_TOKENS + 30), model.session()
     want = insight.shares(model, session.snapshot(), ids.tolist())
-    session.feed(ids[:-CHUNK])
-    assert insight.shares(model, session.snapshot(), ids[-CHUNK:].tolist()) == want
+    session.feed(ids[:-PASS_TOKENS])
+    assert insight.shares(model, session.snapshot(), ids[-PASS_TOKENS:].tolist()) == want
 
 
 @pytest.mark.parametrize("name", ["full", "infini-delta-unbounded", "tensor-unbounded-insert"])

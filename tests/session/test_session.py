@@ -12,7 +12,7 @@ from conftest import SHAKESPEARE, small
 
 import tcinfer
 from tcinfer.api import Session
-from tcinfer.config import CHUNK
+from tcinfer.config import PASS_TOKENS
 from tcinfer.errors import TcinferError
 from tcinfer.kernels.reference.eager import Eager
 from tcinfer.memory import tensor_cache
@@ -87,7 +87,7 @@ def test_learned_positions_end_at_the_block_and_say_so() -> None:
 
 def test_a_prompt_longer_than_a_chunk_is_the_same_prompt() -> None:
     model = small(**TENSOR)
-    ids = np.random.default_rng(1).integers(0, 50, 2 * CHUNK + 17)
+    ids = np.random.default_rng(1).integers(0, 50, 2 * PASS_TOKENS + 17)
     s, t = model.session(), model.session()
     got = s.feed(ids)
     for part in np.array_split(ids, 31):
@@ -159,8 +159,8 @@ def test_an_interruption_between_chunks_leaves_a_whole_session() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        s.feed(np.zeros(2 * CHUNK, int), progress=stop)
-    assert s.position == CHUNK
+        s.feed(np.zeros(2 * PASS_TOKENS, int), progress=stop)
+    assert s.position == PASS_TOKENS
     s.feed([1])
 
 
