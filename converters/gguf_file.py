@@ -23,7 +23,11 @@ PACKING = {"general.file_type", "general.quantization_version", "general.alignme
 
 
 def recognises(path: Path) -> bool:
-    return path.is_file() and path.suffix == ".gguf"
+    """By what it begins with, for others' stores name files by their digests; a broken one by its name."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(reader.MAGIC)) == reader.MAGIC or path.suffix.lower() == ".gguf"
 
 
 def read(path: Path) -> Source:

@@ -107,8 +107,14 @@ def shown(value: Any) -> str:
 
 
 def name_of(folder: Path) -> str:
-    """A model's name from its folder's; what is no UTF-8 in it is replaced."""
-    return folder.name.encode("utf-8", "replace").decode()
+    """A model's name from its folder's; what is no UTF-8 in it is replaced.
+
+    The hub's cache has models--OWNER--NAME/snapshots/COMMIT: there the name is NAME.
+    """
+    name, kept = folder.name, folder.parent.parent.name.split("--", 2)
+    if folder.parent.name == "snapshots" and len(kept) == 3 and kept[0] == "models":
+        name = kept[2]
+    return name.encode("utf-8", "replace").decode()
 
 
 def typed(args: Mapping[str, Any], name: str, default: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from copy import copy
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 # Every id that fits is allowed. Else the library cuts text that is the only way on into tokens itself, which goes wrong
 # where the vocabulary lacks a character. It stands behind the grammar, where it moves no line numbers.
 NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
+UNKNOWN_FORMAT = re.compile(r"Unknown format: (\S+)")  # what the library says of one
+VALUES = ("const", "enum", "default", "examples")  # keys of a schema below which is no schema
 # JSON allows white space without end, which small models love. This is room for indented lines.
 WHITE_SPACE = {"whitespace_pattern": r" |\n{1,2}[ \t]{0,20}"}
 
@@ -42,15 +45,19 @@ class Constraint:
         if (json_schema is None) == (grammar is None):
             raise TcinferError("a constraint is a json_schema or a grammar, one of them")
         name = "grammar" if json_schema is None else "json_schema"
-        lark = _lark(grammar) if json_schema is None else _lark_of_json(json_schema)
+        schema = None if json_schema is None else _schema(json_schema)
         vocabulary = _vocabulary(tokenizer, V)
 
         def compiled() -> Any:
+            lark = _lark(grammar) if schema is None else f"start: %json {json.dumps(schema)}"
             return library.LLMatcher(vocabulary, library.LLMatcher.grammar_from_lark(lark + NO_FORCING), log_level=0)
 
         self._matcher = run(compiled, TcinferError, name)
-        if error := self._matcher.get_error():
-            raise TcinferError(f"{name}: {_line(error)}")
+        while error := self._matcher.get_error():
+            unknown = UNKNOWN_FORMAT.search(error)
+            if schema is None or unknown is None or not _drop_format(schema, unknown[1]):
+                raise TcinferError(f"{name}: {_line(error)}")
+            self._matcher = run(compiled, TcinferError, name)
         self._V, self._known, self._ends = V, min(V, tokenizer.vocab_size), sorted(tokenizer.eos_ids)
         self._found: tuple[NDArray[np.bool_], bool] | None = None  # by _next, for this place
 
@@ -156,8 +163,8 @@ def _lark(grammar: Any) -> str:
     return run(lambda: any_to_lark(grammar), TcinferError, "grammar: as GBNF")
 
 
-def _lark_of_json(schema: Any) -> str:
-    """A grammar for JSON that fits a schema."""
+def _schema(schema: Any) -> dict[str, Any]:
+    """A JSON schema as an object of its own."""
     if isinstance(schema, str):
         text = schema
         schema = run(lambda: json.loads(text), TcinferError, "json_schema is no JSON")
@@ -166,7 +173,22 @@ def _lark_of_json(schema: Any) -> str:
     if not isinstance(schema, dict):
         raise TcinferError(f'json_schema must be an object, such as {{"type": "string"}}, not {type(schema).__name__}')
     schema = {"x-guidance": WHITE_SPACE, **schema}
-    return "start: %json " + run(lambda: json.dumps(schema, allow_nan=False), TcinferError, "json_schema is no JSON")
+    whole = run(lambda: json.dumps(schema, allow_nan=False), TcinferError, "json_schema is no JSON")
+    own: dict[str, Any] = json.loads(whole)
+    return own
+
+
+def _drop_format(schema: Any, name: str) -> bool:
+    """Take a format out of a schema wherever it stands, and say whether it did. JSON Schema 7.2.1 has formats that one
+    does not know ignored."""
+    if isinstance(schema, list):
+        return any([_drop_format(one, name) for one in schema])
+    if not isinstance(schema, dict):
+        return False
+    found = schema.get("format") == name
+    if found:
+        del schema["format"]
+    return any([_drop_format(one, name) for key, one in schema.items() if key not in VALUES]) or found
 
 
 def _line(error: str) -> str:

@@ -283,7 +283,7 @@ class Log:
         return FileError(f"{self.path}: the line at byte {at} is no record of a conversation, or in the wrong place")
 
     def _append(self, record: dict[str, Any], sync: bool = False) -> None:
-        line = json.dumps(record, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        line = json.dumps(record, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
         if len(line) > LONGEST_LINE:
             raise TcinferError(f"a system prompt and a template of {len(line):,} bytes are too long for a conversation")
         at = self._file.seek(0, os.SEEK_END)

@@ -77,3 +77,19 @@ def cli() -> None:
 
 for command in COMMANDS:
     cli.add_command(command)
+
+
+def _with_help(command: click.Command) -> None:
+    """Read help from the source, since Python's -OO drops the docstrings that it stands in."""
+    import ast
+    import inspect
+    from textwrap import dedent
+
+    (function,) = ast.parse(dedent(inspect.getsource(command.callback))).body  # type: ignore[arg-type]
+    command.help = ast.get_docstring(function)  # type: ignore[arg-type]
+    for below in getattr(command, "commands", {}).values():
+        _with_help(below)
+
+
+if sys.flags.optimize > 1:
+    _with_help(cli)

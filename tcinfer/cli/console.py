@@ -7,7 +7,7 @@ import signal
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -138,6 +138,17 @@ def both(advance: Bar, check: Callable[[], None]) -> Progress:
 def terminated(*_: Any) -> NoReturn:
     """A handler of SIGTERM: leave by an exception, so that what is half-written is removed."""
     sys.exit(TERMINATED)
+
+
+def stdin_waits() -> bool:
+    """Whether something is there to be read from standard input, of a pipe or a file."""
+    with suppress(ImportError, OSError, AttributeError, ValueError):  # no such call, no standard input
+        import fcntl
+        import termios
+
+        if not sys.stdin.isatty():
+            return any(fcntl.ioctl(sys.stdin.fileno(), termios.FIONREAD, bytes(4)))
+    return False
 
 
 def decoded(data: bytes) -> str:

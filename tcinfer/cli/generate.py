@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from tcinfer.cli.console import argument, both, interruptible, invalid, printable, rate, say
+from tcinfer.cli.console import argument, both, interruptible, invalid, printable, rate, say, stdin_waits
 from tcinfer.cli.options import (
     CONSTRAINT,
     banned_option,
     constraint,
     load_model,
     model_options,
+    notice,
     open_text,
     sampling,
     sampling_options,
@@ -77,7 +78,8 @@ def generate(**options: Any) -> None:
         raise TcinferError("--save needs the session's file: -s FILE.tcs")
     file = session_file.read(path) if path is not None and not (options["save"] and not os.path.exists(path)) else None
     writer = Writer(path) if options["save"] else None
-    with _prompt(options["prompt"], options["file"], optional=file is not None) as stream, writer or nullcontext():
+    prompt = _prompt(options["prompt"], options["file"], file is not None, options["quiet"])
+    with prompt as stream, writer or nullcontext():
         model = load_model(options, file)
         session = model.session() if file is None else model.attach(file)
         follow = constraint(options, model)
@@ -155,11 +157,13 @@ def _write(pieces: Iterator[Any], figures: Figures) -> None:
             click.echo(err=not sys.stdout.isatty())  # the figures begin on a line of their own
 
 
-def _prompt(text: str | None, file: str | None, optional: bool) -> BinaryIO:
+def _prompt(text: str | None, file: str | None, optional: bool, quiet: bool) -> BinaryIO:
     """The prompt's bytes, from where it is given; nothing where that is optional."""
     if text is not None and file is not None:
         raise TcinferError("-p and -f exclude each other")
     if text is not None:
+        if not quiet and stdin_waits():
+            notice("standard input is not read, for -p gives the prompt")
         return BytesIO(os.fsencode(text))
     if file is not None:
         return open_text(file)

@@ -61,6 +61,14 @@ def made(home: Path, shared: Chats) -> Chats:
     return shared
 
 
+def test_a_models_path_may_be_no_utf8(home: Path) -> None:
+    path = os.fsdecode(b"/models/m\xff.gguf")
+    store.Log(home, "odd", {"model": path}).close()
+    log = store.Log(home, "odd", {"model": path})
+    assert store.start_of(home, "odd")["model"] == log.start["model"] == path
+    log.close()
+
+
 def ids(line: bytes) -> list[int]:
     record = json.loads(line)
     return record.get("in", record.get("out", []))

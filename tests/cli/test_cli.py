@@ -159,6 +159,22 @@ def test_invalid_utf8_is_replaced_and_said(tmp_path: Path) -> None:
         assert b"prompt 3 tokens" in done.stderr
 
 
+def test_a_pipe_beside_p_is_not_passed_over_in_silence() -> None:
+    said = "standard input is not read, for -p gives the prompt"
+    assert said in tcinfer("generate", *PLAY, "-p", "A", "-n", "1", input="some notes").stderr
+    assert said not in tcinfer("generate", *PLAY, "-p", "A", "-n", "1").stderr
+    assert tcinfer("generate", *PLAY, "-p", "A", "-n", "1", "-q", input="some notes").stderr == ""
+
+
+def test_help_is_there_without_docstrings() -> None:
+    for arguments in ([], ["generate"], ["session"], ["session", "fork"]):
+        found = [
+            subprocess.run([sys.executable, *flags, "-m", "tcinfer", *arguments, "--help"], capture_output=True).stdout
+            for flags in ([], ["-OO"])
+        ]
+        assert found[0] == found[1] != b""
+
+
 def test_terminal_without_a_prompt_is_refused() -> None:
     ours, theirs = pty.openpty()
     try:

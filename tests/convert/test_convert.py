@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import FLOATS, SHARED, ByBytes, shared
+from conftest import FLOATS, SHAKESPEARE, SHARED, ByBytes, shared
 from hostile_files import checkpoint, integer, ints, name, program, rebuilt, storage, string
 from test_cli import FAST, command, refused
 
@@ -353,3 +353,13 @@ def test_interrupted_conversion(
     assert command("convert", shared("golden", "tc-delta", "ckpt.pt"), "-o", out).status == status
     assert len(done) == 5
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == ({out.name: existing} if existing else {})
+
+
+@pytest.mark.parametrize("name", ["sha256-0123456789abcdef", "MODEL.GGUF"])  # an ollama blob; what Windows writes
+def test_a_gguf_file_is_known_by_what_it_begins_with(name: str, tmp_path: Path) -> None:
+    shutil.copy(SHAKESPEARE, tmp_path / name)
+    assert inspected(converted(tmp_path / name, tmp_path / "out.gguf", "--no-verify")) == inspected(Path(SHAKESPEARE))
+
+
+def inspected(path: Path) -> Any:
+    return json.loads(command("inspect", "--json", path).out)["tokenizer"]

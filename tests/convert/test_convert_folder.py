@@ -14,6 +14,7 @@ from test_cli import FAST, command, refused
 from test_convert import bf16, converted, logits, values
 
 import tcinfer
+from tcinfer import converters
 from tcinfer.gguf import reader
 from tcinfer.loader import Opened
 
@@ -91,7 +92,7 @@ def entry(dtype: Any = "F32", shape: Any = (4, 4), offsets: Any = (0, 64)) -> di
 
 def folder(path: Path, tensors: Weights | None = None, files: int = 1, dtype: str = "F32", **config: Any) -> Path:
     """A model folder; its tensors go round `files` files."""
-    path.mkdir(exist_ok=True)
+    path.mkdir(exist_ok=True, parents=True)
     (path / "config.json").write_text(json.dumps({k: v for k, v in (HF | config).items() if v is not ...}))
     tensors = weights("tensor_cache" in config) if tensors is None else tensors
     for part in range(files):
@@ -109,6 +110,12 @@ def folder(path: Path, tensors: Weights | None = None, files: int = 1, dtype: st
 def test_the_model_is_named_after_its_folder(tmp_path: Path) -> None:
     file = converted(folder(tmp_path / "my-model"), tmp_path / "out.gguf")
     assert reader.read(file).metadata["general.name"] == "my-model"
+
+
+def test_in_the_hubs_cache_the_name_is_not_the_commit(tmp_path: Path) -> None:
+    for place, name in (("models--someone--tiny--v2", "tiny--v2"), ("elsewhere", "0123abc")):
+        path = folder(tmp_path / place / "snapshots" / "0123abc")
+        assert converters.read(path).config.name == name
 
 
 def test_a_model_with_a_window_is_ours_since_others_would_ignore_it(tmp_path: Path) -> None:

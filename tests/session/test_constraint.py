@@ -242,3 +242,26 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(TcinferError, match=re.escape("pip install 'tcinfer[grammar]'")):
         Constraint(tiny(), 7, grammar='start: "a"')
+
+
+def test_formats_that_nobody_knows_are_ignored_and_the_others_are_not(bytelevel: tuple[Tokenizer, int]) -> None:
+    told = {"const": {"format": "path"}}  # no schema, and no format of one
+    one = {"type": "string", "format": "path", "maxLength": 1}
+    schema = {
+        "type": "object",
+        "properties": {"a": one, "b": {"anyOf": [{"type": "string", "format": "password"}, told]}, "c": told},
+        "required": ["a", "b", "c"],
+        "additionalProperties": False,
+    }
+    given = json.dumps(schema)
+    c = Constraint(*bytelevel, json_schema=schema)
+    assert json.dumps(schema) == given
+    text = bytelevel[0].encode('{"a":"x","b":{"format":"path"},"c":{"format":"path"}}')
+    for token in text:
+        c.accept(token)
+    assert c.allowed()[sorted(bytelevel[0].eos_ids)].all()
+    date = Constraint(*bytelevel, json_schema={"anyOf": [{"type": "string", "format": "date"}, one]})
+    assert date.allowed()[bytelevel[0].encode('"')[0]]
+    date = Constraint(*bytelevel, json_schema={"type": "string", "format": "date"})
+    date.accept(bytelevel[0].encode('"')[0])
+    assert not date.allowed()[bytelevel[0].encode("x")[0]]
