@@ -138,7 +138,7 @@ def _temporary(path: Path, target: Path, private: bool) -> tuple[Path, int]:
         while True:
             with suppress(FileNotFoundError):  # left behind, or somebody is writing it: then after him
                 left = os.open(temporary, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-                _flock(left, wait=True)
+                lock(left, wait=True)
                 if _is(temporary, left):
                     temporary.unlink()
                 os.close(left)
@@ -146,12 +146,13 @@ def _temporary(path: Path, target: Path, private: bool) -> tuple[Path, int]:
                 handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600 if private else 0o666)
             except FileExistsError:
                 continue
-            _flock(handle, wait=True)
+            lock(handle, wait=True)
             if _is(temporary, handle):  # else somebody took it for left behind, before it was locked
                 break
             os.close(handle)
         if not private and target.exists():
-            os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode))
+            with suppress(PermissionError):  # some file systems have no modes
+                os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode))
     except OSError as e:
         raise FileError(f"{path}: cannot be written: {e.strerror or e}") from None
     return temporary, handle
@@ -161,7 +162,7 @@ def _lock(path: Path) -> int:
     """A handle that holds a file's lock. Raises FileError where somebody else does."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        _flock(handle)
+        lock(handle)
     except BlockingIOError:
         os.close(handle)
         raise FileError(f"{path}: {IN_USE}") from None
@@ -175,7 +176,7 @@ def _is(path: Path, handle: int) -> bool:
     return False
 
 
-def _flock(handle: int, wait: bool = False) -> None:
+def lock(handle: int, wait: bool = False) -> None:
     """Lock an open file, where there are such locks. Raises BlockingIOError where somebody else has it."""
     try:
         import fcntl
@@ -190,8 +191,8 @@ def _flock(handle: int, wait: bool = False) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """The new name too survives a loss of power (where folders can be opened at all)."""
-    if os.name == "posix":
+    """The new name too survives a loss of power, where the file system can do that; the file has its place already."""
+    with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -63,10 +63,9 @@ class Chats:
             options = found.memory_options(self.opened.config)
             self._load(options).attach(found)
         fingerprint = self._load(options).fingerprint.hex()
-        name = store.new_name(self.folder) if name is None else name
         start: dict[str, Any] = {"model": str(self.opened.path.resolve()), "fingerprint": fingerprint}
         start |= {"system": system, "memory": options, "template": self._source}
-        log = Log(self.folder, name, start)
+        log = store.begin(self.folder, start) if name is None else Log(self.folder, name, start)
         if base is not None:
             try:
                 copy(base, log.base_path, private=True)

@@ -25,7 +25,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any
 
-from tcinfer.atomic import copy
+from tcinfer.atomic import copy, lock
 from tcinfer.errors import FileError, TcinferError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -34,10 +34,14 @@ LONGEST_LINE = 2**20  # bytes; a part of ids has a few thousand
 
 
 def state_folder() -> Path:
-    """Where the user's conversations are kept; it need not be there."""
+    """Where the user's conversations are kept; it need not be there. Raises TcinferError where there is no home."""
     from platformdirs import user_state_path
 
-    return user_state_path("tcinfer", appauthor=False)
+    with suppress(RuntimeError, KeyError):
+        path = user_state_path("tcinfer", appauthor=False)
+        if path.is_absolute():
+            return path
+    raise TcinferError("there is no home folder to keep conversations in: set HOME or XDG_STATE_HOME, or use --no-save")
 
 
 def chats() -> Path:
@@ -46,7 +50,8 @@ def chats() -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for ours in (folder.parent, folder):
-            os.chmod(ours, 0o700)
+            with suppress(PermissionError):  # some file systems have no modes
+                os.chmod(ours, 0o700)
     except OSError as e:
         raise TcinferError(f"{folder}: conversations cannot be kept there: {e.strerror}") from None
     return folder
@@ -122,11 +127,17 @@ def delete(folder: Path, name: str) -> None:
         raise FileError(f"{path}: cannot be removed: {e.strerror}") from None
 
 
-def new_name(folder: Path) -> str:
-    """A name for a conversation that begins now."""
+def begin(folder: Path, start: dict[str, Any]) -> Log:
+    """The log of a conversation that begins now, named after the time; others may begin at the same moment."""
     name = time.strftime("%Y-%m-%d-%H%M%S")
-    taken = set(names(folder))
-    return next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10**6))) if n not in taken)
+    for i in range(1, 10**6):
+        with suppress(_TakenError):
+            return Log(folder, name if i == 1 else f"{name}-{i}", start)
+    raise TcinferError(f"{folder}: too many conversations began at once")
+
+
+class _TakenError(TcinferError):
+    """There is a conversation of that name."""
 
 
 class Log:
@@ -147,7 +158,7 @@ class Log:
             flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if start is not None else 0) | getattr(os, "O_NOFOLLOW", 0)
             self._file: IO[bytes] = os.fdopen(os.open(self.path, flags, 0o600), "r+b", buffering=0)
         except FileExistsError:
-            raise TcinferError(f"there is a conversation {name!r} already: go on with it, or choose another") from None
+            raise _TakenError(f"there is a conversation {name!r} already: go on with it, or choose another") from None
         except FileNotFoundError:
             raise _unknown(folder, name) from None
         except OSError as e:
@@ -322,10 +333,7 @@ def _is_record(record: Any) -> bool:
 
 def _lock(file: IO[bytes], name: str) -> None:
     """Two processes that go on with one conversation would tear it."""
-    with suppress(ImportError):  # no such locks on Windows
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise TcinferError(f"conversation {name!r} is open in another terminal") from None
+    try:
+        lock(file.fileno())
+    except BlockingIOError:
+        raise TcinferError(f"conversation {name!r} is open in another terminal") from None

@@ -33,13 +33,17 @@ def facts() -> dict[str, Any]:
         "backends": {"numpy": _version("numpy"), "numba": None, "cuda": _cupy()},
         "compiler": _version("llvmlite"),
         "operators": None,
-        "state_folder": _folder(state_folder()),
+        "state_folder": None,
         "extras": {name: _version(name) for name in EXTRAS},
         "gpus": _gpus(),
         "model": None,
         "advice": [],
         "broken": [],
     }
+    try:
+        found["state_folder"] = _folder(state_folder())
+    except TcinferError as e:
+        found["advice"].append(str(e))
     try:
         from tcinfer.loader import bundled
 
@@ -155,7 +159,7 @@ def report(found: dict[str, Any]) -> str:
         ("cuda", f"CuPy {backends['cuda']}" if backends["cuda"] else "CuPy is not installed"),
         ("operators", _operators(compiled) if compiled else "none"),
         ("cache folder", _place(compiled and compiled["cache"])),
-        ("state folder", _place(state)),
+        ("state folder", _place(state) if state else "none"),
         ("bundled model", "{path}, {bytes:,} bytes".format(**found["model"]) if found["model"] else "missing"),
         *((name, version or "not installed") for name, version in found["extras"].items()),
     ]
