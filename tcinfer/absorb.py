@@ -46,6 +46,6 @@ def absorb(
             else:  # the stream rests: there is time to save
                 save_after(0)
     finally:
-        if session.whole and session.position > start:
+        if session.whole:
             save()
     return session.position - start

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
@@ -15,7 +17,7 @@ from tcinfer import memory, session_file
 from tcinfer.atomic import Writer, expanded, followed, identity
 from tcinfer.errors import TcinferError
 from tcinfer.generation import DEFAULT_TOKENS, UNFINISHED, Generation, Piece, Request
-from tcinfer.loaded import Loaded
+from tcinfer.loaded import CLOSED, Loaded
 from tcinfer.sampling import Sampling, strings
 from tcinfer.sampling.choose import Draws, breaker_ids, sample
 from tcinfer.sequence import Progress, Snapshot, advance, check_ids, rows_of_logits
@@ -57,6 +59,8 @@ class Model(Loaded):
     @property
     def learned(self) -> list[dict[str, Any]]:
         """What each layer's memory has learned (gates, half-lives of decays, write rates ...), empty without one."""
+        if self.closed:
+            raise TcinferError(CLOSED)
         return [
             room.learned(self._weights_of(i)) if (room := memory.room(layer.memory)).LEARNED else {}
             for i, layer in enumerate(self.config.layers)
@@ -81,7 +85,7 @@ class Model(Loaded):
     def attach(self, file: session_file.SessionFile) -> Session:
         """The same for a file that was read. Raises FileError where it is not of this model, as it was loaded."""
         session = Session(self, session_file.fitting(file, self))
-        session.versions[str(followed(file.path).absolute())] = file.version
+        session.versions[_name(file.path)] = file.version
         return session
 
     def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Text:
@@ -108,21 +112,26 @@ class Model(Loaded):
         return Scheduler(self, self.session, **options)
 
     def generate_many(self, prompts: Sequence[str | ArrayLike], **options: Any) -> list[Answer]:
-        """A text for each of many prompts, in their order; options: as `Session.generate`, for all of them.
+        """A text for each of many prompts, in their order; options: those of a `Request`, for all of them.
 
         What the prompts begin with alike is read once. With a seed, all start from the same random numbers, as each
         would by itself. Raises TcinferError where one of them cannot be, and then gives none.
         """
+        if isinstance(prompts, str) or not hasattr(prompts, "__iter__"):
+            raise TcinferError("generate_many takes a list of prompts")
         past = self.session()
         ids = [Generation(Request.of(prompt), past).prompt for prompt in prompts]
         if shared := _shared(ids):
             past.feed(ids[0][:shared])
         start = past.snapshot()
         requests = [Request.of(one[shared:], **options) for one in ids]
+        if not self.bounded and any(request.max_tokens < 0 for request in requests):
+            raise TcinferError("max_tokens -1 has no end, and this model's cache grows with every token: give a number")
         context = max((len(one) + max(0, r.max_tokens) for one, r in zip(ids, requests, strict=True)), default=1)
         with self.scheduler(max_queue=len(ids), context=None if self.bounded else context) as scheduler:
-            handles = [scheduler.submit(request, start, keep=False) for request in requests]
-            return [handle.result() for handle in handles]
+            handles = [scheduler.submit(request, start, keep=False, whole=True) for request in requests]
+            answers = [handle.result() for handle in handles]
+        return [replace(answer, prompt_tokens=answer.prompt_tokens + shared) for answer in answers]
 
     def step_many(
         self, sessions: Sequence[Session], tokens: ArrayLike, sampling: Sampling | Sequence[Sampling] | None = None
@@ -135,7 +144,7 @@ class Model(Loaded):
         cost of a token. Raises TcinferError, all sessions untouched, for a token out of range or a session that is not
         this model's or is named twice.
         """
-        sessions = list(sessions)
+        sessions = list(sessions) if hasattr(sessions, "__iter__") else [sessions]
         if not all(isinstance(s, Session) and s.model is self for s in sessions):
             raise TcinferError("step_many takes sessions of this model, as it was loaded")
         if len({id(s) for s in sessions}) < len(sessions):
@@ -146,6 +155,16 @@ class Model(Loaded):
         if len(ids) != count:
             raise TcinferError(f"step_many takes one token for each session, not {len(ids)} for {count}")
         hows = self._hows(sampling, count)
+        with ExitStack() as held:
+            for session in sessions:
+                held.enter_context(session.held())
+            return self._stepped(sessions, ids, hows, sampling is not None)
+
+    def _stepped(
+        self, sessions: list[Session], ids: NDArray[np.int64], hows: list[Sampling | None], chosen: bool
+    ) -> NDArray[Any]:
+        """The same, checked; chosen: the ids that come next are asked for."""
+        count = len(ids)
         for session in sessions:
             session.check_fits(1)
         chooses = any(how is not None and self.engine.chooses(how) for how in hows)
@@ -155,7 +174,7 @@ class Model(Loaded):
             if how is not None and session.draws is None:
                 session.draws = Draws.of(how)
         V = self.config.vocab_size
-        out: NDArray[Any] = rows_of_logits(count, V) if sampling is None else np.empty(count, np.int64)
+        out: NDArray[Any] = np.empty(count, np.int64) if chosen else rows_of_logits(count, V)
         for a in range(0, count, self.pass_tokens):
             part = slice(a, a + self.pass_tokens)
             advance(list[Past](sessions[part]), ids[part], hows[part], a if chooses else 0)
@@ -211,6 +230,12 @@ class Session(Past):
         name, memories = self.model.config.name or "a model without a name", self.model.config.memories
         return f"<tcinfer.Session of {name}: memory {memories}, position {self.position:,}, {self.nbytes:,} bytes>"
 
+    def fork(self) -> Self:
+        """Another session with the same past; from here on the two never influence each other."""
+        other = super().fork()
+        other.versions, other._system = dict(self.versions), self._system
+        return other
+
     def __copy__(self) -> Session:
         return self.fork()
 
@@ -218,7 +243,7 @@ class Session(Past):
         return self.fork()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Session.from_bytes, (self.model, self.to_bytes())
+        return _unpickled, (self.model, self.to_bytes(), self._system)
 
     def to_bytes(self) -> bytes:
         """The session as `save` writes it: as many bytes however long it is."""
@@ -227,6 +252,8 @@ class Session(Past):
     @staticmethod
     def from_bytes(model: Model, data: bytes) -> Session:
         """A session that goes on from `to_bytes`. Raises FileError for bytes that are damaged or of another model."""
+        if not isinstance(data, (bytes, bytearray, memoryview)):
+            raise TcinferError(f"a session's bytes are bytes, not {type(data).__name__}")
         return model.attach(session_file.unpack(data))
 
     @property
@@ -304,6 +331,10 @@ class Session(Past):
         more["stop_ids"] = [*stop_ids, *options.pop("stop_ids", ())]
         return self.generate(ids, **more, **options)
 
+    def begins(self, path: str | PathLike[str]) -> None:
+        """`path` is to be this session's file, and is not there yet: where somebody else makes it, `save` says so."""
+        self.versions[_name(path)] = None
+
     def save(self, path: str | PathLike[str], writer: Writer | None = None) -> int:
         """Write the session to a file, in one step, and give its bytes: the same number however long the session is.
 
@@ -313,7 +344,7 @@ class Session(Past):
         this session was read from it or saved there.
         """
         file = expanded(path)
-        name, now = str(followed(file).absolute()), identity(file)
+        name, now = _name(path), identity(file)
         if now is not None and self.versions.get(name, now) != now:
             raise TcinferError(f"{path}: has changed since this session read or wrote it: choose another name")
         size = session_file.write(self.snapshot(), file, writer=writer)
@@ -343,11 +374,22 @@ class Session(Past):
         return absorb(self, stream, save, every, live, progress, invalid)
 
 
+def _name(path: str | PathLike[str]) -> str:
+    """A file's, whatever path leads to it."""
+    return str(followed(expanded(path)).absolute())
+
+
+def _unpickled(model: Model, data: bytes, system: str | None) -> Session:
+    session = Session.from_bytes(model, data)
+    session._system = system
+    return session
+
+
 class Text(Iterator[Piece]):
     """A text as it is written: an iterator of its pieces, which can be closed.
 
     finish_reason: None until it is over, then "stop" or "length"; prompt_tokens, new_tokens: fed so far;
-    prompt_seconds, new_seconds: that took.
+    prompt_seconds, new_seconds: that took, without what the reader does between pieces.
     """
 
     def __init__(self, session: Past, generation: Generation, progress: Progress | None = None) -> None:
@@ -361,6 +403,8 @@ class Text(Iterator[Piece]):
         return self._generation.finish_reason
 
     def __next__(self) -> Piece:
+        if self._pieces.gi_running:
+            raise TcinferError("this text is being read by another thread")
         return next(self._pieces)
 
     def close(self) -> None:
@@ -375,20 +419,32 @@ class Text(Iterator[Piece]):
 
     def _written(self) -> Generator[Piece, None, None]:
         session, generation, start = self._session, self._generation, time.monotonic()
-        if generation.prompt.size:
-            session.feed(generation.prompt, progress=self._progress)
-            self.prompt_tokens, self.prompt_seconds = generation.prompt.size, time.monotonic() - start
-        generation.begin(session)
-        start = time.monotonic()
-        while (token := generation.choose(session)) is not None:
-            ids = session.check([token])
-            session.make_room(1)
-            session.model.engine.room(1)
-            advance([session], ids, [generation.ahead])
-            piece = generation.fed(token)
-            self.new_tokens, self.new_seconds = self.new_tokens + 1, time.monotonic() - start
+        with session.held():
+            first = session.position
+            try:
+                if generation.prompt.size:
+                    session.feed(generation.prompt, progress=self._progress)
+            finally:
+                self.prompt_tokens, self.prompt_seconds = session.position - first, time.monotonic() - start
+            generation.begin(session)
+        while (piece := self._next()) is not None:
             yield piece
             if generation.finish_reason:
                 return
         if generation.rest:
             yield Piece(generation.rest, -1)
+
+    def _next(self) -> Piece | None:
+        """Choose an id and feed it; None at the end. Nobody else can use the session between the two."""
+        session, generation, start = self._session, self._generation, time.monotonic()
+        with session.held():
+            token = generation.choose(session)
+            if token is None:
+                return None
+            ids = session.check([token])
+            session.make_room(1)
+            session.model.engine.room(1)
+            advance([session], ids, [generation.ahead])
+            piece = generation.fed(token)
+        self.new_tokens, self.new_seconds = self.new_tokens + 1, self.new_seconds + time.monotonic() - start
+        return piece

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from tcinfer.generation import Piece, Request
 from tcinfer.sequence import Sequence, Snapshot
@@ -31,9 +31,8 @@ class Answer:
     seconds: float  # until its end
 
 
-class Handle(Iterator[Piece]):
-    """A request on its way: an iterator and an async iterator of its pieces, and what the whole text can be waited for
-    with (`result`, or await). `session` is None until there was room for it, and may be used once all is done."""
+class Work:
+    """A request on its way, as the scheduler and its handle share it: what was written, and who waits for it."""
 
     def __init__(
         self,
@@ -41,49 +40,129 @@ class Handle(Iterator[Piece]):
         past: Sequence | Snapshot | None,
         deadline: float | None,
         keep: bool,
+        whole: bool,
         wake: Callable[[], None],
     ) -> None:
-        """Made by `Scheduler.submit`; wake: tells it that there may be something to do."""
-        self.request, self.past, self._wake_scheduler = request, past, wake
+        """wake: tells the scheduler that there may be something to do; the rest as `Scheduler.submit` takes it."""
+        self.request, self.past, self.wake = request, past, wake
         self.session: Any = past if isinstance(past, Sequence) else None
-        self._changed = threading.Condition()
-        self._unread: deque[Piece] = deque()
-        self._pieces: list[Piece] = []  # all of them
-        self._whole = False  # somebody waits for the whole text: nobody has to take pieces
-        self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
-        self._error: BaseException | None = None
-        self._reason: str | None = None
-        self.prompt_tokens = 0
-        self._submitted = time.monotonic()
-        self._begun = self._first = self._ended = math.nan
-        self.deadline = math.inf if deadline is None else self._submitted + deadline
+        self.changed = threading.Condition()
+        self.unread: deque[Piece] = deque()
+        self.pieces: list[Piece] = []  # all of them
+        self.whole = whole  # the whole text is waited for: nobody has to take pieces
+        self.waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self.error: BaseException | None = None
+        self.reason: str | None = None  # why it is over
         self.cancelled, self._keep = False, keep
+        self.prompt_tokens = 0
+        self.submitted = time.monotonic()
+        self.started = self.first = self.ended = math.nan
+        self.deadline = math.inf if deadline is None else self.submitted + deadline
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        self.wake()
+
+    # of the scheduler's thread
+
+    @property
+    def stalled(self) -> bool:
+        """Whether there is too much that nobody has taken."""
+        return len(self.unread) >= UNREAD and not self.whole
+
+    def begun(self, tokens: int) -> None:
+        self.started, self.prompt_tokens = time.monotonic(), tokens
+
+    def put(self, piece: Piece) -> None:
+        """One more piece."""
+        with self.changed:
+            if math.isnan(self.first):
+                self.first = time.monotonic()
+            self.unread.append(piece)
+            if self.request.max_tokens >= 0:  # without an end, only what nobody has taken is kept
+                self.pieces.append(piece)
+            self._notify()
+
+    def end(self, reason: str, error: BaseException | None = None) -> None:
+        """Nothing more comes."""
+        with self.changed:
+            self.reason, self.error, self.ended = reason, error, time.monotonic()
+            if not self._keep:
+                self.session = self.past = None
+            self._notify()
+
+    def _notify(self) -> None:
+        self.changed.notify_all()
+        waiters, self.waiters = self.waiters, []
+        for loop, waiter in waiters:
+            with contextlib.suppress(RuntimeError):  # a loop that is closed
+                loop.call_soon_threadsafe(_wake, waiter)
+
+
+class Handle(Iterator[Piece]):
+    """A request on its way: an iterator and an async iterator of its pieces, and what the whole text can be waited for
+    with (`result`, or await). Closed, at the end of a `with` block, or once nobody holds it, it is cancelled."""
+
+    def __init__(self, work: Work) -> None:
+        """Made by `Scheduler.submit`."""
+        self._work = work
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def request(self) -> Request:
+        return self._work.request
+
+    @property
+    def session(self) -> Any:
+        """None until there was room for it; may be used once all is done."""
+        return self._work.session
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self._work.prompt_tokens
 
     @property
     def finish_reason(self) -> str | None:
         """None until it is over."""
-        return self._reason
+        return self._work.reason
 
     def done(self) -> bool:
         """Whether it is over: nothing more will be written."""
-        return self._reason is not None
+        return self._work.reason is not None
 
     def cancel(self) -> None:
         """Write no more, from the next pass on; what was written stays, and the session has taken it in."""
-        self.cancelled = True
-        self._wake_scheduler()
+        self._work.cancel()
+
+    def close(self) -> None:
+        """Cancel it, unless it is over."""
+        if not self.done():
+            self.cancel()
+
+    async def aclose(self) -> None:
+        """The same, for asyncio."""
+        self.close()
 
     def result(self, timeout: float | None = None) -> Answer:
         """Wait for the whole text. Raises what went wrong with it, and TimeoutError after `timeout` seconds."""
         self._let_run()
-        with self._changed:
-            if not self._changed.wait_for(self.done, timeout):
+        with self._work.changed:
+            if not self._work.changed.wait_for(self.done, timeout):
                 raise TimeoutError(f"no whole text within {timeout} s")
         return self._answer()
 
     def __next__(self) -> Piece:
-        with self._changed:
-            self._changed.wait_for(lambda: self._unread or self.done())
+        work = self._work
+        with work.changed:
+            work.changed.wait_for(lambda: work.unread or self.done())
             piece = self._taken()
         if piece is None:
             raise StopIteration
@@ -94,8 +173,8 @@ class Handle(Iterator[Piece]):
 
     async def __anext__(self) -> Piece:
         while True:
-            with self._changed:
-                if self._unread or self.done():
+            with self._work.changed:
+                if self._work.unread or self.done():
                     piece = self._taken()
                     break
                 waiter = self._waiter()
@@ -107,7 +186,7 @@ class Handle(Iterator[Piece]):
     def __await__(self) -> Generator[Any, None, Answer]:
         self._let_run()
         while True:
-            with self._changed:
+            with self._work.changed:
                 if self.done():
                     break
                 waiter = self._waiter()
@@ -117,68 +196,33 @@ class Handle(Iterator[Piece]):
     def _waiter(self) -> asyncio.Future[None]:
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[None] = loop.create_future()
-        self._waiters.append((loop, waiter))
+        self._work.waiters.append((loop, waiter))
         return waiter
 
     def _taken(self) -> Piece | None:
         """The next piece, or None at the end; under the lock."""
-        if not self._unread:
-            if self._error is not None:
-                raise self._error
+        work = self._work
+        if not work.unread:
+            if work.error is not None:
+                raise work.error
             return None
-        if len(self._unread) == UNREAD:
-            self._wake_scheduler()
-        return self._unread.popleft()
+        if len(work.unread) == UNREAD:
+            work.wake()
+        return work.unread.popleft()
 
     def _let_run(self) -> None:
-        self._whole = True
-        self._wake_scheduler()
+        self._work.whole = True
+        self._work.wake()
 
     def _answer(self) -> Answer:
-        if self._error is not None:
-            raise self._error
-        assert self._reason is not None
-        waited, first, end = (t - self._submitted for t in (self._begun, self._first, self._ended))
-        pieces = self._pieces or self._unread
+        work = self._work
+        if work.error is not None:
+            raise work.error
+        assert work.reason is not None
+        waited, first, end = (t - work.submitted for t in (work.started, work.first, work.ended))
+        pieces = work.pieces or work.unread
         ids = [piece.id for piece in pieces if piece.id >= 0]
-        return Answer(
-            "".join(piece.text for piece in pieces), ids, self._reason, self.prompt_tokens, waited, first, end
-        )
-
-    # of the scheduler's thread
-
-    @property
-    def stalled(self) -> bool:
-        """Whether there is too much that nobody has taken."""
-        return len(self._unread) >= UNREAD and not self._whole
-
-    def begun(self, tokens: int) -> None:
-        self._begun, self.prompt_tokens = time.monotonic(), tokens
-
-    def put(self, piece: Piece) -> None:
-        """One more piece."""
-        with self._changed:
-            if math.isnan(self._first):
-                self._first = time.monotonic()
-            self._unread.append(piece)
-            if self.request.max_tokens >= 0:  # without an end, only what nobody has taken is kept
-                self._pieces.append(piece)
-            self._notify()
-
-    def end(self, reason: str, error: BaseException | None = None) -> None:
-        """Nothing more comes."""
-        with self._changed:
-            self._reason, self._error, self._ended = reason, error, time.monotonic()
-            if not self._keep:
-                self.session = self.past = None
-            self._notify()
-
-    def _notify(self) -> None:
-        self._changed.notify_all()
-        waiters, self._waiters = self._waiters, []
-        for loop, waiter in waiters:
-            with contextlib.suppress(RuntimeError):  # a loop that is closed
-                loop.call_soon_threadsafe(_wake, waiter)
+        return Answer("".join(piece.text for piece in pieces), ids, work.reason, work.prompt_tokens, waited, first, end)
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:

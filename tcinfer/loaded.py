@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from tcinfer.chat.template import ChatTemplate
 
 
+CLOSED = "this model was closed: load it again"
+
+
 class Loaded:
     """What a sequence runs on; `tcinfer.Model` is one, with what users ask of it."""
 
@@ -46,6 +49,7 @@ class Loaded:
         self.threads, self.bytes_per_token = getattr(backend, "threads", None), self.engine.bytes_per_token
         self.vectors = {name: w for name, w in weights.items() if not isinstance(w, Matrix)}  # norms, gates ...
         self._weights: dict[str, Any] | None = weights
+        self.closed = False
         if file is not None and backend.copies:
             self.fingerprint  # noqa: B018  while they are there
             self._weights = None
@@ -53,8 +57,10 @@ class Loaded:
     @property
     def weights(self) -> dict[str, Any]:
         """All of them, read again where they were let go. Raises FileError for a file that has changed since."""
-        if self._weights is not None or self._file is None:
-            return self._weights or {}
+        if self._weights is not None:
+            return self._weights
+        if self._file is None:
+            raise TcinferError(CLOSED)
         weights = self._file()
         if fingerprint(self.config, weights) != self.fingerprint:
             raise FileError("the model's file has changed since it was loaded: load it again")
@@ -79,13 +85,14 @@ class Loaded:
     def close(self) -> None:
         """Give its memory back: nothing of it runs any more."""
         self._weights, self._file, self.vectors, self.engine = None, None, {}, _Closed()
+        self.closed = True
 
 
 class _Closed:
     """In place of a closed model's engine."""
 
     def __getattr__(self, name: str) -> Any:
-        raise TcinferError("this model was closed: load it again")
+        raise TcinferError(CLOSED)
 
 
 def fingerprint(config: ModelConfig, weights: dict[str, Any]) -> bytes:

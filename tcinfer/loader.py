@@ -68,7 +68,8 @@ _open: WeakValueDictionary[tuple[Any, ...], Model] = WeakValueDictionary()
 
 def reopened(path: str, backend: str, *memory: Any) -> Model:
     """The model that was loaded so (memory: with this memory, window, sinks, cache_type), or else loaded again."""
-    return _open.get((path, backend, *memory)) or Opened(path).model(engine_backend(backend), *memory)
+    model = _open.get((path, backend, *memory))
+    return model if model is not None and not model.closed else Opened(path).model(engine_backend(backend), *memory)
 
 
 def _weights(path: Path, config: ModelConfig) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class Bar:
         self.total = self.total if total is None else max(total, self.done)
         if self._progress is None and time.monotonic() - self._started > PATIENCE and sys.stderr.isatty():
             self._progress = _library()
-            self._task = self._progress.add_task(self.what, count="")
+            self._task = self._progress.add_task(self.what, total=None, count="")
             self._progress.start()
         if self._progress is not None:
             count = f"{self.done:,}" + ("" if self.total is None else f"/{self.total:,}")

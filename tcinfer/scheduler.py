@@ -23,7 +23,7 @@ from tcinfer import memory
 from tcinfer.config import check_count, check_number
 from tcinfer.errors import TcinferError
 from tcinfer.generation import Generation, Piece, Request
-from tcinfer.handle import Handle
+from tcinfer.handle import Handle, Work
 from tcinfer.sequence import RECENT, Sequence, Snapshot, advance, rounded_up, run
 
 if TYPE_CHECKING:
@@ -47,28 +47,34 @@ class _Job:
     generation: Generation
     lent = False  # whether the sequence is the scheduler's alone just now
 
-    def __init__(self, handle: Handle) -> None:
-        self.handle, self.queued = handle, time.monotonic()
-        prompt = handle.request.prompt
-        known: Any = prompt
-        self._length = len(prompt) / 4 if isinstance(prompt, str) else len(known) if hasattr(prompt, "__len__") else 1
+    def __init__(self, work: Work) -> None:
+        self.work, self.queued = work, time.monotonic()
+        self._length = _about(work.request.prompt)
         self.pending = np.empty(0, np.int64)  # ids to feed; the last one's logits are looked at
         self.writing = False  # whether the pending id is one that was chosen
 
     def begin(self, new: Callable[[Snapshot | None], Sequence]) -> None:
         """Make its session, if it has none. Raises TcinferError for a request that does not fit it."""
-        handle, past = self.handle, self.handle.past
+        work, past = self.work, self.work.past
         self.sequence = past if isinstance(past, Sequence) else new(past)
         self.sequence.lend()  # until it is dropped
-        self.lent, handle.session = True, self.sequence
-        self.generation = Generation(handle.request, self.sequence)
+        self.lent, work.session = True, self.sequence
+        self.generation = Generation(work.request, self.sequence)
         self.pending = self.generation.prompt
         self._length = len(self.pending)
-        handle.begun(len(self.pending))
+        work.begun(len(self.pending))
 
     def rank(self, now: float) -> float:
         """Order of prompts: the shortest first, and who has waited."""
         return (len(self.pending) or self._length) * 2.0 ** ((self.queued - now) / AGEING)  # at last 0
+
+
+def _about(prompt: Any) -> float:
+    """How many tokens a prompt has, before it is looked at closely."""
+    try:
+        return len(prompt) / 4 if isinstance(prompt, str) else len(prompt)
+    except TypeError:  # none, or one id
+        return 1
 
 
 class Scheduler:
@@ -107,7 +113,7 @@ class Scheduler:
         V = model.config.vocab_size
         self.bytes_each = memory.layout(model.config, capacity).nbytes + 4 * RECENT + 4 * V
         self._awake = threading.Condition()
-        self._inbox: deque[Handle] = deque()
+        self._inbox: deque[_Job] = deque()
         self._closing = False
         self._queue: list[_Job] = []
         self._active: list[_Job] = []
@@ -120,25 +126,35 @@ class Scheduler:
         session: Sequence | Snapshot | None = None,
         deadline: float | None = None,
         keep: bool = True,
+        whole: bool = False,
     ) -> Handle:
         """Ask for a text; session: goes on from there (nobody else may use it until the handle is done), or from a
         snapshot; a new one by default; deadline: seconds after which it ends as it is then; keep: whether
-        the handle has the session when it is done, or its memory is given back.
+        the handle has the session when it is done, or its memory is given back; whole: nobody takes pieces as they
+        come, so that it is written to its end though nobody does.
 
-        Raises BusyError where too many wait, and TcinferError once closed.
+        A handle that nobody holds any more is cancelled. Raises BusyError where too many wait, and TcinferError for
+        what is no request, for a session of another model, and once closed.
         """
+        if not isinstance(request, Request):
+            raise TcinferError(f"a scheduler takes a tcinfer.Request, not {type(request).__name__}: Request.of(prompt)")
+        ours = isinstance(session, (Sequence, Snapshot)) and session.model is self._model
+        if session is not None and not ours:
+            raise TcinferError("a request goes on from a session or a snapshot of the scheduler's own model")
+        if deadline is not None:
+            check_number("deadline", deadline, 0.0)
         with self._awake:
             if self._closing:
                 raise TcinferError("this scheduler is closed")
-            if len(self._inbox) + len(self._queue) >= self.max_queue:
+            if len(self._inbox) + len(self._queue) >= self.max_queue + self._free():
                 raise BusyError(f"{self.max_queue} requests wait already: try again later")
-            handle = Handle(request, session, deadline, keep, self.wake)
-            self._inbox.append(handle)
+            work = Work(request, session, deadline, keep, whole, self.wake)
+            self._inbox.append(_Job(work))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="tcinfer scheduler", daemon=True)
                 self._thread.start()
             self._awake.notify()
-        return handle
+        return Handle(work)
 
     def wake(self) -> None:
         """There may be something to do."""
@@ -178,21 +194,22 @@ class Scheduler:
         except BaseException as e:
             with self._awake:
                 self._closing = True
-                handles = [*self._inbox, *(job.handle for job in [*self._active, *self._queue])]
-            for handle in handles:
-                handle.end(ERROR, e)
+                jobs = [*self._inbox, *self._active, *self._queue]
+            for job in jobs:
+                self._drop(job)
+                job.work.end(ERROR, e)
 
     def _work(self) -> None:
         while True:
             with self._awake:
                 while not (self._inbox or self._closing or self._has_work()):
                     self._awake.wait(self._until_deadline())
-                handles, self._inbox = list(self._inbox), deque()
+                self._queue += self._inbox
+                self._inbox.clear()
                 closing = self._closing
-            self._queue += map(_Job, handles)
             for job in [*self._active, *self._queue]:
-                if closing or job.handle.cancelled or job.handle.deadline <= time.monotonic():
-                    self._stop(job, CANCELLED if closing or job.handle.cancelled else DEADLINE)
+                if closing or job.work.cancelled or job.work.deadline <= time.monotonic():
+                    self._stop(job, CANCELLED if closing or job.work.cancelled else DEADLINE)
             if closing:
                 return
             self._admit()
@@ -200,24 +217,28 @@ class Scheduler:
 
     @staticmethod
     def _ready(job: _Job) -> bool:
-        return not job.handle.stalled
+        return not job.work.stalled
 
     def _has_work(self) -> bool:
         """Whether there is something to do that nobody has to say first."""
         jobs = [*self._active, *self._queue]
-        over = any(job.handle.cancelled or job.handle.deadline <= time.monotonic() for job in jobs)
+        over = any(job.work.cancelled or job.work.deadline <= time.monotonic() for job in jobs)
         return over or any(map(self._ready, self._active)) or (bool(self._queue) and self._has_room())
 
     def _until_deadline(self) -> float | None:
-        first = min((job.handle.deadline for job in [*self._active, *self._queue]), default=math.inf)
-        return None if first == math.inf else max(0.0, first - time.monotonic())
+        first = min((job.work.deadline for job in [*self._active, *self._queue]), default=math.inf)
+        return None if first == math.inf else min(max(0.0, first - time.monotonic()), threading.TIMEOUT_MAX)
+
+    def _free(self) -> int:
+        """How many more may be worked on. One at least where none is: it is told by itself that it does not fit."""
+        most = self.max_active
+        if self.budget is not None:
+            most = max(1, min(most, self.budget // self.bytes_each))
+        return max(0, most - len(self._active))
 
     def _has_room(self) -> bool:
         """For one more to be worked on."""
-        if not self._active:
-            return True
-        fits = self.budget is None or self.nbytes + self.bytes_each <= self.budget
-        return len(self._active) < self.max_active and fits
+        return self._free() > 0
 
     def _admit(self) -> None:
         """Work on more of those that wait, the shortest prompts first, as far as there is room."""
@@ -234,8 +255,8 @@ class Scheduler:
                         f"a session takes {self.bytes_each:,} bytes, more than the budget {self.budget:,}"
                     )
                 job.begin(self._new)
-                most = job.sequence.position + len(job.pending) + max(0, job.handle.request.max_tokens)
-                endless = job.handle.request.max_tokens < 0
+                most = job.sequence.position + len(job.pending) + max(0, job.work.request.max_tokens)
+                endless = job.work.request.max_tokens < 0
                 if self._context is not None and not self._model.bounded and (endless or most > self._context):
                     raise TcinferError(f"prompt and answer take more than the {self._context:,} tokens of `context`")
                 if not len(job.pending):
@@ -249,7 +270,7 @@ class Scheduler:
             yield
         except Exception as e:
             self._drop(job)
-            job.handle.end(ERROR, e)
+            job.work.end(ERROR, e)
 
     @contextlib.contextmanager
     def _together(self, jobs: list[_Job]) -> Iterator[None]:
@@ -259,7 +280,7 @@ class Scheduler:
         except Exception as e:
             for job in jobs:
                 self._drop(job)
-                job.handle.end(ERROR, e)
+                job.work.end(ERROR, e)
 
     def _drop(self, job: _Job) -> None:
         for jobs in (self._active, self._queue):
@@ -273,9 +294,10 @@ class Scheduler:
         """End a job before its time. One whose prompt was read in part takes one token more, to stand somewhere."""
         with self._alone(job):
             if job in self._active and job.sequence.position and not job.sequence.stands:
+                job.sequence.make_room(1)
                 self._step([job], [job.pending[:1]])
             self._drop(job)
-            job.handle.end(reason)
+            job.work.end(reason)
 
     def _choose(self, job: _Job) -> None:
         """After a pass: the id to be fed next, or the end."""
@@ -284,9 +306,9 @@ class Scheduler:
             job.pending, job.writing = np.array([token], np.int64), True
             return
         if job.generation.rest:
-            job.handle.put(Piece(job.generation.rest, -1))
+            job.work.put(Piece(job.generation.rest, -1))
         self._drop(job)
-        job.handle.end(str(job.generation.finish_reason))
+        job.work.end(str(job.generation.finish_reason))
 
     def _turn(self) -> None:
         """A token for each that writes, and parts of prompts."""
@@ -348,7 +370,7 @@ class Scheduler:
             for job in jobs:
                 with self._alone(job):
                     if job.writing:
-                        job.handle.put(job.generation.fed(int(job.pending[0])))
+                        job.work.put(job.generation.fed(int(job.pending[0])))
                     else:
                         job.generation.begin(job.sequence)
                     self._choose(job)

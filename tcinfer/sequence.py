@@ -59,7 +59,7 @@ class Sequence:
 
     def __init__(self, model: Loaded, past: Snapshot | None = None) -> None:
         """At position 0, or with a past to go on from."""
-        self.model, self._user = model, dict[str, int]()  # the thread that uses it just now
+        self.model, self._user = model, dict[str, int]()  # for what it is used just now, and by which thread
         if past is None:
             self.reset()
         else:
@@ -109,7 +109,11 @@ class Sequence:
         KeyboardInterrupt notes how many tokens were taken in. Raises TcinferError, the state untouched, on an id out of
         range, on nothing, on anything that is not whole numbers, and past the end of learned positions.
         """
-        checked, model = self.check(ids), self.model
+        with self.held():
+            return self._feed(self.check(ids), all_logits, progress)
+
+    def _feed(self, checked: NDArray[np.int64], all_logits: bool, progress: Progress | None) -> NDArray[np.float32]:
+        model = self.model
         self.make_room(len(checked))
         model.engine.room(min(len(checked), model.pass_tokens) if all_logits else 1)
         out = rows_of_logits(len(checked), model.config.vocab_size) if all_logits else None
@@ -164,6 +168,16 @@ class Sequence:
         return Snapshot(self.model, self.state, self.logits, self._ring, self.draws)
 
     @contextmanager
+    def held(self) -> Iterator[None]:
+        """A block, of several passes perhaps, in which nobody else uses the sequence. Raises TcinferError where
+        somebody does."""
+        self.take("holder")
+        try:
+            yield
+        finally:
+            self.release("holder")
+
+    @contextmanager
     def used(self) -> Iterator[None]:
         """A short block in which nobody else uses the sequence. Raises TcinferError where somebody does."""
         with uninterrupted():
@@ -173,16 +187,16 @@ class Sequence:
             finally:
                 self.release()
 
-    def take(self) -> None:
-        """From here to `release` nobody else uses the sequence. Raises TcinferError where somebody does.
+    def take(self, purpose: str = "pass") -> None:
+        """From here to `release` no other thread uses the sequence. Raises TcinferError where one does.
 
         In one step that an exception cannot cut in two; what one has left taken is its own thread's to take again.
         """
-        if self._others() or self._user.setdefault("thread", get_ident()) != get_ident():
+        if self._others() or self._user.setdefault(purpose, get_ident()) != get_ident():
             raise TcinferError(IN_USE)
 
-    def release(self) -> None:
-        self._user.pop("thread", None)
+    def release(self, purpose: str = "pass") -> None:
+        self._user.pop(purpose, None)
 
     def lend(self) -> None:
         """To this thread, for one purpose, until `take_back`. Raises TcinferError where somebody has it."""

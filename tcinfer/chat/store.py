@@ -177,9 +177,14 @@ class Log:
                 self.path.unlink(missing_ok=True)
             raise
 
+    @property
+    def kept(self) -> bool:
+        """Whether it outlasts `close`: something was said, or it goes on from a session."""
+        return self.turns > 0 or self.base_path.exists()
+
     def close(self) -> None:
         """Nobody else may go on before this; a conversation in which nothing was said leaves no trace."""
-        if not self.turns and not self.base_path.exists() and not self._file.closed:
+        if not self.kept and not self._file.closed:
             self.path.unlink(missing_ok=True)
             self.session_path.unlink(missing_ok=True)
         self._file.close()

@@ -68,10 +68,9 @@ def chat(**options: Any) -> None:
     unsaved = options["no_save"]
     if unsaved and (options["resume"] or options["name"] is not None):
         raise TcinferError("--no-save is for a new conversation without a name")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, terminated)  # so that the terminal is as it was, and a temporary folder is removed
     with store.temporary() if unsaved else nullcontext(store.chats()) as folder:
-        if unsaved:
-            for number in (signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, terminated)  # so that the folder is removed
         conversation, chats = _begun(folder, options)
         conversation.max_tokens, conversation.stop, conversation.banned = options["max_tokens"], stop, banned
         repl = Repl(chats, conversation, unsaved)

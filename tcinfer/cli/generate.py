@@ -19,6 +19,7 @@ import click
 from tcinfer.cli.console import argument, both, interruptible, invalid, printable, rate, say, stdin_waits
 from tcinfer.cli.options import (
     CONSTRAINT,
+    FILE_PATH,
     banned_option,
     constraint,
     load_model,
@@ -42,7 +43,14 @@ if TYPE_CHECKING:
 @model_options
 @click.option("-p", "--prompt", metavar="TEXT", help="What to go on from.")
 @click.option("-f", "--file", metavar="FILE", help="The prompt is this file's text, of any size.")
-@click.option("-s", "--session", "path", metavar="FILE.tcs", help="Go on from this session; the file stays as it is.")
+@click.option(
+    "-s",
+    "--session",
+    "path",
+    type=FILE_PATH,
+    metavar="FILE.tcs",
+    help="Go on from this session; the file stays as it is.",
+)
 @click.option("--save", is_flag=True, help="Write the session back to -s FILE.tcs (made if it is not there).")
 @click.option("-n", "--max-tokens", type=int, default=256, show_default=True, metavar="N", help="-1: no end.")
 @sampling_options
@@ -82,6 +90,8 @@ def generate(**options: Any) -> None:
     with prompt as stream, writer or nullcontext():
         model = load_model(options, file)
         session = model.session() if file is None else model.attach(file)
+        if options["save"] and file is None:
+            session.begins(path)
         follow = constraint(options, model)
         if options["save"]:
             check_writable(Path(path), writer)  # what cannot be written should show before the work

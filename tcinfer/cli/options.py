@@ -53,6 +53,20 @@ def together(*options: Any) -> Any:
 model_options = together(MODEL, *MEMORY, *RUNNING)  # that choose a model and how it runs
 
 
+class _FilePath(click.ParamType):
+    """A path as people write it: `~` is a home, also where no shell has seen to it (--session=~/x.tcs)."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> str:
+        from tcinfer.atomic import expanded
+
+        return str(expanded(value))
+
+
+FILE_PATH = _FilePath()
+
+
 def load_model(options: dict[str, Any], like: SessionFile | None = None, bounded: str = "") -> Model:
     """The model that these options name; like: with the memory of this session unless they say otherwise.
 

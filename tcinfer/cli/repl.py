@@ -61,6 +61,8 @@ class Repl:
                 complain(str(e))
             except KeyboardInterrupt:
                 note("interrupted; the conversation is as it was")
+                if not self.person:
+                    raise
             if self.done:
                 return
 
@@ -90,7 +92,7 @@ class Repl:
         count, began, start = 0, False, time.monotonic()
         shown: TextIO | Wrapped = Wrapped(sys.stdout) if self.person else sys.stdout
         try:
-            with unechoed() if self.person else nullcontext(), interruptible(patient=True) as check:
+            with interruptible(patient=True) as check, unechoed() if self.person else nullcontext():
                 with bar("reading", None) as advance:
                     answer = answer_of(both(advance, check))
                     first = next(answer, None)
@@ -130,6 +132,8 @@ class Repl:
             try:
                 line = read("> ")
             except KeyboardInterrupt:
+                if not self.person:
+                    raise
                 note("/exit or Ctrl-D leaves")
                 continue
             except EOFError:
@@ -195,9 +199,10 @@ class Repl:
         note(f"a new conversation, {self.conversation.log.name}, with this system prompt")
 
     def _clear(self, _: str) -> None:
-        before = self.conversation.log.name
+        before = self.conversation.log.name if self.conversation.log.kept else None
         self._goes_to(lambda: self.chats.begin(self.conversation.system))
-        note(f"a new conversation, {self.conversation.log.name}; /switch {before} goes back")
+        back = f"; /switch {before} goes back" if before else ""
+        note(f"a new conversation, {self.conversation.log.name}{back}")
 
     def _regen(self, _: str) -> None:
         self._stream(self.conversation.again)
@@ -206,7 +211,7 @@ class Repl:
         count = 0
         try:
             quiet = unechoed() if self.person else nullcontext()
-            with quiet, interruptible(patient=True) as check, bar("reading", None) as advance:
+            with interruptible(patient=True) as check, quiet, bar("reading", None) as advance:
                 count = self.conversation.undo(whole(text or "1", "/undo"), both(advance, check))
         except KeyboardInterrupt:
             if not count:  # else it came too late

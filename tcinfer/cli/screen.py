@@ -82,8 +82,8 @@ def unechoed() -> Iterator[None]:
     before, quiet = termios.tcgetattr(sys.stdin), termios.tcgetattr(sys.stdin)
     quiet[inputs] &= ~termios.ICRNL
     quiet[local] = quiet[local] & ~(termios.ECHO | termios.ICANON) | termios.NOFLSH
-    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
     try:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
         yield
     finally:
         with suppress(termios.error):  # the terminal may be gone

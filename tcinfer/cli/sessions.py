@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tcinfer.cli.console import invalid, one_line, rate, say, terminated
-from tcinfer.cli.options import load_model, model_options, open_text
+from tcinfer.cli.options import FILE_PATH, load_model, model_options, open_text
 from tcinfer.config import check_number
 from tcinfer.errors import TcinferError
 
@@ -24,7 +24,15 @@ LIVE = 0.3  # seconds without more input after which what is there is taken in
 
 
 @click.command()
-@click.option("-s", "--session", "path", required=True, metavar="FILE.tcs", help="Gone on with; made if not there.")
+@click.option(
+    "-s",
+    "--session",
+    "path",
+    type=FILE_PATH,
+    required=True,
+    metavar="FILE.tcs",
+    help="Gone on with; made if not there.",
+)
 @click.option("-f", "--file", metavar="FILE", help="Read this; without it, standard input.")
 @click.option(
     "--every",
@@ -83,7 +91,7 @@ def session() -> None:
     """Look at session files, compare, copy and check them."""
 
 
-FILE = click.argument("file", metavar="FILE.tcs")
+FILE = click.argument("file", type=FILE_PATH, metavar="FILE.tcs")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="The same facts as one JSON object.")
 
 
@@ -130,7 +138,7 @@ def _facts(file: SessionFile) -> dict[str, Any]:
 
 @session.command()
 @FILE
-@click.argument("other", metavar="OTHER.tcs")
+@click.argument("other", type=FILE_PATH, metavar="OTHER.tcs")
 @AS_JSON
 def diff(file: str, other: str, as_json: bool) -> None:
     """How far two sessions of one model are from each other: tokens, then each layer's arrays."""
@@ -163,7 +171,7 @@ def diff(file: str, other: str, as_json: bool) -> None:
 
 @session.command()
 @FILE
-@click.argument("copy", metavar="NEW.tcs")
+@click.argument("copy", type=FILE_PATH, metavar="NEW.tcs")
 def fork(file: str, copy: str) -> None:
     """Copy a session file, whole or not at all, once it has been checked."""
     from tcinfer import atomic, session_file

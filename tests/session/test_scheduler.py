@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHAKESPEARE, small, smollm2
+from conftest import BACKENDS, ROOT, SHAKESPEARE, small, smollm2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -312,3 +313,139 @@ def test_64_requests_of_every_kind_on_a_real_model(backend: str) -> None:
         pieces = list(real.session().generate(request.prompt, **{name: getattr(request, name) for name in names}))
         assert "".join(piece.text for piece in pieces) == answer.text
         assert [piece.id for piece in pieces if piece.id >= 0] == answer.ids
+
+
+# What is wrong with one is nobody else's, and nobody waits for ever
+
+
+def test_what_is_no_request_harms_nobody(model: Model, scheduler: Scheduler) -> None:
+    other = tcinfer.load(SHAKESPEARE, memory="window", threads=1)
+    running = scheduler.submit(Request.of(TEXT, max_tokens=60, seed=1))
+    bad: list[tuple[Any, dict[str, Any]]] = [
+        ("Once upon a time", {}),
+        (None, {}),
+        (Request.of(TEXT), {"session": other.session()}),
+        (Request.of(TEXT), {"session": other.session().snapshot()}),
+        (Request.of(TEXT), {"session": "notes"}),
+        (Request.of(TEXT), {"deadline": -1}),
+        (Request.of(TEXT), {"deadline": float("nan")}),
+        (Request.of(TEXT), {"deadline": "5"}),
+    ]
+    for request, more in bad:
+        with pytest.raises(TcinferError):
+            scheduler.submit(request, **more)
+    assert scheduler.submit(Request.of(np.array(5), max_tokens=2), deadline=1e10).result(60).finish_reason == "length"
+    assert running.result(60).finish_reason == "length"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_prompt_that_is_cancelled_has_room_for_where_it_stands(backend: str) -> None:
+    """In full memory a prompt's parts may fill the cache to its end."""
+    model = tcinfer.load(SHAKESPEARE, backend, memory="full", threads=1)
+    ids = model.tokenizer.encode("Before we proceed any further, hear me speak. " * 200)
+    for seconds in (0.002, 0.01, 0.03, 0.08):
+        with model.scheduler(context=10_000) as scheduler:
+            handle = scheduler.submit(Request.of(ids, max_tokens=1))
+            time.sleep(seconds)
+            handle.cancel()
+            handle.result(60)
+        session = handle.session
+        if session is not None and session.position:
+            assert session.whole
+            assert session.position <= session.state.layout.capacity
+            other = model.session()
+            other.feed(ids[: session.position])
+            np.testing.assert_array_equal(session.logits, other.logits)
+            np.testing.assert_array_equal(session.feed([1]), other.feed([1]))
+
+
+def test_a_thread_that_ends_gives_sessions_back(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = model.session()
+    with model.scheduler() as scheduler:
+        handle = scheduler.submit(Request.of(TEXT, max_tokens=-1), session)
+        next(handle)
+        monkeypatch.setattr(scheduler, "_turn", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            handle.result(60)
+        session.feed([1])
+
+
+def test_long_texts_that_are_waited_for_are_written_together(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    widths: list[int] = []
+    step = model.engine.step
+
+    def counted(states: Any, *more: Any) -> Any:
+        widths.append(len(states))
+        return step(states, *more)
+
+    monkeypatch.setattr(model.engine, "step", counted)
+    answers = model.generate_many([TEXT] * 4, max_tokens=400, temperature=1.5, logit_bias=((0, -math.inf),))
+    assert [len(answer.ids) for answer in answers] == [400] * 4
+    assert widths.count(4) >= 395
+
+
+def test_a_handle_that_nobody_holds_is_cancelled(model: Model) -> None:
+    with model.scheduler(max_active=2) as scheduler:
+        for _ in range(2):
+            next(scheduler.submit(Request.of(TEXT, max_tokens=-1)))
+        assert scheduler.submit(Request.of(TEXT, max_tokens=3)).result(60).finish_reason == "length"
+        with scheduler.submit(Request.of(TEXT, max_tokens=-1)) as handle:
+            next(handle)
+        assert handle.result(60).finish_reason == "cancelled"
+
+        async def leave() -> None:
+            async for _ in scheduler.submit(Request.of(TEXT, max_tokens=-1)):
+                break
+
+        for _ in range(3):
+            asyncio.run(leave())
+        assert scheduler.submit(Request.of(TEXT, max_tokens=3)).result(60).finish_reason == "length"
+
+
+def test_a_queue_holds_those_that_cannot_start(model: Model) -> None:
+    with model.scheduler(max_queue=0, max_active=2) as scheduler:
+        held = [scheduler.submit(Request.of(TEXT, max_tokens=-1)) for _ in range(2)]
+        for handle in held:
+            next(handle)
+        with pytest.raises(BusyError, match="0 requests wait"):
+            scheduler.submit(Request.of(TEXT))
+
+
+def test_who_is_refused_has_changed_nothing() -> None:
+    """Texts and feeds of another thread, while the scheduler writes on a session of growing memory."""
+    model = tcinfer.load(SHAKESPEARE, memory="full", threads=1)
+    request = Request.of(TEXT, max_tokens=120, seed=7, temperature=1.2)
+    with model.scheduler(context=5000) as scheduler:
+        want = scheduler.submit(request).result(60).ids
+        for _ in range(3):
+            session = model.session()
+            handle, refused = scheduler.submit(request, session), 0
+            next(handle)
+            while not handle.done():
+                for use in (
+                    lambda: next(session.generate(None, seed=99)),  # noqa: B023
+                    lambda: session.feed([1] * 300),  # noqa: B023
+                    lambda: model.step_many([session], [1], tcinfer.Sampling(seed=5)),  # noqa: B023
+                ):
+                    try:
+                        if handle.done():
+                            break
+                        use()
+                    except TcinferError as e:
+                        refused += "another thread" in str(e)
+                    else:
+                        assert handle.done()
+            assert refused > 3
+            assert handle.result(60).ids == want
+
+
+def test_many_prompts_are_told_what_is_wrong_with_them(model: Model) -> None:
+    for prompts in ("abc", 5):
+        with pytest.raises(TcinferError, match="list of prompts"):
+            model.generate_many(prompts)  # type: ignore[arg-type]
+    full = tcinfer.load(SHAKESPEARE, memory="full", threads=1)
+    with pytest.raises(TcinferError, match="max_tokens -1"):
+        full.generate_many([TEXT], max_tokens=-1)
+    alike = [TEXT + "a", TEXT + "b"]
+    told = [answer.prompt_tokens for answer in model.generate_many(alike, max_tokens=1)]
+    assert told == [len(model.tokenizer.encode(prompt)) for prompt in alike]
