@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -16,12 +15,13 @@ from numpy.typing import ArrayLike, NDArray
 from tcinfer import memory, session_file
 from tcinfer.atomic import Writer, expanded, followed, identity
 from tcinfer.errors import TcinferError
-from tcinfer.generation import DEFAULT_TOKENS, UNFINISHED, Generation, Piece, Request
+from tcinfer.generation import DEFAULT_TOKENS, UNFINISHED, Generation, Request
 from tcinfer.loaded import CLOSED, Loaded
 from tcinfer.sampling import Sampling, strings
 from tcinfer.sampling.choose import Draws, breaker_ids, sample
 from tcinfer.sequence import Progress, Snapshot, advance, check_ids, rows_of_logits
 from tcinfer.sequence import Sequence as Past
+from tcinfer.text import Text
 
 if TYPE_CHECKING:
     from tcinfer.constraint import Constraint
@@ -94,6 +94,11 @@ class Model(Loaded):
 
         What people say is never read as a control token. Raises TcinferError for messages that cannot be.
         """
+        session, progress = self.session(), options.pop("progress", None)
+        return Text(session, Generation(self.chat_request(messages, **options), session), progress)
+
+    def chat_request(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Request:
+        """The same as a request, for a scheduler; options: of a `Request`."""
         if not messages or not all(
             isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
             for m in messages
@@ -103,7 +108,7 @@ class Model(Loaded):
 
         said = {str(i): m["content"] for i, m in enumerate(messages)}
         parts = fill(self.template.around([m["role"] for m in messages]), **said)
-        return self.session().said(parts, any(m["role"] == "system" for m in messages), options)
+        return _request(self, parts, True, any(m["role"] == "system" for m in messages), options)
 
     def scheduler(self, **options: Any) -> Scheduler:
         """What works on many requests at once, in a thread of its own; options: as `tcinfer.scheduler.Scheduler`."""
@@ -144,7 +149,7 @@ class Model(Loaded):
         cost of a token. Raises TcinferError, all sessions untouched, for a token out of range or a session that is not
         this model's or is named twice.
         """
-        sessions = list(sessions) if hasattr(sessions, "__iter__") else [sessions]
+        sessions = list(sessions) if hasattr(sessions, "__iter__") else []
         if not all(isinstance(s, Session) and s.model is self for s in sessions):
             raise TcinferError("step_many takes sessions of this model, as it was loaded")
         if len({id(s) for s in sessions}) < len(sessions):
@@ -320,16 +325,9 @@ class Session(Past):
         else:
             has, tail = self._system is not None, self.model.tokenizer.decode(self.recent[-UNFINISHED:].tolist())
             parts = template.going_on(has, template.ends(self.model.tokenizer, has)[1], tail)
-        return self.said(fill(parts, system=self._system, user=message), self._system is not None, options)
-
-    def said(self, parts: list[tuple[str, bool]], system: bool, options: dict[str, Any]) -> Text:
-        """The answer to what a template has made of messages (`fill`)."""
-        tokenizer, first = self.model.tokenizer, self.position == 0
-        ids = tokenizer.encode_parts(parts, bos=first and tokenizer.add_bos, continues=not first)
-        stop_ids, stops = self.model.template.ends(tokenizer, system)
-        more: dict[str, Any] = {"stop": [*stops, *strings("stop strings", options.pop("stop", ()))]}
-        more["stop_ids"] = [*stop_ids, *options.pop("stop_ids", ())]
-        return self.generate(ids, **more, **options)
+        progress, said = options.pop("progress", None), fill(parts, system=self._system, user=message)
+        request = _request(self.model, said, first, self._system is not None, options)
+        return Text(self, Generation(request, self), progress)
 
     def begins(self, path: str | PathLike[str]) -> None:
         """`path` is to be this session's file, and is not there yet: where somebody else makes it, `save` says so."""
@@ -370,8 +368,22 @@ class Session(Past):
         """
         from tcinfer.absorb import absorb
 
+        if not hasattr(stream, "read"):
+            raise TcinferError('absorb takes a stream of bytes, such as open(path, "rb"); feed takes ids')
         save = (lambda: None) if path is None else partial(self.save, path, writer)
         return absorb(self, stream, save, every, live, progress, invalid)
+
+
+def _request(
+    model: Loaded, parts: list[tuple[str, bool]], first: bool, system: bool, options: dict[str, Any]
+) -> Request:
+    """For the answer to what a template has made of messages (`fill`); first: nothing stands before them."""
+    tokenizer = model.tokenizer
+    ids = tokenizer.encode_parts(parts, bos=first and tokenizer.add_bos, continues=not first)
+    stop_ids, stops = model.template.ends(tokenizer, system)
+    more: dict[str, Any] = {"stop": [*stops, *strings("stop strings", options.pop("stop", ()))]}
+    more["stop_ids"] = [*stop_ids, *options.pop("stop_ids", ())]
+    return Request.of(ids, **more, **options)
 
 
 def _name(path: str | PathLike[str]) -> str:
@@ -383,68 +395,3 @@ def _unpickled(model: Model, data: bytes, system: str | None) -> Session:
     session = Session.from_bytes(model, data)
     session._system = system
     return session
-
-
-class Text(Iterator[Piece]):
-    """A text as it is written: an iterator of its pieces, which can be closed.
-
-    finish_reason: None until it is over, then "stop" or "length"; prompt_tokens, new_tokens: fed so far;
-    prompt_seconds, new_seconds: that took, without what the reader does between pieces.
-    """
-
-    def __init__(self, session: Past, generation: Generation, progress: Progress | None = None) -> None:
-        self._session, self._generation, self._progress = session, generation, progress
-        self.prompt_tokens = self.new_tokens = 0
-        self.prompt_seconds = self.new_seconds = 0.0
-        self._pieces = self._written()
-
-    @property
-    def finish_reason(self) -> str | None:
-        return self._generation.finish_reason
-
-    def __next__(self) -> Piece:
-        if self._pieces.gi_running:
-            raise TcinferError("this text is being read by another thread")
-        return next(self._pieces)
-
-    def close(self) -> None:
-        """Write no more."""
-        self._pieces.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _written(self) -> Generator[Piece, None, None]:
-        session, generation, start = self._session, self._generation, time.monotonic()
-        with session.held():
-            first = session.position
-            try:
-                if generation.prompt.size:
-                    session.feed(generation.prompt, progress=self._progress)
-            finally:
-                self.prompt_tokens, self.prompt_seconds = session.position - first, time.monotonic() - start
-            generation.begin(session)
-        while (piece := self._next()) is not None:
-            yield piece
-            if generation.finish_reason:
-                return
-        if generation.rest:
-            yield Piece(generation.rest, -1)
-
-    def _next(self) -> Piece | None:
-        """Choose an id and feed it; None at the end. Nobody else can use the session between the two."""
-        session, generation, start = self._session, self._generation, time.monotonic()
-        with session.held():
-            token = generation.choose(session)
-            if token is None:
-                return None
-            ids = session.check([token])
-            session.make_room(1)
-            session.model.engine.room(1)
-            advance([session], ids, [generation.ahead])
-            piece = generation.fed(token)
-        self.new_tokens, self.new_seconds = self.new_tokens + 1, self.new_seconds + time.monotonic() - start
-        return piece

@@ -82,6 +82,20 @@ class Conversation:
         self._snapshots.add(self.turns, past)
         yield from self._answer(past, *answer)
 
+    def check_file(self, path: Path) -> None:
+        """Whether the first of its text can be read. Raises TcinferError that names it."""
+        try:
+            with open(path, "rb") as stream:
+                start = stream.read(text.SIZE)
+        except OSError as e:
+            raise TcinferError(f"{path}: cannot be read: {e.strerror}") from None
+        if b"\0" in start:
+            raise TcinferError(f"{path}: is no text")
+        try:
+            self.model.tokenizer.encode(start.decode(errors="ignore"), bos=False, continues=True)
+        except TcinferError as e:
+            raise TcinferError(f"{path}: {e}") from None
+
     def again(self, progress: Progress | None = None) -> Iterator[Piece]:
         """Another answer to the last message. Raises TcinferError where there is none; a later one drops the turn."""
         turn = self.turns

@@ -116,7 +116,7 @@ class Repl:
         else:
             self._end_answer(shown)
             if self.conversation.cut and self.person:
-                note(f"(cut off after {self.conversation.max_tokens:,} tokens; -n sets how many)")
+                note(f"(cut off after {self.conversation.max_tokens:,} tokens; /set max-tokens N allows more)")
         seconds = time.monotonic() - start
         self._rate = f"{count / seconds:,.0f} tokens/s" if seconds > 0 and count > 1 else ""
 
@@ -259,6 +259,7 @@ class Repl:
         file = Path(needed(path, "/read FILE"))
         if not file.is_file():
             raise TcinferError(f"{file}: no such file")
+        self.conversation.check_file(file)
         self._files.append(file)
         note(f"{file} ({file.stat().st_size:,} bytes) goes before your next message")
 
@@ -288,15 +289,19 @@ class Repl:
             for flag, field in options.items():
                 say(f"  {flag:<24}{getattr(how, field)!r}")
             say(f"  {'max-tokens':<24}{self.conversation.max_tokens}")
+        elif name == "max-tokens" and not value:
+            say(f"  {name:<24}{self.conversation.max_tokens}")
         elif name == "max-tokens":
             self.conversation.max_tokens = whole(value, "/set max-tokens", least=-1)
-        elif name in options and value:
+        elif name in options and not value:
+            say(f"  {name:<24}{getattr(how, options[name])!r}")
+        elif name in options:
             how = replace(how, **{options[name]: parsed(options[name], value)})
             self.conversation.sampling = self.chats.sampling = how
             if name == "seed":
                 self.conversation.session.draws = Draws.of(how)
         else:
-            raise TcinferError(f"there is no setting {text!r}; /set lists them, /set NAME VALUE changes one")
+            raise TcinferError(f"there is no setting {name!r}; /set lists them, /set NAME VALUE changes one")
 
     def _exit(self, _: str) -> None:
         self.done = True

@@ -7,10 +7,12 @@ import json
 import re
 import signal
 import subprocess
+import termios
 import time
 import unicodedata
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,7 @@ def last_answer(home: Path, name: str = "play") -> str:
 
 
 def test_an_answer_that_was_cut_off_says_so(romeo: Terminal) -> None:
-    assert romeo.says("Speak")[-1] == "(cut off after 8 tokens; -n sets how many)"
+    assert romeo.says("Speak")[-1] == "(cut off after 8 tokens; /set max-tokens N allows more)"
 
 
 def test_help_says_every_command_once(romeo: Terminal) -> None:
@@ -150,7 +152,9 @@ def test_set_system_clear_exit(romeo: Terminal, home: Path) -> None:
     assert romeo.says("/set max-tokens 3") == []
     shown = {line.split()[0]: line.split(maxsplit=1)[1] for line in romeo.says("/set")}
     assert (shown["temp"], shown["max-tokens"], shown["seed"]) == ("0.0", "3", "1")
-    for bad in ("temp hot", "temp -1", "temp", "nonsense 1", "max-tokens -2", "top-p 7", "max-tokens"):
+    assert romeo.says("/set temp") == [f"  {'temp':<24}0.0"]
+    assert romeo.says("/set max-tokens") == [f"  {'max-tokens':<24}3"]
+    for bad in ("temp hot", "temp -1", "nonsense 1", "max-tokens -2", "top-p 7"):
         (line,) = romeo.says(f"/set {bad}")
         assert line.startswith("tcinfer: "), bad
     assert shown == {line.split()[0]: line.split(maxsplit=1)[1] for line in romeo.says("/set")}
@@ -158,6 +162,8 @@ def test_set_system_clear_exit(romeo: Terminal, home: Path) -> None:
     assert romeo.says("/system") == ["no system prompt"]
     (line,) = romeo.says("/clear")
     assert re.fullmatch(r"a new conversation, [\d-]+; /switch play goes back", line)
+    (line,) = romeo.says("/clear")  # of one in which nothing was said, which is gone
+    assert re.fullmatch(r"a new conversation, [\d-]+", line)
     assert " | 0 tokens | " in romeo.status
     (line,) = romeo.says("/system Be kind.")
     assert line.endswith(", with this system prompt")
@@ -274,21 +280,48 @@ def test_reading_a_large_file_shows_a_bar_and_can_be_stopped(romeo: Terminal, ho
     assert len([i for r in log(home) for i in r.get("in", [])]) < 200
 
 
+def test_a_file_that_is_no_text_is_refused_when_it_is_named(romeo: Terminal, home: Path) -> None:
+    (home / "binary").write_bytes(b"GGUF\0\1\2")
+    (home / "french").write_text("na\u00efve")
+    assert romeo.says("/read binary") == ["tcinfer: binary: is no text"]
+    assert romeo.says("/read french")[0].startswith("tcinfer: french: the character '\u00ef' (U+00EF)")
+    romeo.says("Speak")
+    assert said(home) == ["Speak"]
+
+
+def test_ctrl_c_ends_a_chat_through_a_pipe(home: Path) -> None:
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    restored = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen([COMMAND, *ROMEO], env=environment(home), preexec_fn=restored, **pipes) as run:
+        run.stdin.write(b"Speak\n")
+        run.stdin.flush()
+        run.stdout.readline()
+        time.sleep(0.2)  # it waits for the next line
+        run.send_signal(signal.SIGINT)
+        assert run.wait(20) == 130
+        assert b"Traceback" not in run.stderr.read()
+
+
+def test_a_terminal_is_as_it_was_when_a_signal_ends_an_answer(romeo: Terminal) -> None:
+    romeo.says("/set max-tokens -1")
+    romeo.says("/set logit-bias 0-inf")
+    romeo.enter("Speak")
+    romeo.until(romeo.streaming)
+    assert not termios.tcgetattr(romeo.child.child_fd)[3] & termios.ECHO
+    romeo.process.send_signal(signal.SIGTERM)
+    romeo.until(lambda: termios.tcgetattr(romeo.child.child_fd)[3] & termios.ECHO)
+    romeo.until(lambda: romeo.ended)
+
+
 def test_a_file_that_cannot_be_read_stands_in_nobodys_way(romeo: Terminal, home: Path) -> None:
-    for text, says in (
-        ("Be brief.", "brief: cannot be read: No such file or directory"),
-        ("\u00ef", "(U+00EF) is not in"),
-    ):
-        (home / "brief").write_text(text)
-        romeo.says("/read brief")
-        if text.isascii():
-            (home / "brief").unlink()
-        line = "".join(romeo.says("What is it?"))
-        assert "tcinfer: " in line
-        assert "not read: brief" in line
-        assert says in line
-        romeo.says("Speak")
-    assert said(home) == ["Speak", "Speak"]
+    (home / "brief").write_text("Be brief.")
+    romeo.says("/read brief")
+    (home / "brief").unlink()
+    line = "".join(romeo.says("What is it?"))
+    assert "tcinfer: brief: cannot be read: No such file or directory" in line
+    assert "not read: brief" in line
+    romeo.says("Speak")
+    assert said(home) == ["Speak"]
 
 
 def test_a_character_outside_the_vocabulary(romeo: Terminal, home: Path) -> None:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from conftest import SHAKESPEARE, SMALL, random_weights, shared, small, tcinfer
-from test_cli import COMMAND, FAST, command, refused, write_model
+from test_cli import COMMAND, FAST, PLAY, command, refused, write_model
 from test_memory import IDS
 
 import tcinfer as package
@@ -590,3 +590,16 @@ def test_killed_while_it_saves_the_file_is_always_whole(tmp_path: Path) -> None:
         os.waitpid(child, 0)
         seen.add(path.read_bytes())
     assert seen == contents
+
+
+def test_a_home_in_a_path_is_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bash leaves the ~ of --session=~/x.tcs as it is; a session that is there is gone on with, not replaced."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "text").write_text("a line\n" * 10)
+    for times in (1, 2):
+        assert command("absorb", *PLAY, "--session=~/x.tcs", "-f", tmp_path / "text").status == 0
+        assert json.loads(command("session", "show", "--json", "~/x.tcs").out)["tokens"] == 70 * times
+    assert command("session", "fork", "~/x.tcs", "~/y.tcs").status == 0
+    assert command("generate", *PLAY, "-p", "A", "-n", 2, "-s", "~/z.tcs", "--save").status == 0
+    assert command("session", "diff", "~/x.tcs", "~/y.tcs").out.endswith("the same state\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text", "x.tcs", "y.tcs", "z.tcs"]

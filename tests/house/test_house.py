@@ -28,7 +28,7 @@ FLOORS = (
     ("tcinfer.loaded",),
     ("tcinfer.sequence",),
     ("tcinfer.generation", "tcinfer.session_file"),
-    ("tcinfer.handle", "tcinfer.absorb"),
+    ("tcinfer.handle", "tcinfer.text", "tcinfer.absorb"),
     ("tcinfer.scheduler",),
     ("tcinfer.api",),
     ("tcinfer.loader",),

@@ -38,7 +38,8 @@ def test_commands_run(line: str, tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     shutil.copy(ROOT / "docs" / "tale.txt", tmp_path / "docs")
     (tmp_path / ".venv").symlink_to(sys.prefix)
-    (tmp_path / "tale.txt").write_text(PAGE * 20)
+    for name in ("tale.txt", "book.txt"):
+        (tmp_path / name).write_text(PAGE * 20)
     if "convert" in words:
         shutil.copy(shared("golden", "tc-delta", "ckpt.pt"), tmp_path)
         (tmp_path / "meta.pkl").write_bytes(_character_table())

@@ -364,3 +364,44 @@ def test_a_stream_is_absorbed_and_saved(model: Model, tmp_path: Path) -> None:
     assert session.whole
     assert model.load_session(path).position == session.position > 2 * count
     assert model.session().absorb(io.BytesIO(b"")) == 0
+
+
+def test_copies_know_the_system_prompt_of_a_chat(model: Model) -> None:
+    session = model.session()
+    session.chat("Speak", system="Be brief.", max_tokens=2).close()
+    for other in (session.fork(), copy.copy(session), pickle.loads(pickle.dumps(session))):
+        assert other._system == "Be brief."
+
+
+def test_a_closed_model_says_so_and_is_not_found_again(tmp_path: Path) -> None:
+    shutil.copy(SHAKESPEARE, tmp_path / "m.gguf")
+    first = tcinfer.load(tmp_path / "m.gguf", "numpy")
+    data = pickle.dumps(first.session())
+    second = tcinfer.load(tmp_path / "m.gguf", "numpy")
+    second.close()
+    for use in (lambda: second.weights, lambda: second.fingerprint, lambda: second.learned, lambda: second.session()):
+        with pytest.raises(TcinferError, match="was closed"):
+            use()
+    assert pickle.loads(data).feed([1]).shape == (first.config.vocab_size,)
+
+
+def test_a_new_file_that_somebody_else_made_meanwhile_is_not_replaced(model: Model, tmp_path: Path) -> None:
+    one, two = model.session(), model.session()
+    for session in (one, two):
+        session.feed([1, 2])
+        session.begins(tmp_path / "new.tcs")
+    one.save(tmp_path / "new.tcs")
+    with pytest.raises(TcinferError, match="has changed"):
+        two.save(tmp_path / "new.tcs")
+    one.save(tmp_path / "new.tcs")
+    with pytest.raises(TcinferError, match="takes a stream"):
+        one.absorb("text")  # type: ignore[arg-type]
+    with pytest.raises(TcinferError, match="bytes"):
+        Session.from_bytes(model, "x")  # type: ignore[arg-type]
+
+
+def test_a_chat_through_a_scheduler_is_the_same(model: Model) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Speak"}]
+    want = "".join(piece.text for piece in model.chat(messages, max_tokens=12, seed=1, stop="x"))
+    with model.scheduler() as scheduler:
+        assert scheduler.submit(model.chat_request(messages, max_tokens=12, seed=1, stop="x")).result(60).text == want

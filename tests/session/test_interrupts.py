@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -84,3 +85,34 @@ def test_interruptions_leave_every_session_whole(rounds: int) -> None:
         assert row["whole"] == row["same"] == row["rounds"] == rounds, (name, row)
     assert told["generate"]["stopped"] >= 0.7 * rounds
     assert told["feed"]["noted"] >= 0.2 * rounds
+
+
+SIGNALS = """
+import os, signal
+from tcinfer.interrupts import uninterrupted
+
+told = []
+def heard(number, frame):
+    told.append(signal.Signals(number).name)
+    raise KeyboardInterrupt
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, heard)
+try:
+    with uninterrupted():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        told.append("end")
+except KeyboardInterrupt:
+    told.append("raised")
+print(told, [signal.getsignal(number) is heard for number in (signal.SIGINT, signal.SIGTERM)])
+"""
+
+
+def test_signals_that_come_together_are_all_heard() -> None:
+    done = subprocess.run([sys.executable, "-c", SIGNALS], capture_output=True, text=True, timeout=60)
+    told, restored = ast.literal_eval(done.stdout.replace("] [", "], ["))
+    assert told[0] == "end"
+    assert sorted(told[1:-1]) == ["SIGINT", "SIGINT", "SIGTERM"]
+    assert told[-1] == "raised"
+    assert restored == [True, True]
